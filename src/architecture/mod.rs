@@ -1,0 +1,2 @@
+mod profile;
+pub use profile::{MoeProfile, Profile};

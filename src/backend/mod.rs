@@ -1,0 +1,2 @@
+mod moments;
+pub use moments::{Moment, MomentDims, Moments};
