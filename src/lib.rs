@@ -1,4 +1,8 @@
 //! placeholder
-#![allow(missing_docs)]
 pub mod architecture;
 pub mod backend;
+pub mod checkpoint;
+pub mod linalg;
+pub mod model;
+pub mod progress;
+pub mod tokens;

@@ -1,2 +1,266 @@
+//! What a `config.json` says, as data: the kind of attention, router and experts of each layer, and how the
+//! tensors are called. A family is a table that maps its own keys and names to this, and nothing more.
+
+mod config;
+mod error;
+mod families;
+mod names;
 mod profile;
+mod rope;
+
+pub use error::Error;
+pub use names::{Names, Projection};
 pub use profile::{MoeProfile, Profile};
+pub use rope::{Pairing, Rope};
+
+use config::Config;
+
+/// Result of this module.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// A decoder-only MoE language model: everything that its forward pass depends on, except the weights.
+#[derive(Clone, Debug)]
+pub struct Architecture {
+    /// Family, as in `model_type`.
+    pub family: &'static str,
+    /// Size of the vocabulary.
+    pub vocabulary: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Longest sequence that the model's positions cover.
+    pub max_positions: usize,
+    /// ε of the layer norms and the final norm.
+    pub norm_eps: f32,
+    /// Whether the MLPs of dense layers and shared experts have biases.
+    pub mlp_bias: bool,
+    /// Whether the output head is the embedding table.
+    pub tied_embeddings: bool,
+    /// The decoder layers.
+    pub layers: Vec<LayerSpec>,
+    /// Tensor names.
+    pub names: Names,
+    /// Keys of `config.json` that hold the number of routed experts.
+    pub expert_count_keys: Vec<&'static str>,
+}
+
+/// One decoder layer.
+#[derive(Clone, Debug)]
+pub struct LayerSpec {
+    /// Self-attention.
+    pub attention: AttentionSpec,
+    /// Feed-forward part.
+    pub feed_forward: FeedForwardSpec,
+}
+
+/// Self-attention of a layer.
+#[derive(Clone, Debug)]
+pub enum AttentionSpec {
+    /// Multi-head or grouped-query attention.
+    Grouped(GroupedAttention),
+    /// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, §2.1).
+    Latent(LatentAttention),
+}
+
+/// Multi-head or grouped-query attention: softmax(scale · q kᵀ) v with `heads / kv_heads` query heads per key head.
+#[derive(Clone, Debug)]
+pub struct GroupedAttention {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Whether q, k and v have biases.
+    pub qkv_bias: bool,
+    /// Whether the output projection has a bias.
+    pub output_bias: bool,
+    /// RMS norm of queries and keys.
+    pub qk_norm: QkNorm,
+    /// Clamp of q, k and v to ± this (OLMoE).
+    pub clip: Option<f32>,
+    /// Rotary embedding.
+    pub rope: Rope,
+    /// Sliding window: a key is visible where 0 ≤ q − k < window.
+    pub window: Option<usize>,
+    /// Factor of the scores.
+    pub scale: f32,
+}
+
+/// RMS norm of queries and keys before rotation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QkNorm {
+    /// No norm.
+    None,
+    /// Over each head on its own (Qwen3).
+    PerHead,
+    /// Over the whole projection (OLMoE).
+    Whole,
+}
+
+/// Multi-head latent attention.
+#[derive(Clone, Debug)]
+pub struct LatentAttention {
+    /// Heads.
+    pub heads: usize,
+    /// Rank of the query projection; `None` for one full matrix.
+    pub query_rank: Option<usize>,
+    /// Width of the latent that keys and values are expanded from.
+    pub latent_dim: usize,
+    /// Part of a head without rotation.
+    pub nope_dim: usize,
+    /// Part of a head with rotation; its key is shared by all heads.
+    pub rope_dim: usize,
+    /// Width of a value head.
+    pub value_dim: usize,
+    /// Whether the down-projections and the output projection have biases.
+    pub bias: bool,
+    /// Rotary embedding of the `rope_dim` part.
+    pub rope: Rope,
+    /// Factor of the scores.
+    pub scale: f32,
+    /// ε of the latent norms; not the layer norms' ε.
+    pub latent_eps: f32,
+}
+
+/// Feed-forward part of a layer.
+#[derive(Clone, Debug)]
+pub enum FeedForwardSpec {
+    /// One SwiGLU MLP.
+    Dense {
+        /// Intermediate width.
+        width: usize,
+    },
+    /// Router and experts.
+    Moe(MoeSpec),
+}
+
+/// Router and experts of a layer.
+#[derive(Clone, Debug)]
+pub struct MoeSpec {
+    /// Routed experts.
+    pub experts: usize,
+    /// Intermediate width of a routed expert.
+    pub width: usize,
+    /// The routing rule.
+    pub router: RouterSpec,
+    /// The shared expert, if any.
+    pub shared: Option<SharedSpec>,
+}
+
+/// From router logits to chosen experts and combine weights.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RouterSpec {
+    /// Experts per token.
+    pub top_k: usize,
+    /// What is done to the weights of the chosen experts.
+    pub weights: WeightRule,
+    /// Group limit, if any.
+    pub groups: Option<GroupLimit>,
+}
+
+/// Combine weights from the softmax probabilities p of the chosen experts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum WeightRule {
+    /// p · scale.
+    Scaled(f32),
+    /// p / Σ p over the chosen.
+    Renormalised,
+}
+
+/// Group-limited routing: experts are in `count` groups of consecutive original numbers; the `kept` groups with the
+/// largest single probability stay, the others cannot be chosen (DeepSeek-V2, arXiv 2405.04434, §2.1.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupLimit {
+    /// Number of groups.
+    pub count: usize,
+    /// Groups that a token may use.
+    pub kept: usize,
+}
+
+impl GroupLimit {
+    /// Most groups that a router may have.
+    pub const MAX_GROUPS: usize = 64;
+}
+
+/// The shared expert: a SwiGLU MLP that every token passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SharedSpec {
+    /// Intermediate width.
+    pub width: usize,
+    /// Whether its output is multiplied by the sigmoid of a learned scalar per token (Qwen2-MoE).
+    pub gated: bool,
+}
+
+impl Architecture {
+    /// Reads the text of a `config.json`.
+    ///
+    /// # Errors
+    /// Names the key and what would be right; for an unknown family, lists the known ones.
+    pub fn from_config(text: &str) -> Result<Self> {
+        let config = Config::parse(text)?;
+        let family: String = config.string("model_type")?;
+        let read = families::FAMILIES.iter().find(|(name, _)| *name == family);
+        let (_, read) = read.ok_or_else(|| Error::UnknownFamily { family, known: families() })?;
+        let architecture = read(&config)?;
+        architecture.check()?;
+        Ok(architecture)
+    }
+
+    /// The MoE layers with their 0-based numbers.
+    pub fn moe_layers(&self) -> impl Iterator<Item = (usize, &MoeSpec)> {
+        self.layers.iter().enumerate().filter_map(|(l, layer)| match &layer.feed_forward {
+            FeedForwardSpec::Moe(moe) => Some((l, moe)),
+            FeedForwardSpec::Dense { .. } => None,
+        })
+    }
+
+    /// The MoE spec of layer `layer`, if it has one.
+    pub fn moe(&self, layer: usize) -> Option<&MoeSpec> {
+        match &self.layers.get(layer)?.feed_forward {
+            FeedForwardSpec::Moe(moe) => Some(moe),
+            FeedForwardSpec::Dense { .. } => None,
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.layers.is_empty() {
+            return Err(Error::invalid("num_hidden_layers", "is 0, expected at least 1"));
+        }
+        for spec in &self.layers {
+            if let AttentionSpec::Grouped(a) = &spec.attention
+                && (a.kv_heads == 0 || a.heads % a.kv_heads != 0)
+            {
+                let (kv, heads) = (a.kv_heads, a.heads);
+                let what = format!("is {kv}, expected a divisor of num_attention_heads = {heads}");
+                return Err(Error::invalid("num_key_value_heads", what));
+            }
+        }
+        for (_, moe) in self.moe_layers() {
+            let (k, experts) = (moe.router.top_k, moe.experts);
+            if k == 0 || k > experts {
+                let what = format!("is {k}, expected 1 to {experts} (the number of experts)");
+                return Err(Error::invalid("num_experts_per_tok", what));
+            }
+            if let Some(GroupLimit { count, kept }) = moe.router.groups {
+                if count == 0 || count > GroupLimit::MAX_GROUPS || experts % count != 0 {
+                    let most = GroupLimit::MAX_GROUPS;
+                    let what = format!("is {count}, expected a divisor of {experts} experts, at most {most}");
+                    return Err(Error::invalid("n_group", what));
+                }
+                if kept == 0 || kept > count || kept * (experts / count) < k {
+                    let what = format!(
+                        "is {kept}: {kept} groups of {} experts cannot hold {k} choices",
+                        experts / count
+                    );
+                    return Err(Error::invalid("topk_group", what));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The `model_type` values that moepress reads.
+pub fn families() -> Vec<&'static str> {
+    families::FAMILIES.iter().map(|(name, _)| *name).collect()
+}

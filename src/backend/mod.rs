@@ -1,2 +1,261 @@
+//! The operations that the forward pass needs, and who provides them.
+//!
+//! A [`Backend`] is a stream-ordered executor: every operation is enqueued, reads and writes buffers that the caller
+//! allocated, and takes its sizes from arguments that the host knows. How many tokens an expert receives is known to
+//! the backend alone; only [`Backend::download`], [`Backend::routes`] and [`Backend::moments`] wait for results. So a
+//! GPU can run a whole layer without a host synchronisation, and the CPU is one implementation among others.
+
+pub mod cpu;
+mod form;
 mod moments;
+
+pub use form::{Expert, Matrix, Mlp};
 pub use moments::{Moment, MomentDims, Moments};
+
+use crate::architecture::{Rope, RouterSpec};
+use crate::checkpoint::Tensor;
+
+/// What can go wrong while computing.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A weight that cannot be prepared.
+    #[error(transparent)]
+    Checkpoint(#[from] crate::checkpoint::Error),
+    /// The device asked for is not there.
+    #[error("--device {device}: {reason}")]
+    Device {
+        /// What was asked for.
+        device: String,
+        /// Why it cannot be had, and what would do.
+        reason: String,
+    },
+}
+
+/// Result of this module.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Windows of equal length that pass a layer together. Row `w · length + p` of a buffer is position p of window w.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    /// Number of windows.
+    pub windows: usize,
+    /// Tokens per window.
+    pub length: usize,
+    /// `false` for padding, one entry per token; `None` where nothing is padding.
+    pub mask: Option<Vec<bool>>,
+    /// Input file of each window.
+    pub files: Vec<u32>,
+}
+
+impl Batch {
+    /// Number of tokens, padding included.
+    pub fn tokens(&self) -> usize {
+        self.windows * self.length
+    }
+
+    /// Whether token `t` is real.
+    pub fn is_real(&self, t: usize) -> bool {
+        self.mask.as_ref().is_none_or(|m| m[t])
+    }
+}
+
+/// What a head sees as keys and values.
+#[derive(Debug)]
+pub enum Keys<'a, B> {
+    /// One key and one value row per token, `[tokens, kv_heads · dim]` each.
+    Grouped {
+        /// Keys.
+        key: &'a B,
+        /// Values.
+        value: &'a B,
+        /// Key and value heads; query heads share them in order.
+        kv_heads: usize,
+    },
+    /// Keys and values expanded from a latent: per head `[nope | value]` in one buffer, and one rotated key part that
+    /// all heads share.
+    Latent {
+        /// `[tokens, heads · (nope_dim + value_dim)]`.
+        expanded: &'a B,
+        /// Buffer whose columns from `rope_start` on are the shared rotated key part.
+        shared: &'a B,
+        /// First column of the shared part.
+        rope_start: usize,
+        /// Width of the part without rotation.
+        nope_dim: usize,
+    },
+}
+
+/// Sizes of an attention call.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Width of a query head.
+    pub query_dim: usize,
+    /// Width of a value head.
+    pub value_dim: usize,
+    /// Factor of the scores.
+    pub scale: f32,
+    /// A key is visible where 0 ≤ q − k < window.
+    pub window: Option<usize>,
+}
+
+/// Where in a row the rotated elements lie: `heads` times `dim` columns, each head `stride` wide, beginning at `start`.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadLayout {
+    /// Number of heads in a row.
+    pub heads: usize,
+    /// Distance between heads.
+    pub stride: usize,
+    /// First rotated column of head 0.
+    pub start: usize,
+}
+
+/// A routing rule with the facts that dropping experts changes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RouterRule {
+    /// The family's rule.
+    pub spec: RouterSpec,
+    /// Group of each router row; all 0 where there is no group limit.
+    pub group_of: Vec<u32>,
+    /// Whether the row may be chosen. A row that may not behaves as if its logit were −∞, which is the same, bit for
+    /// bit, as not having the row.
+    pub live: Vec<bool>,
+}
+
+/// The chosen experts of every token, on the host.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Routes {
+    /// Experts per token.
+    pub top_k: usize,
+    /// Router logits, `[tokens, experts]`.
+    pub logits: Vec<f32>,
+    /// Chosen experts, `[tokens, top_k]`, by descending weight.
+    pub ids: Vec<u32>,
+    /// Combine weights as used, `[tokens, top_k]`.
+    pub weights: Vec<f32>,
+}
+
+/// The operations of a forward pass. Buffers are matrices of f32 values, one row per token, in the backend's memory
+/// (which may hold them in another type); weights keep their stored type.
+pub trait Backend: Sync {
+    /// A matrix of activations.
+    type Buffer: Send + Sync;
+    /// A prepared weight matrix `[out, in]`.
+    type Weight: Send + Sync;
+    /// A prepared vector: a norm's weight or a bias.
+    type Vector: Send + Sync;
+    /// Cosines and sines of a rotary embedding.
+    type Rotation: Send + Sync;
+    /// A prepared router.
+    type Router: Send + Sync;
+    /// The prepared experts of a layer.
+    type Experts: Send + Sync;
+    /// Chosen experts of one batch, and the workspace of the expert computation.
+    type Routing: Send;
+    /// Running statistics of one MoE layer.
+    type Observer: Send;
+
+    /// The device in words, such as `cpu`.
+    fn device(&self) -> String;
+
+    /// An empty buffer.
+    fn buffer(&self) -> Self::Buffer;
+    /// Gives `buffer` the shape `[rows, cols]`; contents are undefined afterwards. Allocates only where it was never
+    /// as large.
+    fn resize(&self, buffer: &mut Self::Buffer, rows: usize, cols: usize) -> Result<()>;
+    /// Copies host rows into a buffer.
+    fn upload(&self, host: &[f32], rows: usize, cols: usize, buffer: &mut Self::Buffer) -> Result<()>;
+    /// Copies `count` rows of `x`, from row `start` on, into `out`.
+    fn copy_rows(&self, x: &Self::Buffer, start: usize, count: usize, out: &mut Self::Buffer) -> Result<()>;
+    /// Waits, then copies a buffer to the host, row-major.
+    fn download(&self, buffer: &Self::Buffer) -> Result<Vec<f32>>;
+
+    /// Prepares a matrix `[out, in]` of any stored type.
+    fn weight(&self, tensor: &Tensor) -> Result<Self::Weight>;
+    /// Prepares a vector.
+    fn vector(&self, tensor: &Tensor) -> Result<Self::Vector>;
+    /// Prepares a rotary embedding for positions below `length`.
+    fn rotation(&self, rope: &Rope, length: usize) -> Result<Self::Rotation>;
+    /// Prepares a router: weight `[experts, hidden]` and rule.
+    fn router(&self, weight: &Tensor, rule: RouterRule) -> Result<Self::Router>;
+    /// Prepares the experts of a layer.
+    fn experts(&self, experts: &[Expert<Tensor>]) -> Result<Self::Experts>;
+    /// An empty routing.
+    fn routing(&self) -> Self::Routing;
+    /// Statistics of zero tokens.
+    fn observer(&self, dims: MomentDims, second: &[Moment]) -> Result<Self::Observer>;
+
+    /// Rows of `table` by id.
+    fn embed(&self, table: &Self::Weight, ids: &[u32], out: &mut Self::Buffer) -> Result<()>;
+    /// x / √(mean(x²) + ε) ∘ weight over the first `weight.len()` columns of `x`.
+    fn rms_norm(
+        &self,
+        x: &Self::Buffer,
+        weight: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// The same in place, over each consecutive `weight.len()` columns on their own.
+    fn rms_norm_heads(&self, x: &mut Self::Buffer, weight: &Self::Vector, eps: f32) -> Result<()>;
+    /// x Wᵀ (+ bias).
+    fn linear(
+        &self,
+        x: &Self::Buffer,
+        weight: &Self::Weight,
+        bias: Option<&Self::Vector>,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// Clamps to ± `limit`.
+    fn clamp(&self, x: &mut Self::Buffer, limit: f32) -> Result<()>;
+    /// Rotates the heads of every row by the row's position in its window.
+    fn rotate(
+        &self,
+        x: &mut Self::Buffer,
+        rotation: &Self::Rotation,
+        heads: HeadLayout,
+        batch: &Batch,
+    ) -> Result<()>;
+    /// Causal attention within each window; padding is invisible.
+    fn attend(
+        &self,
+        query: &Self::Buffer,
+        keys: Keys<'_, Self::Buffer>,
+        shape: AttentionShape,
+        batch: &Batch,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// silu(gate) ∘ up into `gate`.
+    fn swiglu(&self, gate: &mut Self::Buffer, up: &Self::Buffer) -> Result<()>;
+    /// x += y.
+    fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer) -> Result<()>;
+    /// Multiplies each row of `x` by the sigmoid of its entry in the one-column buffer `gate`.
+    fn sigmoid_gate(&self, x: &mut Self::Buffer, gate: &Self::Buffer) -> Result<()>;
+
+    /// Router logits, chosen experts and combine weights for every row of `x`.
+    fn route(&self, x: &Self::Buffer, router: &Self::Router, routing: &mut Self::Routing) -> Result<()>;
+    /// Σ_k w_k · expert_k(x), for every row of `x`; with an observer, measures on the way.
+    fn run_experts(
+        &self,
+        x: &Self::Buffer,
+        experts: &Self::Experts,
+        routing: &mut Self::Routing,
+        out: &mut Self::Buffer,
+        observe: Option<(&mut Self::Observer, &Batch)>,
+    ) -> Result<()>;
+    /// Runs every expert on the given rows of `x` and adds the outputs to [`Moment::SampleOutputSum`].
+    fn observe_all(
+        &self,
+        x: &Self::Buffer,
+        rows: &[usize],
+        experts: &Self::Experts,
+        routing: &mut Self::Routing,
+        observer: &mut Self::Observer,
+    ) -> Result<()>;
+
+    /// Waits, then returns what [`Backend::route`] decided.
+    fn routes(&self, routing: &Self::Routing) -> Result<Routes>;
+    /// Waits, then returns what was observed.
+    fn moments(&self, observer: Self::Observer) -> Result<Moments>;
+}

@@ -1,0 +1,124 @@
+//! Typed reading of `config.json`. A key that is `null` counts as absent, as it does in transformers.
+
+use serde_json::{Map, Value};
+
+use super::{Error, Result};
+
+/// Upper bound of every size in a config: far above any model, far below what overflows when multiplied.
+const LARGEST: u64 = 1 << 24;
+
+pub(super) struct Config(Map<String, Value>);
+
+impl Config {
+    pub(super) fn parse(text: &str) -> Result<Self> {
+        match serde_json::from_str(text) {
+            Ok(Value::Object(map)) => Ok(Config(map)),
+            Ok(_) => Err(Error::Json("not a JSON object".into())),
+            Err(e) => Err(Error::Json(format!("not valid JSON: {e}"))),
+        }
+    }
+
+    pub(super) fn get(&self, key: &str) -> Option<&Value> {
+        self.0.get(key).filter(|v| !v.is_null())
+    }
+
+    /// The first of `keys` that is present.
+    pub(super) fn first<'k>(&self, keys: &[&'k str]) -> Option<&'k str> {
+        keys.iter().copied().find(|k| self.get(k).is_some())
+    }
+
+    pub(super) fn string(&self, key: &str) -> Result<String> {
+        let value = self.get(key).ok_or_else(|| missing(key))?;
+        let text =
+            value.as_str().ok_or_else(|| Error::invalid(key, format!("is {value}, expected a string")))?;
+        Ok(text.into())
+    }
+
+    pub(super) fn size_opt(&self, key: &str) -> Result<Option<usize>> {
+        self.get(key).map(|value| size(key, value)).transpose()
+    }
+
+    pub(super) fn size(&self, key: &str) -> Result<usize> {
+        self.size_opt(key)?.ok_or_else(|| missing(key))
+    }
+
+    pub(super) fn size_or(&self, key: &str, default: usize) -> Result<usize> {
+        Ok(self.size_opt(key)?.unwrap_or(default))
+    }
+
+    /// A size that must not be 0.
+    pub(super) fn positive(&self, key: &str) -> Result<usize> {
+        match self.size(key)? {
+            0 => Err(Error::invalid(key, "is 0, expected at least 1")),
+            size => Ok(size),
+        }
+    }
+
+    pub(super) fn float_opt(&self, key: &str) -> Result<Option<f64>> {
+        self.get(key).map(|value| float(key, value)).transpose()
+    }
+
+    pub(super) fn float_or(&self, key: &str, default: f64) -> Result<f64> {
+        Ok(self.float_opt(key)?.unwrap_or(default))
+    }
+
+    pub(super) fn flag_or(&self, key: &str, default: bool) -> Result<bool> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(Value::Bool(flag)) => Ok(*flag),
+            Some(value) => Err(Error::invalid(key, format!("is {value}, expected true or false"))),
+        }
+    }
+
+    pub(super) fn sizes(&self, key: &str) -> Result<Option<Vec<usize>>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let list =
+            value.as_array().ok_or_else(|| Error::invalid(key, format!("is {value}, expected a list")))?;
+        list.iter().map(|v| size(key, v)).collect::<Result<_>>().map(Some)
+    }
+
+    pub(super) fn strings(&self, key: &str) -> Result<Option<Vec<String>>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let list = value.as_array().and_then(|l| l.iter().map(|v| v.as_str().map(String::from)).collect());
+        list.map(Some).ok_or_else(|| Error::invalid(key, format!("is {value}, expected a list of strings")))
+    }
+
+    /// A nested object as a config of its own.
+    pub(super) fn section(&self, key: &str) -> Result<Option<Config>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Object(map)) => Ok(Some(Config(map.clone()))),
+            Some(value) => Err(Error::invalid(key, format!("is {value}, expected an object"))),
+        }
+    }
+
+    /// Errors unless `key` is absent or `expected`.
+    pub(super) fn require(&self, key: &str, expected: &str) -> Result<()> {
+        match self.get(key) {
+            None => Ok(()),
+            Some(Value::String(s)) if s == expected => Ok(()),
+            Some(value) => {
+                Err(Error::invalid(key, format!("is {value}, only \"{expected}\" is supported here")))
+            }
+        }
+    }
+}
+
+fn missing(key: &str) -> Error {
+    Error::invalid(key, "is missing")
+}
+
+fn size(key: &str, value: &Value) -> Result<usize> {
+    // Some exporters write whole numbers as floats.
+    let number =
+        value.as_u64().or_else(|| value.as_f64().filter(|f| *f >= 0.0 && f.fract() == 0.0).map(|f| f as u64));
+    match number {
+        Some(n) if n <= LARGEST => Ok(n as usize),
+        _ => Err(Error::invalid(key, format!("is {value}, expected a whole number from 0 to {LARGEST}"))),
+    }
+}
+
+fn float(key: &str, value: &Value) -> Result<f64> {
+    let number = value.as_f64().filter(|f| f.is_finite());
+    number.ok_or_else(|| Error::invalid(key, format!("is {value}, expected a number")))
+}

@@ -1,0 +1,239 @@
+//! Rotary position embeddings (Su et al., arXiv 2104.09864) and their long-context variants, reduced to one vector
+//! of inverse frequencies and one magnitude.
+
+use std::f64::consts::PI;
+
+use super::config::Config;
+use super::{Error, Result};
+
+/// Which elements of a head form a rotated pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pairing {
+    /// (x_i, x_{i + d/2}).
+    Halves,
+    /// (x_{2i}, x_{2i+1}).
+    Adjacent,
+}
+
+/// A rotary embedding of `2 · inverse_frequencies.len()` elements.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    /// Which elements form a pair.
+    pub pairing: Pairing,
+    /// Angle of pair i at position p: p · `inverse_frequencies[i]`, in radians.
+    pub inverse_frequencies: Vec<f32>,
+    /// Factor of cosine and sine.
+    pub magnitude: f32,
+}
+
+impl Rope {
+    /// Number of rotated elements.
+    pub fn dim(&self) -> usize {
+        2 * self.inverse_frequencies.len()
+    }
+}
+
+/// The keys of a rotary embedding, wherever the config has them.
+pub(super) struct RopeConfig {
+    section: Option<Config>,
+    kind: String,
+    theta: f64,
+    max_positions: usize,
+    original_positions: Option<usize>,
+}
+
+impl RopeConfig {
+    /// Reads `rope_scaling` and `rope_theta`, or `rope_parameters` (as transformers 5 writes it); where a config has
+    /// both, transformers takes the former.
+    pub(super) fn read(config: &Config, default_theta: f64, max_positions: usize) -> Result<Self> {
+        let section = match config.section("rope_scaling")? {
+            Some(section) => Some(section),
+            None => config.section("rope_parameters")?,
+        };
+        let nested = match &section {
+            Some(s) => s.float_opt("rope_theta")?,
+            None => None,
+        };
+        let theta = match nested {
+            Some(theta) => theta,
+            None => config.float_or("rope_theta", default_theta)?,
+        };
+        if theta <= 1.0 {
+            return Err(Error::invalid("rope_theta", format!("is {theta}, expected more than 1")));
+        }
+        let kind = match &section {
+            Some(s) => match s.first(&["rope_type", "type"]) {
+                Some(key) => s.string(key)?,
+                None => "default".into(),
+            },
+            None => "default".into(),
+        };
+        let original_positions = config.size_opt("original_max_position_embeddings")?;
+        Ok(RopeConfig { section, kind, theta, max_positions, original_positions })
+    }
+
+    /// mscale of DeepSeek's attention scale, 1 where the config asks for none (arXiv 2405.04434, §3.1.4).
+    pub(super) fn attention_mscale(&self) -> Result<f64> {
+        let Some(section) = &self.section else { return Ok(1.0) };
+        match (section.float_or("mscale_all_dim", 0.0)?, section.float_opt("factor")?) {
+            (all, Some(factor)) if all != 0.0 && self.kind != "default" => Ok(yarn_mscale(factor, all)),
+            _ => Ok(1.0),
+        }
+    }
+
+    /// The embedding of `dim` elements.
+    pub(super) fn rope(&self, dim: usize, pairing: Pairing) -> Result<Rope> {
+        if dim == 0 || dim % 2 != 0 {
+            return Err(Error::invalid(
+                "head_dim",
+                format!("gives {dim} rotated elements, expected an even number"),
+            ));
+        }
+        let base: Vec<f64> = (0..dim / 2).map(|i| self.theta.powf(-2.0 * i as f64 / dim as f64)).collect();
+        let (inverse, magnitude) = match (self.kind.as_str(), &self.section) {
+            // Dynamic scaling changes nothing up to the trained length, and longer windows are refused.
+            ("default" | "dynamic", _) | (_, None) => (base, 1.0),
+            ("linear", Some(s)) => {
+                let factor = positive(s, "factor")?;
+                (base.iter().map(|f| f / factor).collect(), 1.0)
+            }
+            ("yarn", Some(s)) => self.yarn(s, &base, dim)?,
+            ("llama3", Some(s)) => (self.llama3(s, &base)?, 1.0),
+            (other, Some(_)) => {
+                let what = format!("is `{other}`; known: default, dynamic, linear, yarn, llama3");
+                return Err(Error::invalid("rope_scaling.rope_type", what));
+            }
+        };
+        let inverse_frequencies = inverse.into_iter().map(|f| f as f32).collect();
+        Ok(Rope { pairing, inverse_frequencies, magnitude: magnitude as f32 })
+    }
+
+    fn original(&self, section: &Config) -> Result<f64> {
+        let own = section.size_opt("original_max_position_embeddings")?;
+        Ok(own.or(self.original_positions).unwrap_or(self.max_positions) as f64)
+    }
+
+    /// YaRN (Peng et al., arXiv 2309.00071, eq. 23 and §3.4).
+    fn yarn(&self, section: &Config, base: &[f64], dim: usize) -> Result<(Vec<f64>, f64)> {
+        let factor = positive(section, "factor")?;
+        let original = self.original(section)?;
+        let correction =
+            |rotations: f64| dim as f64 * (original / (rotations * 2.0 * PI)).ln() / (2.0 * self.theta.ln());
+        let mut low = correction(section.float_or("beta_fast", 32.0)?);
+        let mut high = correction(section.float_or("beta_slow", 1.0)?);
+        if section.flag_or("truncate", true)? {
+            low = low.floor();
+            high = high.ceil();
+        }
+        low = low.max(0.0);
+        high = high.min(dim as f64 - 1.0);
+        if low == high {
+            high += 0.001;
+        }
+        let blend = |(i, f): (usize, &f64)| {
+            let ramp = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+            f / factor * ramp + f * (1.0 - ramp)
+        };
+        let (mscale, all) = (section.float_or("mscale", 0.0)?, section.float_or("mscale_all_dim", 0.0)?);
+        let magnitude = match section.float_opt("attention_factor")? {
+            Some(given) => given,
+            None if mscale != 0.0 && all != 0.0 => yarn_mscale(factor, mscale) / yarn_mscale(factor, all),
+            None => yarn_mscale(factor, 1.0),
+        };
+        Ok((base.iter().enumerate().map(blend).collect(), magnitude))
+    }
+
+    /// The frequency bands of Llama 3.1: long wavelengths are stretched, short ones kept.
+    fn llama3(&self, section: &Config, base: &[f64]) -> Result<Vec<f64>> {
+        let factor = positive(section, "factor")?;
+        let low = positive(section, "low_freq_factor")?;
+        let high = positive(section, "high_freq_factor")?;
+        let original = self.original(section)?;
+        let scaled = base.iter().map(|&f| {
+            let wavelength = 2.0 * PI / f;
+            if wavelength < original / high {
+                f
+            } else if wavelength > original / low {
+                f / factor
+            } else {
+                let smooth = (original / wavelength - low) / (high - low);
+                f * ((1.0 - smooth) / factor + smooth)
+            }
+        });
+        Ok(scaled.collect())
+    }
+}
+
+fn positive(section: &Config, key: &str) -> Result<f64> {
+    match section.float_opt(key)? {
+        Some(value) if value > 0.0 => Ok(value),
+        Some(value) => {
+            Err(Error::invalid(&format!("rope_scaling.{key}"), format!("is {value}, expected more than 0")))
+        }
+        None => Err(Error::invalid(&format!("rope_scaling.{key}"), "is missing")),
+    }
+}
+
+fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rope(text: &str, theta: f64, dim: usize) -> (Rope, f64) {
+        let config = Config::parse(text).unwrap();
+        let read = RopeConfig::read(&config, theta, 163_840).unwrap();
+        (read.rope(dim, Pairing::Adjacent).unwrap(), read.attention_mscale().unwrap())
+    }
+
+    /// Values held by transformers for DeepSeek-V2-Lite.
+    #[test]
+    fn yarn_of_deepseek_v2_lite() {
+        let text = r#"{"rope_theta": 10000, "rope_scaling": {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1,
+            "original_max_position_embeddings": 4096, "mscale": 0.707, "mscale_all_dim": 0.707}}"#;
+        let (rope, mscale) = rope(text, 1e4, 64);
+        let expected = [
+            (0, 1.0),
+            (9, 7.498941571e-2),
+            (10, 5.623412877e-2),
+            (11, 3.900692612e-2),
+            (16, 5.500000436e-3),
+            (22, 1.778279402e-4),
+            (23, 3.333803397e-5),
+            (24, 2.499999937e-5),
+            (31, 3.333803534e-6),
+        ];
+        for (i, value) in expected {
+            let relative: f64 = f64::from(rope.inverse_frequencies[i]) / value - 1.0;
+            assert!(relative.abs() < 3e-7, "pair {i}: {relative}");
+        }
+        assert!((rope.magnitude - 1.0).abs() < f32::EPSILON);
+        let scale = 192f64.powf(-0.5) * mscale * mscale;
+        assert!((scale - 0.114_721).abs() < 5e-7, "{scale}");
+    }
+
+    /// Values held by transformers for gpt-oss, whose YaRN does not truncate its bounds.
+    #[test]
+    fn yarn_without_truncation() {
+        let text = r#"{"rope_theta": 150000, "rope_scaling": {"rope_type": "yarn", "factor": 32, "beta_fast": 32,
+            "beta_slow": 1, "original_max_position_embeddings": 4096, "truncate": false}}"#;
+        let (rope, _) = rope(text, 1e4, 64);
+        for (i, value) in
+            [(9, 3.170569614e-2), (11, 1.159204915e-2), (16, 4.564839182e-4), (22, 8.635495760e-6)]
+        {
+            let relative: f64 = f64::from(rope.inverse_frequencies[i]) / value - 1.0;
+            assert!(relative.abs() < 3e-7, "pair {i}: {relative}");
+        }
+        assert!((f64::from(rope.magnitude) - 1.346_573_590_279_972_7).abs() < 1e-7);
+    }
+
+    #[test]
+    fn theta_of_the_chosen_section_wins_over_the_top_level() {
+        let text =
+            r#"{"rope_theta": 10, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}"#;
+        let (rope, _) = rope(text, 1e4, 4);
+        assert!((rope.inverse_frequencies[1] - 1e-3).abs() < 1e-9);
+    }
+}

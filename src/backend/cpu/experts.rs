@@ -1,0 +1,245 @@
+//! The experts of a layer: tokens sorted by expert, one GEMM per matrix and expert, combined in slot order.
+
+use rayon::prelude::*;
+
+use super::linear::{CpuWeight, linear};
+use super::pointwise::swiglu;
+use super::{CpuBuffer, CpuRouting};
+use crate::backend::{Expert, Matrix, Mlp, Result};
+use crate::checkpoint::Tensor;
+
+/// The prepared experts of a layer, one per router row.
+#[derive(Clone, Debug)]
+pub struct CpuExperts {
+    experts: Vec<Prepared>,
+    /// The slot whose weights each slot runs: itself unless it is an alias.
+    canonical: Vec<u32>,
+}
+
+#[derive(Clone, Debug)]
+enum Prepared {
+    Mlp(Mlp<Matrix<CpuWeight>>),
+    Constant(Vec<f32>),
+    /// An alias, or nothing: no token is ever sorted here.
+    Idle,
+}
+
+/// Buffers of one expert computation. A *pair* is a token and one of its experts; pairs are sorted by expert, and by
+/// token within an expert.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Workspace {
+    /// First pair of each expert, `[experts + 1]`.
+    pub(super) offsets: Vec<usize>,
+    /// Token of each pair.
+    pub(super) pair_token: Vec<u32>,
+    /// Combine weight of each pair; those of duplicates are added up.
+    pub(super) pair_weight: Vec<f32>,
+    /// Pair of each token and slot, `[tokens, top_k]`; [`Workspace::NO_PAIR`] for a duplicate.
+    pub(super) slot_pair: Vec<u32>,
+    /// Inputs, `[pairs, hidden]`.
+    input: Vec<f32>,
+    /// Hidden vectors, expert after expert, `[pairs of the expert, its width]`.
+    pub(super) hidden: Vec<f32>,
+    up: Vec<f32>,
+    /// Intermediate of the low-rank matrices.
+    rank: Vec<f32>,
+    /// Outputs without combine weight, `[pairs, hidden]`.
+    pub(super) output: Vec<f32>,
+}
+
+impl Workspace {
+    const NO_PAIR: u32 = u32::MAX;
+}
+
+impl CpuExperts {
+    pub(super) fn new(experts: &[Expert<Tensor>]) -> Result<Self> {
+        let prepare = |expert: &Expert<Tensor>| {
+            Ok(match expert {
+                Expert::Mlp(mlp) => Prepared::Mlp(mlp.try_map(prepare_matrix)?),
+                Expert::Constant(vector) => Prepared::Constant(vector.to_f32()?),
+                Expert::Alias(_) | Expert::None => Prepared::Idle,
+            })
+        };
+        let canonical = experts.iter().enumerate().map(|(e, expert)| match expert {
+            Expert::Alias(of) => *of as u32,
+            _ => e as u32,
+        });
+        Ok(CpuExperts {
+            canonical: canonical.collect(),
+            experts: experts.iter().map(prepare).collect::<Result<_>>()?,
+        })
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.experts.len()
+    }
+
+    /// The slot whose weights slot `e` runs.
+    pub(super) fn canonical(&self, e: usize) -> usize {
+        self.canonical[e] as usize
+    }
+
+    /// Width of expert `e`'s hidden vector; 0 where it has none.
+    pub(super) fn width(&self, e: usize) -> usize {
+        match &self.experts[e] {
+            Prepared::Mlp(mlp) => out_width(&mlp.gate),
+            _ => 0,
+        }
+    }
+
+    /// Runs every pair of `routing`; the outputs are left in its workspace.
+    pub(super) fn run(&self, x: &CpuBuffer, routing: &mut CpuRouting) {
+        self.sort(routing);
+        let work = &mut routing.work;
+        let d = x.cols;
+        let pairs = work.pair_token.len();
+        work.input.resize(pairs * d, 0.0);
+        work.output.resize(pairs * d, 0.0);
+        let rows = work.input.par_chunks_exact_mut(d).zip(&work.pair_token);
+        rows.with_min_len(16).for_each(|(row, &token)| row.copy_from_slice(x.row(token as usize)));
+
+        let count = |e: usize| work.offsets[e + 1] - work.offsets[e];
+        let sizes: Vec<_> = (0..self.len()).map(|e| (count(e), self.width(e), self.rank(e))).collect();
+        work.hidden.resize(sizes.iter().map(|(n, width, _)| n * width).sum(), 0.0);
+        work.up.resize(work.hidden.len(), 0.0);
+        work.rank.resize(sizes.iter().map(|(n, _, rank)| n * rank).sum(), 0.0);
+        let (mut input, mut hidden, mut up) = (&work.input[..], &mut work.hidden[..], &mut work.up[..]);
+        let (mut rank, mut output) = (&mut work.rank[..], &mut work.output[..]);
+        let mut jobs = Vec::with_capacity(self.len());
+        for (expert, &(n, width, r)) in self.experts.iter().zip(&sizes) {
+            let job = Job {
+                expert,
+                input: input.split_off(..n * d).unwrap_or_default(),
+                hidden: hidden.split_off_mut(..n * width).unwrap_or_default(),
+                up: up.split_off_mut(..n * width).unwrap_or_default(),
+                rank: rank.split_off_mut(..n * r).unwrap_or_default(),
+                output: output.split_off_mut(..n * d).unwrap_or_default(),
+            };
+            if n > 0 {
+                jobs.push(job);
+            }
+        }
+        jobs.into_par_iter().for_each(Job::run);
+    }
+
+    /// Largest rank among the expert's matrices.
+    fn rank(&self, e: usize) -> usize {
+        let Prepared::Mlp(mlp) = &self.experts[e] else { return 0 };
+        let rank = |m: &Matrix<CpuWeight>| if let Matrix::LowRank { v, .. } = m { v.rows() } else { 0 };
+        mlp.matrices().into_iter().map(rank).max().unwrap_or(0)
+    }
+
+    /// Counting sort of the pairs by expert, stable in token order.
+    fn sort(&self, routing: &mut CpuRouting) {
+        let CpuRouting { ids, weights, work, top_k, .. } = routing;
+        let Workspace { offsets, pair_token, pair_weight, slot_pair, .. } = work;
+        offsets.clear();
+        offsets.resize(self.len() + 1, 0);
+        slot_pair.clear();
+        slot_pair.resize(ids.len(), Workspace::NO_PAIR);
+        let expert = |id: u32| self.canonical[id as usize];
+        // The earlier slot of the same token with the same weights, if any.
+        let earlier =
+            |ids: &[u32], slot: usize| ids[..slot].iter().position(|&id| expert(id) == expert(ids[slot]));
+        for ids in ids.chunks_exact(*top_k) {
+            for slot in (0..*top_k).filter(|&slot| earlier(ids, slot).is_none()) {
+                offsets[expert(ids[slot]) as usize + 1] += 1;
+            }
+        }
+        for e in 0..self.len() {
+            offsets[e + 1] += offsets[e];
+        }
+        let pairs = offsets[self.len()];
+        pair_token.resize(pairs, 0);
+        pair_weight.resize(pairs, 0.0);
+        let tokens = ids
+            .chunks_exact(*top_k)
+            .zip(weights.chunks_exact(*top_k))
+            .zip(slot_pair.chunks_exact_mut(*top_k));
+        for (token, ((ids, weights), slot_pair)) in tokens.enumerate() {
+            for slot in 0..*top_k {
+                if let Some(first) = earlier(ids, slot) {
+                    pair_weight[slot_pair[first] as usize] += weights[slot];
+                    continue;
+                }
+                // Offsets serve as cursors here and are shifted back below.
+                let cursor = &mut offsets[expert(ids[slot]) as usize];
+                slot_pair[slot] = *cursor as u32;
+                pair_token[*cursor] = token as u32;
+                pair_weight[*cursor] = weights[slot];
+                *cursor += 1;
+            }
+        }
+        offsets.rotate_right(1);
+        offsets[0] = 0;
+    }
+}
+
+/// out[t] = Σ over the token's pairs, in slot order, of weight · output.
+pub(super) fn combine(routing: &CpuRouting, out: &mut [f32], hidden_size: usize) {
+    let work = &routing.work;
+    let tokens = out.par_chunks_exact_mut(hidden_size).zip(work.slot_pair.par_chunks_exact(routing.top_k));
+    tokens.with_min_len(8).for_each(|(out, pairs)| {
+        out.fill(0.0);
+        for &pair in pairs.iter().filter(|&&p| p != Workspace::NO_PAIR) {
+            let pair = pair as usize;
+            let weight = work.pair_weight[pair];
+            for (o, y) in out.iter_mut().zip(&work.output[pair * hidden_size..(pair + 1) * hidden_size]) {
+                *o += weight * y;
+            }
+        }
+    });
+}
+
+/// One expert and its pairs.
+struct Job<'a> {
+    expert: &'a Prepared,
+    input: &'a [f32],
+    hidden: &'a mut [f32],
+    up: &'a mut [f32],
+    rank: &'a mut [f32],
+    output: &'a mut [f32],
+}
+
+impl Job<'_> {
+    fn run(self) {
+        match self.expert {
+            Prepared::Mlp(mlp) => {
+                apply(&mlp.gate, self.input, self.rank, self.hidden);
+                apply(&mlp.up, self.input, self.rank, self.up);
+                swiglu(self.hidden, self.up);
+                apply(&mlp.down, self.hidden, self.rank, self.output);
+            }
+            Prepared::Constant(vector) => {
+                self.output.chunks_exact_mut(vector.len()).for_each(|row| row.copy_from_slice(vector));
+            }
+            Prepared::Idle => {}
+        }
+    }
+}
+
+/// out = x Wᵀ, or (x Vᵀ) Uᵀ with the intermediate in `rank`.
+fn apply(matrix: &Matrix<CpuWeight>, x: &[f32], rank: &mut [f32], out: &mut [f32]) {
+    match matrix {
+        Matrix::Dense(w) => linear(x, w, out),
+        Matrix::LowRank { u, v } => {
+            let n = if v.cols() == 0 { 0 } else { x.len() / v.cols() };
+            let intermediate = &mut rank[..n * v.rows()];
+            linear(x, v, intermediate);
+            linear(intermediate, u, out);
+        }
+    }
+}
+
+fn out_width(matrix: &Matrix<CpuWeight>) -> usize {
+    match matrix {
+        Matrix::Dense(w) | Matrix::LowRank { u: w, .. } => w.rows(),
+    }
+}
+
+fn prepare_matrix(matrix: &Matrix<Tensor>) -> Result<Matrix<CpuWeight>> {
+    Ok(match matrix {
+        Matrix::Dense(w) => Matrix::Dense(CpuWeight::new(w)?),
+        Matrix::LowRank { u, v } => Matrix::LowRank { u: CpuWeight::new(u)?, v: CpuWeight::new(v)? },
+    })
+}

@@ -1,0 +1,257 @@
+//! The CPU backend: f32 activations, weights mapped in their stored type, work shared among the threads of the
+//! current rayon pool. Results do not depend on the number of threads: work is cut by fixed sizes, and nothing is
+//! summed across pieces.
+
+mod attention;
+mod experts;
+mod linear;
+mod math;
+mod observe;
+mod pointwise;
+mod route;
+
+use crate::architecture::Rope;
+use crate::checkpoint::Tensor;
+
+use super::{
+    AttentionShape, Backend, Batch, Expert, HeadLayout, Keys, Moment, MomentDims, Moments, Result,
+    RouterRule, Routes,
+};
+pub use attention::CpuRotation;
+pub use experts::CpuExperts;
+pub use linear::CpuWeight;
+pub use route::{CpuRouter, CpuRouting};
+
+/// The CPU backend.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cpu;
+
+/// A row-major matrix of f32.
+#[derive(Clone, Debug, Default)]
+pub struct CpuBuffer {
+    rows: usize,
+    cols: usize,
+    data: Vec<f32>,
+}
+
+impl CpuBuffer {
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The values, row-major.
+    pub fn data(&self) -> &[f32] {
+        &self.data
+    }
+
+    fn row(&self, r: usize) -> &[f32] {
+        &self.data[r * self.cols..(r + 1) * self.cols]
+    }
+
+    fn reshape(&mut self, rows: usize, cols: usize) {
+        self.rows = rows;
+        self.cols = cols;
+        self.data.resize(rows * cols, 0.0);
+    }
+}
+
+impl Backend for Cpu {
+    type Buffer = CpuBuffer;
+    type Weight = CpuWeight;
+    type Vector = Vec<f32>;
+    type Rotation = CpuRotation;
+    type Router = CpuRouter;
+    type Experts = CpuExperts;
+    type Routing = CpuRouting;
+    type Observer = Moments;
+
+    fn device(&self) -> String {
+        "cpu".into()
+    }
+
+    fn buffer(&self) -> CpuBuffer {
+        CpuBuffer::default()
+    }
+
+    fn resize(&self, buffer: &mut CpuBuffer, rows: usize, cols: usize) -> Result<()> {
+        buffer.reshape(rows, cols);
+        Ok(())
+    }
+
+    fn upload(&self, host: &[f32], rows: usize, cols: usize, buffer: &mut CpuBuffer) -> Result<()> {
+        buffer.reshape(rows, cols);
+        buffer.data.copy_from_slice(host);
+        Ok(())
+    }
+
+    fn copy_rows(&self, x: &CpuBuffer, start: usize, count: usize, out: &mut CpuBuffer) -> Result<()> {
+        out.reshape(count, x.cols);
+        out.data.copy_from_slice(&x.data[start * x.cols..(start + count) * x.cols]);
+        Ok(())
+    }
+
+    fn download(&self, buffer: &CpuBuffer) -> Result<Vec<f32>> {
+        Ok(buffer.data.clone())
+    }
+
+    fn weight(&self, tensor: &Tensor) -> Result<CpuWeight> {
+        CpuWeight::new(tensor)
+    }
+
+    fn vector(&self, tensor: &Tensor) -> Result<Vec<f32>> {
+        Ok(tensor.to_f32()?)
+    }
+
+    fn rotation(&self, rope: &Rope, length: usize) -> Result<CpuRotation> {
+        Ok(CpuRotation::new(rope, length))
+    }
+
+    fn router(&self, weight: &Tensor, rule: RouterRule) -> Result<CpuRouter> {
+        CpuRouter::new(weight, rule)
+    }
+
+    fn experts(&self, experts: &[Expert<Tensor>]) -> Result<CpuExperts> {
+        CpuExperts::new(experts)
+    }
+
+    fn routing(&self) -> CpuRouting {
+        CpuRouting::default()
+    }
+
+    fn observer(&self, dims: MomentDims, second: &[Moment]) -> Result<Moments> {
+        Ok(Moments::zeros(dims, second))
+    }
+
+    fn embed(&self, table: &CpuWeight, ids: &[u32], out: &mut CpuBuffer) -> Result<()> {
+        out.reshape(ids.len(), table.cols());
+        for (row, &id) in out.data.chunks_exact_mut(table.cols()).zip(ids) {
+            table.decode_rows(id as usize, row);
+        }
+        Ok(())
+    }
+
+    fn rms_norm(&self, x: &CpuBuffer, weight: &Vec<f32>, eps: f32, out: &mut CpuBuffer) -> Result<()> {
+        out.reshape(x.rows, weight.len());
+        pointwise::rms_norm(x, weight, eps, out);
+        Ok(())
+    }
+
+    fn rms_norm_heads(&self, x: &mut CpuBuffer, weight: &Vec<f32>, eps: f32) -> Result<()> {
+        pointwise::rms_norm_heads(x, weight, eps);
+        Ok(())
+    }
+
+    fn linear(
+        &self,
+        x: &CpuBuffer,
+        weight: &CpuWeight,
+        bias: Option<&Vec<f32>>,
+        out: &mut CpuBuffer,
+    ) -> Result<()> {
+        out.reshape(x.rows, weight.rows());
+        linear::linear(&x.data, weight, &mut out.data);
+        if let Some(bias) = bias {
+            pointwise::add_bias(out, bias);
+        }
+        Ok(())
+    }
+
+    fn clamp(&self, x: &mut CpuBuffer, limit: f32) -> Result<()> {
+        pointwise::clamp(x, limit);
+        Ok(())
+    }
+
+    fn rotate(
+        &self,
+        x: &mut CpuBuffer,
+        rotation: &CpuRotation,
+        heads: HeadLayout,
+        batch: &Batch,
+    ) -> Result<()> {
+        attention::rotate(x, rotation, heads, batch);
+        Ok(())
+    }
+
+    fn attend(
+        &self,
+        query: &CpuBuffer,
+        keys: Keys<'_, CpuBuffer>,
+        shape: AttentionShape,
+        batch: &Batch,
+        out: &mut CpuBuffer,
+    ) -> Result<()> {
+        out.reshape(query.rows, shape.heads * shape.value_dim);
+        attention::attend(query, &keys, shape, batch, out);
+        Ok(())
+    }
+
+    fn swiglu(&self, gate: &mut CpuBuffer, up: &CpuBuffer) -> Result<()> {
+        pointwise::swiglu(&mut gate.data, &up.data);
+        Ok(())
+    }
+
+    fn add(&self, x: &mut CpuBuffer, y: &CpuBuffer) -> Result<()> {
+        pointwise::add(&mut x.data, &y.data);
+        Ok(())
+    }
+
+    fn sigmoid_gate(&self, x: &mut CpuBuffer, gate: &CpuBuffer) -> Result<()> {
+        pointwise::sigmoid_gate(x, gate);
+        Ok(())
+    }
+
+    fn route(&self, x: &CpuBuffer, router: &CpuRouter, routing: &mut CpuRouting) -> Result<()> {
+        router.route(x, routing);
+        Ok(())
+    }
+
+    fn run_experts(
+        &self,
+        x: &CpuBuffer,
+        experts: &CpuExperts,
+        routing: &mut CpuRouting,
+        out: &mut CpuBuffer,
+        observe: Option<(&mut Moments, &Batch)>,
+    ) -> Result<()> {
+        out.reshape(x.rows, x.cols);
+        experts.run(x, routing);
+        experts::combine(routing, &mut out.data, x.cols);
+        if let Some((moments, batch)) = observe {
+            observe::routed(moments, x, experts, routing, out, batch);
+        }
+        Ok(())
+    }
+
+    fn observe_all(
+        &self,
+        x: &CpuBuffer,
+        rows: &[usize],
+        experts: &CpuExperts,
+        routing: &mut CpuRouting,
+        observer: &mut Moments,
+    ) -> Result<()> {
+        let mut sample = CpuBuffer::default();
+        sample.reshape(rows.len(), x.cols);
+        for (to, &from) in sample.data.chunks_exact_mut(x.cols).zip(rows) {
+            to.copy_from_slice(x.row(from));
+        }
+        routing.choose_all(rows.len(), experts.len());
+        experts.run(&sample, routing);
+        observe::sampled(observer, routing, experts, x.cols, rows.len());
+        Ok(())
+    }
+
+    fn routes(&self, routing: &CpuRouting) -> Result<Routes> {
+        Ok(routing.to_routes())
+    }
+
+    fn moments(&self, observer: Moments) -> Result<Moments> {
+        Ok(observer)
+    }
+}

@@ -1,0 +1,98 @@
+use std::path::PathBuf;
+
+/// What can be wrong with a checkpoint or any other file.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The operating system refused.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What it said.
+        source: std::io::Error,
+    },
+    /// The model path is no folder.
+    #[error("{}: not a folder; expected a checkpoint folder with config.json and safetensors", path.display())]
+    NotAFolder {
+        /// The path.
+        path: PathBuf,
+    },
+    /// No weights in the folder.
+    #[error(
+        "{}: holds neither model.safetensors nor model.safetensors.index.json (other weight formats have to be \
+         converted to safetensors first)", path.display()
+    )]
+    NoWeights {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A text file is not UTF-8.
+    #[error("{}: not UTF-8 text", path.display())]
+    NotUtf8 {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A safetensors file that cannot be read.
+    #[error("{}: {what}", path.display())]
+    Shard {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// An inconsistent shard index.
+    #[error("{}: {what}", path.display())]
+    Index {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// A layout file that does not fit.
+    #[error("{}: {what}", path.display())]
+    Manifest {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// A tensor that the architecture needs is not there.
+    #[error("{}: tensor {name} is missing", dir.display())]
+    MissingTensor {
+        /// The checkpoint folder.
+        dir: PathBuf,
+        /// The tensor.
+        name: String,
+    },
+    /// A tensor of another shape.
+    #[error("{name} has shape {found:?}, expected {expected:?}")]
+    Shape {
+        /// The tensor.
+        name: String,
+        /// Its shape.
+        found: Vec<usize>,
+        /// The shape that the config implies.
+        expected: Vec<usize>,
+    },
+    /// A tensor of a type that cannot be used there.
+    #[error("{name} has dtype {found}, expected {expected}")]
+    Dtype {
+        /// The tensor.
+        name: String,
+        /// Its type.
+        found: String,
+        /// The types that would do.
+        expected: &'static str,
+    },
+    /// A weight that is NaN or infinite.
+    #[error("{name} holds {value} at flat index {index}; weights must be finite")]
+    NonFinite {
+        /// The tensor.
+        name: String,
+        /// Position in row-major order.
+        index: usize,
+        /// NaN or an infinity.
+        value: f32,
+    },
+}

@@ -1,0 +1,200 @@
+//! Checkpoints on disk: memory-mapped safetensors, one file or shards with an index, read lazily; and the
+//! atomic writer for everything that moepress puts out.
+
+mod atomic;
+mod error;
+mod manifest;
+mod shard;
+mod tensor;
+mod writer;
+
+pub use atomic::{AtomicFile, write_atomic};
+pub use error::Error;
+pub use manifest::{ExpertEntry, ExpertForm, LayerEntry, Manifest, MatrixRanks};
+pub use safetensors::Dtype;
+pub use shard::Shard;
+pub use tensor::{Tensor, decode_f32, encode_f32};
+pub use writer::{Entry, write_safetensors};
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use sha2::{Digest, Sha256};
+
+/// Result of this module.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Name of the shard index in a checkpoint folder.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
+/// Name of the single weight file of an unsharded checkpoint.
+pub const SINGLE_FILE: &str = "model.safetensors";
+/// Name of the file that marks the moepress layout.
+pub const MANIFEST_FILE: &str = "moepress.json";
+
+/// A checkpoint folder, opened: its config, and where every tensor lies. Weights stay on disk until asked for.
+#[derive(Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    config: String,
+    manifest: Option<Manifest>,
+    shards: Vec<Arc<Shard>>,
+    tensors: BTreeMap<String, Tensor>,
+}
+
+impl Checkpoint {
+    /// Opens the folder `dir`: reads `config.json`, the index and every shard's header, and maps the shards.
+    ///
+    /// # Errors
+    /// Names the file that is missing, unreadable, truncated or inconsistent with the index.
+    pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
+        let dir = dir.as_ref().to_path_buf();
+        if !dir.is_dir() {
+            return Err(Error::NotAFolder { path: dir });
+        }
+        let config = read_text(&dir.join("config.json"))?;
+        let manifest = match dir.join(MANIFEST_FILE) {
+            path if path.exists() => Some(Manifest::parse(&path, &read_text(&path)?)?),
+            _ => None,
+        };
+        let index_path = dir.join(INDEX_FILE);
+        let (shards, tensors) =
+            if index_path.exists() { open_sharded(&dir, &index_path)? } else { open_single(&dir)? };
+        Ok(Checkpoint { dir, config, manifest, shards, tensors })
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The text of `config.json`, byte for byte.
+    pub fn config(&self) -> &str {
+        &self.config
+    }
+
+    /// The contents of `moepress.json`, where the folder has the moepress layout.
+    pub fn manifest(&self) -> Option<&Manifest> {
+        self.manifest.as_ref()
+    }
+
+    /// The tensor called `name`, still on disk.
+    ///
+    /// # Errors
+    /// Says which tensor is missing.
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        self.get(name)
+            .cloned()
+            .ok_or_else(|| Error::MissingTensor { dir: self.dir.clone(), name: name.into() })
+    }
+
+    /// The tensor called `name`, if there is one.
+    pub fn get(&self, name: &str) -> Option<&Tensor> {
+        self.tensors.get(name)
+    }
+
+    /// Every tensor, by name.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        self.tensors.values()
+    }
+
+    /// Number of tensors.
+    pub fn tensor_count(&self) -> usize {
+        self.tensors.len()
+    }
+
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> u64 {
+        self.tensors.values().map(|t| t.bytes().len() as u64).sum()
+    }
+
+    /// Bytes of all safetensors headers.
+    pub fn header_bytes(&self) -> u64 {
+        self.shards.iter().map(|s| s.header_bytes() as u64).sum()
+    }
+
+    /// SHA-256, in hexadecimal, of the config, the layout file, every tensor's name, type and shape, and the
+    /// first bytes of every shard's data: equal for two copies of a checkpoint, different for two checkpoints
+    /// of one architecture.
+    pub fn identity(&self) -> String {
+        const PROBE: usize = 1024;
+        let mut hash = Sha256::new();
+        hash.update(self.config.as_bytes());
+        if let Some(manifest) = &self.manifest {
+            hash.update(manifest.to_json().as_bytes());
+        }
+        for tensor in self.tensors.values() {
+            hash.update(format!("\n{} {:?} {:?}", tensor.name(), tensor.dtype(), tensor.shape()));
+        }
+        for shard in &self.shards {
+            let data = shard.data();
+            hash.update(&data[..data.len().min(PROBE)]);
+        }
+        hex(&hash.finalize())
+    }
+}
+
+/// Lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+fn read_text(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
+    String::from_utf8(bytes).map_err(|_| Error::NotUtf8 { path: path.into() })
+}
+
+type Opened = (Vec<Arc<Shard>>, BTreeMap<String, Tensor>);
+
+fn open_single(dir: &Path) -> Result<Opened> {
+    let path = dir.join(SINGLE_FILE);
+    if !path.exists() {
+        return Err(Error::NoWeights { path: dir.into() });
+    }
+    let shard = Arc::new(Shard::open(&path)?);
+    let tensors = shard.tensors().map(|t| (t.name().to_string(), t)).collect();
+    Ok((vec![shard], tensors))
+}
+
+fn open_sharded(dir: &Path, index_path: &Path) -> Result<Opened> {
+    let invalid = |what: String| Error::Index { path: index_path.into(), what };
+    let index: serde_json::Value =
+        serde_json::from_str(&read_text(index_path)?).map_err(|e| invalid(format!("is not JSON: {e}")))?;
+    let map = index
+        .get("weight_map")
+        .and_then(serde_json::Value::as_object)
+        .ok_or_else(|| invalid("has no object `weight_map`".into()))?;
+    let mut by_file: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (tensor, file) in map {
+        let file =
+            file.as_str().ok_or_else(|| invalid(format!("maps `{tensor}` to something not a string")))?;
+        let plain = Path::new(file).components().all(|c| matches!(c, std::path::Component::Normal(_)));
+        if !plain {
+            return Err(invalid(format!("maps `{tensor}` to `{file}`, which lies outside the folder")));
+        }
+        by_file.entry(file).or_default().push(tensor);
+    }
+    if by_file.is_empty() {
+        return Err(invalid("lists no tensors".into()));
+    }
+    let mut shards = Vec::with_capacity(by_file.len());
+    let mut tensors = BTreeMap::new();
+    for (file, names) in by_file {
+        let path = dir.join(file);
+        let shard = Arc::new(Shard::open(&path)?);
+        let mut present: BTreeMap<String, Tensor> =
+            shard.tensors().map(|t| (t.name().to_string(), t)).collect();
+        for name in names {
+            let tensor = present
+                .remove(name)
+                .ok_or_else(|| invalid(format!("places `{name}` in {file}, which does not hold it")))?;
+            tensors.insert(name.to_string(), tensor);
+        }
+        shards.push(shard);
+    }
+    Ok((shards, tensors))
+}

@@ -1,0 +1,122 @@
+//! One memory-mapped safetensors file.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use memmap2::Mmap;
+use safetensors::{SafeTensorError, SafeTensors, tensor::Metadata};
+
+use super::{Error, Result, Tensor};
+
+/// One safetensors file, mapped; its header checked, its data untouched.
+#[derive(Debug)]
+pub struct Shard {
+    path: PathBuf,
+    map: Mmap,
+    data_start: usize,
+    header: Metadata,
+}
+
+impl Shard {
+    /// Maps `path` and checks its header: sizes, offsets and types must fit the file exactly.
+    ///
+    /// # Errors
+    /// Names the file and what is wrong with it.
+    #[expect(unsafe_code, reason = "memory map")]
+    pub fn open(path: &Path) -> Result<Self> {
+        let io = |source| Error::Io { path: path.into(), source };
+        let file = File::open(path).map_err(io)?;
+        let size = file.metadata().map_err(io)?.len();
+        let broken = |what: String| Error::Shard { path: path.into(), what };
+        if size < 8 {
+            return Err(broken(format!("{size} bytes are too few for a safetensors file")));
+        }
+        // SAFETY: the map is read-only. Another process that truncates the file while it is mapped makes reads
+        // fault; that is the documented price of reading weights through a map.
+        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+        let (header_length, header) =
+            SafeTensors::read_metadata(&map).map_err(|e| broken(explain(&e, &map, size)))?;
+        Ok(Shard { path: path.into(), map, data_start: 8 + header_length, header })
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Bytes of the header, its length field included.
+    pub fn header_bytes(&self) -> usize {
+        self.data_start
+    }
+
+    /// Free-form metadata of the file.
+    pub fn metadata(&self, key: &str) -> Option<&str> {
+        self.header.metadata().as_ref()?.get(key).map(String::as_str)
+    }
+
+    /// Everything behind the header.
+    pub fn data(&self) -> &[u8] {
+        &self.map[self.data_start..]
+    }
+
+    /// The tensors of the file, in file order.
+    pub fn tensors(self: &Arc<Self>) -> impl Iterator<Item = Tensor> {
+        self.header.offset_keys().into_iter().filter_map(|name| {
+            let info = self.header.info(&name)?;
+            Some(Tensor::mapped(name, info.dtype, info.shape.clone(), self.clone(), info.data_offsets))
+        })
+    }
+
+    /// The tensor called `name`.
+    ///
+    /// # Errors
+    /// Says that the file does not hold it.
+    pub fn tensor(self: &Arc<Self>, name: &str) -> Result<Tensor> {
+        let info = self.header.info(name).ok_or_else(|| Error::Shard {
+            path: self.path.clone(),
+            what: format!("holds no tensor `{name}`"),
+        })?;
+        Ok(Tensor::mapped(name.into(), info.dtype, info.shape.clone(), self.clone(), info.data_offsets))
+    }
+
+    /// Tells the operating system that `bytes` of the data will not be read again soon, so that streaming over
+    /// a checkpoint keeps one layer resident and not the file.
+    #[expect(unsafe_code, reason = "advice to the memory map")]
+    pub(super) fn release(&self, start: usize, length: usize) {
+        #[cfg(unix)]
+        // SAFETY: the map is shared and never written, so dropped pages come back unchanged from the file.
+        let _ = unsafe {
+            self.map.unchecked_advise_range(
+                memmap2::UncheckedAdvice::DontNeed,
+                self.data_start + start,
+                length,
+            )
+        };
+        #[cfg(not(unix))]
+        let _ = (start, length);
+    }
+}
+
+fn explain(error: &SafeTensorError, map: &[u8], size: u64) -> String {
+    let promised = || {
+        let length = u64::from_le_bytes(map.get(..8)?.try_into().ok()?);
+        let text = map.get(8..usize::try_from(length).ok()?.checked_add(8)?)?;
+        let header: serde_json::Value = serde_json::from_slice(text).ok()?;
+        let ends = header.as_object()?.values().filter_map(|t| t.get("data_offsets")?.get(1)?.as_u64());
+        ends.max()?.checked_add(8)?.checked_add(length)
+    };
+    match error {
+        SafeTensorError::MetadataIncompleteBuffer => match promised() {
+            Some(end) if end > size => {
+                format!("truncated: the header describes {end} bytes, the file has {size}")
+            }
+            Some(end) => format!("has {size} bytes, {} more than its header describes", size - end),
+            None => "header and file size disagree".into(),
+        },
+        SafeTensorError::InvalidHeaderLength => {
+            format!("truncated or not safetensors: the header is longer than the file ({size} bytes)")
+        }
+        other => format!("not a valid safetensors file: {other}"),
+    }
+}

@@ -1,0 +1,113 @@
+//! The feed-forward half of a layer: a dense MLP, or router, experts and shared expert.
+
+use super::Result;
+use super::layer::{Linear, Observation, Scratch};
+use super::source::{FeedForwardSource, LayerSource, LinearSource, MoeSource};
+use crate::backend::{Backend, Batch, Mlp, Result as BackendResult};
+
+pub(super) enum FeedForward<B: Backend> {
+    Dense(Mlp<Linear<B>>),
+    Moe(Moe<B>),
+}
+
+pub(super) struct Moe<B: Backend> {
+    router: B::Router,
+    experts: B::Experts,
+    shared: Option<Shared<B>>,
+}
+
+struct Shared<B: Backend> {
+    mlp: Mlp<Linear<B>>,
+    gate: Option<B::Weight>,
+}
+
+impl<B: Backend> FeedForward<B> {
+    pub(super) fn prepare(backend: &B, source: &LayerSource) -> Result<Self> {
+        let mlp = |mlp: &Mlp<LinearSource>| mlp.try_map(|m| Linear::prepare(backend, m));
+        Ok(match &source.feed_forward {
+            FeedForwardSource::Dense(source) => FeedForward::Dense(mlp(source)?),
+            FeedForwardSource::Moe(moe) => {
+                moe.check_choices(source.layer)?;
+                FeedForward::Moe(Moe::prepare(backend, moe)?)
+            }
+        })
+    }
+
+    /// Reads `scratch.normed`, writes `scratch.out`.
+    pub(super) fn apply(
+        &self,
+        backend: &B,
+        batch: &Batch,
+        scratch: &mut Scratch<B>,
+        observe: Option<Observation<'_, B>>,
+    ) -> Result<()> {
+        match self {
+            FeedForward::Dense(mlp) => {
+                let Scratch { normed, gate, up, out, .. } = scratch;
+                Ok(swiglu(backend, mlp, normed, gate, up, out)?)
+            }
+            FeedForward::Moe(moe) => Ok(moe.apply(backend, batch, scratch, observe)?),
+        }
+    }
+}
+
+impl<B: Backend> Moe<B> {
+    fn prepare(backend: &B, source: &MoeSource) -> BackendResult<Self> {
+        let shared = match &source.shared {
+            None => None,
+            Some((mlp, gate)) => Some(Shared {
+                mlp: mlp.try_map(|m| Linear::prepare(backend, m))?,
+                gate: gate.as_ref().map(|g| backend.weight(g)).transpose()?,
+            }),
+        };
+        Ok(Moe {
+            router: backend.router(&source.router, source.rule())?,
+            experts: backend.experts(&source.experts)?,
+            shared,
+        })
+    }
+
+    fn apply(
+        &self,
+        backend: &B,
+        batch: &Batch,
+        scratch: &mut Scratch<B>,
+        observe: Option<Observation<'_, B>>,
+    ) -> BackendResult<()> {
+        let Scratch { normed, out, shared, gate, up, scalar, routing, .. } = scratch;
+        backend.route(normed, &self.router, routing)?;
+        match observe {
+            None => backend.run_experts(normed, &self.experts, routing, out, None)?,
+            Some(Observation { observer, sample }) => {
+                backend.run_experts(normed, &self.experts, routing, out, Some((observer, batch)))?;
+                if !sample.is_empty() {
+                    backend.observe_all(normed, sample, &self.experts, routing, observer)?;
+                }
+            }
+        }
+        if let Some(Shared { mlp, gate: scalar_gate }) = &self.shared {
+            swiglu(backend, mlp, normed, gate, up, shared)?;
+            if let Some(weight) = scalar_gate {
+                backend.linear(normed, weight, None, scalar)?;
+                backend.sigmoid_gate(shared, scalar)?;
+            }
+            backend.add(out, shared)?;
+        }
+        Ok(())
+    }
+}
+
+/// out = W_down(silu(W_gate x) ∘ W_up x).
+fn swiglu<B: Backend>(
+    backend: &B,
+    mlp: &Mlp<Linear<B>>,
+    x: &B::Buffer,
+    gate: &mut B::Buffer,
+    up: &mut B::Buffer,
+    out: &mut B::Buffer,
+) -> BackendResult<()> {
+    mlp.gate.apply(backend, x, gate)?;
+    mlp.up.apply(backend, x, up)?;
+    backend.swiglu(gate, up)?;
+    mlp.down.apply(backend, gate, out)
+}

@@ -1,0 +1,176 @@
+//! The forward pass, written once: a checkpoint and its architecture, run on any [`Backend`], a layer at a time.
+
+mod error;
+mod feed_forward;
+mod layer;
+mod source;
+mod stream;
+
+pub use error::Error;
+pub use layer::{Layer, Observation, Scratch};
+pub use source::{AttentionSource, FeedForwardSource, LayerSource, LinearSource, MoeSource, profile};
+pub use stream::{Chunk, Stream, TOKENS_PER_CHUNK};
+
+use crate::architecture::{Architecture, Names};
+use crate::backend::Backend;
+use crate::checkpoint::{Checkpoint, Tensor};
+
+/// Result of this module.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// A checkpoint that can be run on `backend`. Layers are loaded one by one with [`Model::layer`].
+pub struct Model<'a, B: Backend> {
+    checkpoint: &'a Checkpoint,
+    architecture: Architecture,
+    backend: &'a B,
+    length: usize,
+}
+
+impl<'a, B: Backend> Model<'a, B> {
+    /// A model for windows of up to `length` tokens.
+    ///
+    /// # Errors
+    /// What is wrong with the config, or a `length` beyond the model's positions.
+    pub fn new(checkpoint: &'a Checkpoint, backend: &'a B, length: usize) -> Result<Self> {
+        let architecture = open_architecture(checkpoint)?;
+        let max_positions = architecture.max_positions;
+        if length > max_positions {
+            return Err(crate::tokens::Error::TooLong { length, max_positions }.into());
+        }
+        Ok(Model { checkpoint, architecture, backend, length })
+    }
+
+    /// The architecture.
+    pub fn architecture(&self) -> &Architecture {
+        &self.architecture
+    }
+
+    /// The checkpoint.
+    pub fn checkpoint(&self) -> &'a Checkpoint {
+        self.checkpoint
+    }
+
+    /// The backend.
+    pub fn backend(&self) -> &'a B {
+        self.backend
+    }
+
+    /// Loads and prepares layer `l`.
+    ///
+    /// # Errors
+    /// Names the tensor that is missing, misshapen or not finite.
+    pub fn layer(&self, l: usize) -> Result<Layer<B>> {
+        let source = LayerSource::open(self.checkpoint, &self.architecture, l)?;
+        self.prepare(&source)
+    }
+
+    /// Prepares a layer whose tensors are at hand, such as one with compressed experts.
+    pub fn prepare(&self, source: &LayerSource) -> Result<Layer<B>> {
+        Layer::prepare(self.backend, &self.architecture, source, self.length)
+    }
+
+    /// The embedding table `[vocabulary, hidden]`.
+    pub fn embedding(&self) -> Result<Tensor> {
+        self.table(Names::EMBEDDING)
+    }
+
+    /// The output head: final norm and projection.
+    pub fn head(&self) -> Result<Head<B>> {
+        let name = if self.architecture.tied_embeddings { Names::EMBEDDING } else { Names::HEAD };
+        let table = self.table(name)?;
+        let norm = self.checkpoint.tensor(Names::FINAL_NORM)?;
+        norm.check_shape(&[self.architecture.hidden_size])?;
+        norm.check_finite()?;
+        Ok(Head {
+            norm: self.backend.vector(&norm)?,
+            eps: self.architecture.norm_eps,
+            weight: self.backend.weight(&table)?,
+            vocabulary: self.architecture.vocabulary,
+        })
+    }
+
+    fn table(&self, name: &str) -> Result<Tensor> {
+        let table = self.checkpoint.tensor(name)?;
+        table.check_shape(&[self.architecture.vocabulary, self.architecture.hidden_size])?;
+        table.check_float()?;
+        table.check_finite()?;
+        Ok(table)
+    }
+}
+
+/// Reads the architecture of a checkpoint and checks that its layout file, if any, fits.
+///
+/// # Errors
+/// Names the file and key.
+pub fn open_architecture(checkpoint: &Checkpoint) -> Result<Architecture> {
+    let dir = checkpoint.dir().to_path_buf();
+    let architecture = Architecture::from_config(checkpoint.config())
+        .map_err(|source| Error::Architecture { dir: dir.clone(), source })?;
+    for entry in checkpoint.manifest().iter().flat_map(|m| &m.layers) {
+        let l = entry.layer;
+        let Some(moe) = architecture.moe(l) else {
+            let what = format!("layer {l} is listed, but config.json gives it no experts");
+            return Err(Error::Layout { dir, what });
+        };
+        if let Some(e) = entry.experts.iter().map(|e| e.expert).find(|e| *e >= moe.experts) {
+            let what = format!(
+                "layer {l}: expert {e} is listed, but config.json has experts 0 to {}",
+                moe.experts - 1
+            );
+            return Err(Error::Layout { dir, what });
+        }
+    }
+    Ok(architecture)
+}
+
+/// Final norm and output projection.
+pub struct Head<B: Backend> {
+    norm: B::Vector,
+    eps: f32,
+    weight: B::Weight,
+    vocabulary: usize,
+}
+
+impl<B: Backend> Head<B> {
+    /// Values in a block of logits: 64 MiB of f32.
+    const BLOCK: usize = 1 << 24;
+
+    /// Rows of logits that are worth computing at a time.
+    pub fn block_rows(&self) -> usize {
+        (Head::<B>::BLOCK / self.vocabulary.max(1)).clamp(16, 1024)
+    }
+
+    /// Size of the vocabulary.
+    pub fn vocabulary(&self) -> usize {
+        self.vocabulary
+    }
+
+    /// Logits `[count, vocabulary]` of `count` rows of the residual stream `x`, from row `start` on, on the host.
+    pub fn logits(
+        &self,
+        backend: &B,
+        x: &B::Buffer,
+        start: usize,
+        count: usize,
+        work: &mut HeadScratch<B>,
+    ) -> Result<Vec<f32>> {
+        backend.copy_rows(x, start, count, &mut work.rows)?;
+        backend.rms_norm(&work.rows, &self.norm, self.eps, &mut work.normed)?;
+        backend.linear(&work.normed, &self.weight, None, &mut work.logits)?;
+        Ok(backend.download(&work.logits)?)
+    }
+}
+
+/// Buffers of [`Head::logits`].
+pub struct HeadScratch<B: Backend> {
+    rows: B::Buffer,
+    normed: B::Buffer,
+    logits: B::Buffer,
+}
+
+impl<B: Backend> HeadScratch<B> {
+    /// Empty buffers.
+    pub fn new(backend: &B) -> Self {
+        HeadScratch { rows: backend.buffer(), normed: backend.buffer(), logits: backend.buffer() }
+    }
+}

@@ -1,0 +1,43 @@
+use std::path::PathBuf;
+
+/// What can be wrong with token windows.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The file cannot be read as safetensors.
+    #[error(transparent)]
+    Checkpoint(#[from] crate::checkpoint::Error),
+    /// The token file holds something else.
+    #[error("{}: {what}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what would be right.
+        what: String,
+    },
+    /// A token that the model does not know.
+    #[error(
+        "token id {id} in window {window} at position {position} is outside the vocabulary of {vocabulary}"
+    )]
+    IdOutOfRange {
+        /// The id.
+        id: i64,
+        /// Its window.
+        window: usize,
+        /// Its place in the window.
+        position: usize,
+        /// Size of the vocabulary.
+        vocabulary: usize,
+    },
+    /// Windows longer than the model's positions.
+    #[error(
+        "windows of {length} tokens are longer than the model's {max_positions} positions; choose --window-length \
+         {max_positions} or less"
+    )]
+    TooLong {
+        /// Tokens per window.
+        length: usize,
+        /// What the model covers.
+        max_positions: usize,
+    },
+}

@@ -1,0 +1,405 @@
+#!/usr/bin/env python3
+"""Make the small random checkpoints in this folder, with the outputs transformers gives for them.
+
+    python generate.py [--out DIR] [--only NAME ...] [--check]
+
+Each fixture is one flat folder:
+
+    config.json           a configuration as the published checkpoints of that family write it
+                          (a v5-style one where the fixture is about that)
+    model.safetensors     every weight, norm and bias random (or model-*.safetensors with an index)
+    golden.safetensors    input_ids  int64 [2, 24]
+                          hidden.0   f32 [2, 24, hidden]  the embeddings
+                          hidden.l   f32                  after layer l; the last one after the final norm
+                          logits     f32 [2, 24, vocabulary]
+
+The outputs come from the folder as written (not from the model in memory), in float32 with eager
+attention; weights stored in bfloat16 are widened first.  Every tensor is drawn from its own generator,
+seeded with the fixture's name, a retry number and the tensor's name, so the weights do not depend on the
+order in which a library happens to list its parameters.  A draw in which a router decides by less than
+2e-5 is thrown away and the next retry number taken, so that rounding cannot change which experts run.
+
+The committed files were made with transformers 5.17.0, torch 2.15.0 (CPU), numpy 2.4.6 and safetensors
+0.8.0.  The same versions give the same bytes; other versions may differ in the last bits of the golden
+outputs.  `--check` compares the committed outputs with the installed transformers and writes nothing.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+MADE_WITH = "5.17.0"
+CLOSEST_CALL = 2e-5  # least difference between the last expert taken and the first one left out
+
+# ------------------------------------------------------------------------------------- configurations
+
+COMMON = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "num_hidden_layers": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "torch_dtype": "float32",
+    "tie_word_embeddings": False,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "use_cache": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+MIXTRAL = COMMON | {
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "intermediate_size": 16,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.02,
+}
+
+QWEN2_MOE = COMMON | {
+    "model_type": "qwen2_moe",
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "intermediate_size": 40,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [0],
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "max_window_layers": 21,
+    "use_sliding_window": False,
+}
+
+QWEN3_MOE = COMMON | {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "head_dim": 12,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "max_window_layers": 48,
+    "use_sliding_window": False,
+    "attention_bias": False,
+}
+
+# Like the published OLMoE: no rms_norm_eps, and intermediate_size is the width of one expert.
+OLMOE = COMMON | {
+    "model_type": "olmoe",
+    "architectures": ["OlmoeForCausalLM"],
+    "num_key_value_heads": 4,
+    "intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": False,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "clip_qkv": 1.0,
+    "attention_bias": False,
+    "pad_token_id": 1,
+}
+
+# Groups, q_lora, a scale other than 1, mscale != mscale_all_dim, and an rms_norm_eps far enough from the
+# 1e-6 that the two latent norms always use to show in the logits.
+DEEPSEEK_V2 = COMMON | {
+    "model_type": "deepseek_v2",
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 640,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "rms_norm_eps": 1e-03,
+    "rope_theta": 10000,
+    "attention_bias": False,
+    "topk_method": "group_limited_greedy",
+    "n_group": 3,
+    "topk_group": 2,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 4.0,
+    "scoring_func": "softmax",
+    "aux_loss_alpha": 0.001,
+    "seq_aux": True,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.707,
+    },
+}
+
+DEEPSEEK_V2_LITE = DEEPSEEK_V2 | {
+    "torch_dtype": "bfloat16",
+    "n_routed_experts": 8,
+    "q_lora_rank": None,
+    "topk_method": "greedy",
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": DEEPSEEK_V2["rope_scaling"] | {"mscale": 0.707},
+}
+
+# name -> the configuration and how it is stored:
+#   dtype           of the stored weights (default float32)
+#   shard           largest shard, as save_pretrained's max_shard_size
+#   six_digits      name shards "...-of-0000NN" with six digits, as DeepSeek's repositories do
+#   fused           keep transformers 5's fused [experts, ...] tensors instead of one per expert
+#   embedding       standard deviation of the embeddings (default 1, tied 0.2); small ones let rms_norm_eps show
+#   written_config  keep the configuration transformers 5 writes instead of the one given here
+FIXTURES = {
+    "mixtral": {"config": MIXTRAL},
+    "mixtral_sliding_window": {"config": MIXTRAL | {"sliding_window": 8, "num_local_experts": 4}},
+    "qwen2_moe": {"config": QWEN2_MOE},
+    "qwen3_moe": {"config": QWEN3_MOE},
+    "qwen3_moe_fused": {"config": QWEN3_MOE, "fused": True, "written_config": True},
+    "olmoe_clip": {"config": OLMOE, "embedding": 0.02},
+    "deepseek_v2": {"config": DEEPSEEK_V2, "embedding": 0.02},
+    "deepseek_v2_lite_sharded_bf16": {
+        "config": DEEPSEEK_V2_LITE,
+        "dtype": torch.bfloat16,
+        "shard": "12KB",
+        "six_digits": True,
+    },
+}
+
+# ------------------------------------------------------------------------------------------- weights
+
+
+def generator(*words):
+    """A random generator that depends on these words only."""
+    digest = hashlib.sha256("\0".join(map(str, words)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
+
+
+def randomise(model, words, dtype, embedding):
+    """Give every parameter and correction bias random values that `dtype` can hold exactly."""
+    named = list(model.named_parameters())
+    # The choice-only bias of DeepSeek-V3, GLM and ERNIE is a buffer, and stays float32.
+    named += [(n, b) for n, b in model.named_buffers() if "correction_bias" in n]
+    for name, tensor in named:
+        noise = generator(*words, name).standard_normal(tuple(tensor.shape))
+        kind = name.rsplit(".", 1)[-1]
+        if "correction_bias" in name:
+            value, keep = 0.2 * noise, torch.float32
+        elif "norm" in name and kind == "weight":
+            value, keep = 1.0 + 0.25 * noise, dtype
+        elif "bias" in kind:
+            value, keep = 0.2 * noise, dtype
+        elif kind == "sinks":
+            value, keep = 0.7 * noise, dtype
+        elif "embed_tokens" in name:
+            value, keep = embedding * noise, dtype
+        else:  # a matrix, or a stack of them: [out, in] except the input-major ones
+            inputs = tensor.shape[-1]
+            if tensor.dim() == 3 and model.config.model_type in ("gpt_oss", "llama4_text"):
+                inputs = tensor.shape[-2]
+            gain = 1.5 if tensor.shape[0] <= 16 and tensor.dim() == 2 else 1.3
+            value, keep = gain / max(inputs, 1) ** 0.5 * noise, dtype
+        with torch.no_grad():
+            tensor.copy_(torch.from_numpy(value).to(torch.float32).to(keep))
+
+
+# ------------------------------------------------------------------------------------------- outputs
+
+
+class Margin:
+    """Watches torch.topk and keeps the smallest difference that decided a choice."""
+
+    def __enter__(self):
+        self.least, self.topk = float("inf"), torch.topk
+
+        def watched(values, k, dim=-1, **options):
+            if values.dim() == 2 and k < values.shape[-1]:
+                best = self.topk(values.detach(), k + 1, dim=-1).values
+                gap = best[:, k - 1] - best[:, k]
+                masked = (best[:, k - 1] == 0) | ~torch.isfinite(gap)  # left-out groups: nothing to decide
+                gap = gap[~masked]
+                if gap.numel():
+                    self.least = min(self.least, gap.min().item())
+            return self.topk(values, k, dim=dim, **options)
+
+        torch.topk = watched
+        return self
+
+    def __exit__(self, *_):
+        torch.topk = self.topk
+
+
+def load(folder, dtype=torch.float32):
+    """The model in a folder, or an error if any weight is missing, left over or of another shape."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
+    )
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(what):
+            raise SystemExit(f"{folder}: {what}: {sorted(map(str, info[what]))[:5]}")
+    model.set_experts_implementation("eager")  # expert by expert, not through a grouped kernel
+    return model.eval()
+
+
+def outputs(folder, ids, dtype=torch.float32):
+    """Hidden states and logits of a folder, as the tensors of a golden file."""
+    model = load(folder, dtype)
+    with torch.no_grad():
+        out = model(input_ids=ids, output_hidden_states=True, use_cache=False)
+    golden = {"input_ids": ids, "logits": out.logits.contiguous()}
+    for i, hidden in enumerate(out.hidden_states):
+        golden[f"hidden.{i}"] = hidden.contiguous()
+    if len(out.hidden_states) != model.config.num_hidden_layers + 1:
+        raise SystemExit(f"{folder}: {len(out.hidden_states)} hidden states")
+    return golden
+
+
+def difference(a, b, relative=False):
+    """Largest difference between two goldens; relative: in units of each tensor's spread, if that is above 1."""
+    worst = 0.0
+    for name in a.keys() - {"input_ids"}:
+        unit = max(1.0, a[name].std().item()) if relative else 1.0
+        worst = max(worst, (a[name].double() - b[name].double()).abs().max().item() / unit)
+    return worst
+
+
+# ------------------------------------------------------------------------------------------ fixtures
+
+
+def write_checkpoint(folder, name, recipe, attempt):
+    """Config and weights into an empty folder."""
+    dtype = recipe.get("dtype", torch.float32)
+    text = json.dumps(recipe["config"], indent=1) + "\n"
+    (folder / "config.json").write_text(text)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    tied = recipe["config"]["tie_word_embeddings"]
+    randomise(model, (name, attempt), dtype, recipe.get("embedding", 0.2 if tied else 1.0))
+    if dtype != torch.float32:
+        kept = {n: b.clone() for n, b in model.named_buffers() if "correction_bias" in n}
+        model.to(dtype)
+        for n, b in kept.items():
+            owner, leaf = n.rsplit(".", 1)
+            getattr(model.get_submodule(owner), leaf).data = b
+    model.save_pretrained(
+        folder, max_shard_size=recipe.get("shard", "5GB"), save_original_format=not recipe.get("fused", False)
+    )
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if not recipe.get("written_config"):
+        (folder / "config.json").write_text(text)
+    if recipe.get("six_digits"):
+        index = folder / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        renamed = {}
+        for old in sorted(set(content["weight_map"].values())):
+            renamed[old] = old.replace("-of-", "-of-0")
+            (folder / old).rename(folder / renamed[old])
+        content["weight_map"] = {k: renamed[v] for k, v in content["weight_map"].items()}
+        index.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def make(name, recipe, checkpoint, golden_file, length=24):
+    """One fixture: draw until the routers decide clearly, then write it.  Returns a line about it."""
+    vocabulary = recipe["config"]["vocab_size"]
+    ids = torch.from_numpy(generator(name, "input_ids").integers(0, vocabulary, (2, length), dtype=np.int64))
+    for attempt in range(50):
+        with tempfile.TemporaryDirectory() as scratch:
+            scratch = pathlib.Path(scratch)
+            write_checkpoint(scratch, name, recipe, attempt)
+            with Margin() as margin:
+                golden = outputs(scratch, ids)
+            if margin.least < CLOSEST_CALL:
+                continue
+            if difference(golden, outputs(scratch, ids)) != 0.0:
+                raise SystemExit(f"{name}: two runs differ")
+            rounding = difference(golden, outputs(scratch, ids, torch.float64), relative=True)
+            if rounding > 3e-5:
+                continue
+            if checkpoint.exists():
+                shutil.rmtree(checkpoint)
+            checkpoint.mkdir(parents=True)
+            for file in sorted(scratch.iterdir()):
+                shutil.copyfile(file, checkpoint / file.name)
+        # One metadata entry only: safetensors writes several in no fixed order.
+        save_file(golden, golden_file, metadata={"transformers": transformers.__version__})
+        spread = golden["logits"].std().item()
+        size = sum(f.stat().st_size for f in checkpoint.iterdir())
+        return (
+            f"{name}: attempt {attempt}, {size} bytes, logit std {spread:.2f}, closest choice {margin.least:.1e}, "
+            f"float64 differs by {rounding:.1e}"
+        )
+    raise SystemExit(f"{name}: no draw with clear choices")
+
+
+def check(name, folder):
+    """Whether the installed transformers still gives the committed outputs."""
+    golden = load_file(folder / "golden.safetensors")
+    worst = difference(golden, outputs(folder, golden["input_ids"]))
+    print(f"{'ok  ' if worst <= 1e-4 else 'FAIL'} {name}: largest difference {worst:.2e}")
+    return worst <= 1e-4
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    here = pathlib.Path(__file__).resolve().parent
+    parser.add_argument("--out", type=pathlib.Path, default=here, help="folder of the fixtures (default: this one)")
+    parser.add_argument("--only", nargs="+", choices=FIXTURES, default=list(FIXTURES), metavar="NAME")
+    parser.add_argument("--check", action="store_true", help="compare the files there with transformers; write nothing")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    if transformers.__version__ != MADE_WITH:
+        print(
+            f"note: transformers {transformers.__version__}; the committed files are from {MADE_WITH}", file=sys.stderr
+        )
+    if arguments.check:
+        sys.exit(0 if all([check(name, arguments.out / name) for name in arguments.only]) else 1)
+    for name in arguments.only:
+        folder = arguments.out / name
+        print(make(name, FIXTURES[name], folder, folder / "golden.safetensors"))
+
+
+if __name__ == "__main__":
+    main()

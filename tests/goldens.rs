@@ -1,0 +1,74 @@
+//! The forward pass against outputs of transformers 5.17: every family, layer by layer.
+
+mod common;
+
+use std::path::Path;
+
+use common::{data, max_difference, read, run, shape, shared, windows};
+
+/// f32 against f32 in another summation order; any single rule got wrong moves the logits by 4e-3 or more.
+const TOLERANCE: f64 = 1e-4;
+
+/// Compares the checkpoint in `dir` with `golden`; returns what is off.
+fn compare(dir: &Path, golden: &Path) -> Vec<String> {
+    let count = shape(golden, "input_ids").unwrap()[0];
+    let trace = run(dir, &windows(&read(golden, "input_ids"), count));
+    let mut off = Vec::new();
+    // The last hidden state of a golden file is taken after the final norm, so it is covered by the logits.
+    for (l, hidden) in trace.hidden.iter().enumerate().take(trace.hidden.len() - 1) {
+        let expected = read(golden, &format!("hidden.{l}"));
+        let scale = (expected.iter().map(|v| v * v).sum::<f64>() / expected.len() as f64).sqrt().max(1.0);
+        let difference = max_difference(hidden, &expected) / scale;
+        if difference > TOLERANCE {
+            off.push(format!("hidden state after layer {l} is off by {difference:.1e}"));
+        }
+    }
+    let difference = max_difference(&trace.logits, &read(golden, "logits"));
+    if difference > TOLERANCE {
+        off.push(format!("logits are off by {difference:.1e}"));
+    }
+    off
+}
+
+fn check(dir: &Path, golden: &Path) {
+    let off = compare(dir, golden);
+    assert!(off.is_empty(), "{}: {}", dir.display(), off.join("; "));
+}
+
+macro_rules! repository_goldens {
+    ($($name:ident),* $(,)?) => {$(
+        #[test]
+        fn $name() {
+            let dir = data(stringify!($name));
+            check(&dir, &dir.join("golden.safetensors"));
+        }
+    )*};
+}
+
+repository_goldens!(
+    mixtral,
+    mixtral_sliding_window,
+    qwen2_moe,
+    qwen3_moe,
+    qwen3_moe_fused,
+    olmoe_clip,
+    deepseek_v2,
+    deepseek_v2_lite_sharded_bf16,
+);
+
+/// The larger fixtures, where they are.
+#[test]
+fn shared_fixtures() {
+    let Some(fixtures) = shared("fixtures") else { return };
+    let mut seen = 0;
+    for entry in std::fs::read_dir(fixtures).unwrap() {
+        let dir = entry.unwrap().path();
+        let name = dir.file_name().unwrap().to_string_lossy().into_owned();
+        let known = moepress::architecture::families().iter().any(|family| name.starts_with(family));
+        if known {
+            check(&dir.join("pub"), &dir.join("golden.safetensors"));
+            seen += 1;
+        }
+    }
+    assert!(seen >= 5, "only {seen} fixtures of known families");
+}
