@@ -1,6 +1,7 @@
 //! placeholder
 pub mod architecture;
 pub mod backend;
+pub mod calibrate;
 pub mod checkpoint;
 pub mod linalg;
 pub mod model;

@@ -20,6 +20,13 @@ pub(super) const FAMILIES: [(&str, Read); 5] = [
 const MLP_PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 const EXPERT_COUNTS: [&str; 4] = ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"];
 
+/// What an absent key means; silent in transformers, and different from family to family.
+struct Defaults {
+    rope_theta: f64,
+    norm_eps: f64,
+    max_positions: usize,
+}
+
 /// Keys that every family has, with the family's silent defaults.
 struct Common<'c> {
     config: &'c Config,
@@ -37,15 +44,9 @@ struct Common<'c> {
 }
 
 impl<'c> Common<'c> {
-    fn read(
-        config: &'c Config,
-        family: &'static str,
-        names: Names,
-        theta: f64,
-        norm_eps: f64,
-    ) -> Result<Self> {
+    fn read(config: &'c Config, family: &'static str, names: Names, defaults: Defaults) -> Result<Self> {
         config.require("hidden_act", "silu")?;
-        let max_positions = config.positive("max_position_embeddings")?;
+        let max_positions = config.size_or("max_position_embeddings", defaults.max_positions)?;
         let present = |key: &&str| config.get(key).is_some();
         let expert_count_keys: Vec<_> = EXPERT_COUNTS.into_iter().filter(present).collect();
         let count_key =
@@ -56,11 +57,11 @@ impl<'c> Common<'c> {
             layers: config.positive("num_hidden_layers")?,
             heads: config.positive("num_attention_heads")?,
             max_positions,
-            rope: RopeConfig::read(config, theta, max_positions)?,
+            rope: RopeConfig::read(config, defaults.rope_theta, max_positions)?,
             names,
             experts: config.positive(count_key)?,
             top_k: config.positive("num_experts_per_tok")?,
-            norm_eps: config.float_or("rms_norm_eps", norm_eps)?,
+            norm_eps: config.float_or("rms_norm_eps", defaults.norm_eps)?,
             expert_count_keys,
             config,
         })
@@ -139,7 +140,8 @@ fn sliding_window(config: &Config) -> Result<Option<usize>> {
 
 fn mixtral(config: &Config) -> Result<Architecture> {
     let names = Names { moe: "block_sparse_moe", projections: ["w1", "w3", "w2"], shared: "" };
-    let common = Common::read(config, "mixtral", names, 1e6, 1e-5)?;
+    let defaults = Defaults { rope_theta: 1e6, norm_eps: 1e-5, max_positions: 131_072 };
+    let common = Common::read(config, "mixtral", names, defaults)?;
     let window = config.size_opt("sliding_window")?.filter(|&w| w > 0);
     let attention = GroupedAttention { window, ..common.grouped(8)? };
     let moe = common.moe(config.positive("intermediate_size")?, WeightRule::Renormalised);
@@ -151,7 +153,8 @@ fn mixtral(config: &Config) -> Result<Architecture> {
 
 fn olmoe(config: &Config) -> Result<Architecture> {
     let names = Names { moe: "mlp", projections: MLP_PROJECTIONS, shared: "" };
-    let common = Common::read(config, "olmoe", names, 1e4, 1e-5)?;
+    let defaults = Defaults { rope_theta: 1e4, norm_eps: 1e-5, max_positions: 2048 };
+    let common = Common::read(config, "olmoe", names, defaults)?;
     let bias = config.flag_or("attention_bias", false)?;
     let attention = GroupedAttention {
         qkv_bias: bias,
@@ -169,7 +172,8 @@ fn olmoe(config: &Config) -> Result<Architecture> {
 
 fn qwen2_moe(config: &Config) -> Result<Architecture> {
     let names = Names { moe: "mlp", projections: MLP_PROJECTIONS, shared: "shared_expert" };
-    let common = Common::read(config, "qwen2_moe", names, 1e4, 1e-6)?;
+    let defaults = Defaults { rope_theta: 1e4, norm_eps: 1e-6, max_positions: 32768 };
+    let common = Common::read(config, "qwen2_moe", names, defaults)?;
     let attention = GroupedAttention { qkv_bias: config.flag_or("qkv_bias", true)?, ..common.grouped(16)? };
     let window = sliding_window(config)?;
     let first_full = config.size_or("max_window_layers", 28)?;
@@ -197,7 +201,8 @@ fn qwen2_moe(config: &Config) -> Result<Architecture> {
 
 fn qwen3_moe(config: &Config) -> Result<Architecture> {
     let names = Names { moe: "mlp", projections: MLP_PROJECTIONS, shared: "" };
-    let common = Common::read(config, "qwen3_moe", names, 1e4, 1e-6)?;
+    let defaults = Defaults { rope_theta: 1e4, norm_eps: 1e-6, max_positions: 32768 };
+    let common = Common::read(config, "qwen3_moe", names, defaults)?;
     let bias = config.flag_or("attention_bias", false)?;
     let window = sliding_window(config)?;
     let attention = GroupedAttention {
@@ -218,7 +223,8 @@ fn qwen3_moe(config: &Config) -> Result<Architecture> {
 
 fn deepseek_v2(config: &Config) -> Result<Architecture> {
     let names = Names { moe: "mlp", projections: MLP_PROJECTIONS, shared: "shared_experts" };
-    let common = Common::read(config, "deepseek_v2", names, 1e4, 1e-6)?;
+    let defaults = Defaults { rope_theta: 1e4, norm_eps: 1e-6, max_positions: 2048 };
+    let common = Common::read(config, "deepseek_v2", names, defaults)?;
     config.require("scoring_func", "softmax")?;
     let nope_dim = config.positive("qk_nope_head_dim")?;
     let rope_dim = config.positive("qk_rope_head_dim")?;

@@ -15,6 +15,8 @@ pub struct Entry<'a> {
     dtype: Dtype,
     shape: Vec<usize>,
     bytes: Cow<'a, [u8]>,
+    /// The stored tensor that the bytes come from, if they do.
+    source: Option<&'a Tensor>,
 }
 
 impl<'a> Entry<'a> {
@@ -25,6 +27,7 @@ impl<'a> Entry<'a> {
             dtype: tensor.dtype(),
             shape: tensor.shape().to_vec(),
             bytes: Cow::Borrowed(tensor.bytes()),
+            source: Some(tensor),
         }
     }
 
@@ -35,6 +38,7 @@ impl<'a> Entry<'a> {
             dtype: Dtype::F64,
             shape,
             bytes: Cow::Borrowed(bytemuck::must_cast_slice(values)),
+            source: None,
         }
     }
 
@@ -45,6 +49,7 @@ impl<'a> Entry<'a> {
             dtype: Dtype::F32,
             shape,
             bytes: Cow::Borrowed(bytemuck::must_cast_slice(values)),
+            source: None,
         }
     }
 
@@ -55,12 +60,13 @@ impl<'a> Entry<'a> {
             dtype: Dtype::I32,
             shape,
             bytes: Cow::Borrowed(bytemuck::must_cast_slice(values)),
+            source: None,
         }
     }
 
     /// u8 values.
     pub fn u8(name: impl Into<String>, shape: Vec<usize>, values: &'a [u8]) -> Self {
-        Entry { name: name.into(), dtype: Dtype::U8, shape, bytes: Cow::Borrowed(values) }
+        Entry { name: name.into(), dtype: Dtype::U8, shape, bytes: Cow::Borrowed(values), source: None }
     }
 }
 
@@ -96,6 +102,8 @@ pub fn write_safetensors(
     file.write_all(&header)?;
     for entry in &entries {
         file.write_all(&entry.bytes)?;
+        // What was copied from a mapped file need not stay in memory.
+        entry.source.iter().for_each(|tensor| tensor.release());
     }
     file.commit()
 }

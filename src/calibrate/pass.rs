@@ -1,0 +1,140 @@
+//! The calibration pass.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::statistics::entries;
+use super::{Error, Residual, Result, Sample, Statistics, TokenInfo};
+use crate::architecture::Profile;
+use crate::backend::{Backend, Moment, MomentDims, Moments};
+use crate::checkpoint::write_safetensors;
+use crate::model::{LayerSource, Model, Stream, profile};
+use crate::progress::Progress;
+use crate::tokens::Windows;
+
+/// What to measure beyond the first moments.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Second moments, from [`Moment::SECOND`].
+    pub second: Vec<Moment>,
+    /// Tokens on which every expert is run.
+    pub sample: Sample,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { second: Vec::new(), sample: Sample::PerWindow(32) }
+    }
+}
+
+/// Bytes that the listed second moments of all layers take in the statistics file.
+pub fn second_moment_bytes(profile: &Profile, second: &[Moment]) -> u64 {
+    let layer = |experts: usize, width: usize| -> u64 {
+        let dims = MomentDims { experts, hidden_size: profile.hidden_size, width, files: 0 };
+        second.iter().map(|m| m.shape(dims).iter().map(|&n| n as u64).product::<u64>() * 8).sum()
+    };
+    profile.moe_layers.iter().map(|l| layer(l.experts, l.width)).sum()
+}
+
+/// Runs `windows` through `model`, a layer at a time, and writes the statistics of every MoE layer to `out`. A run that
+/// was stopped goes on after the last finished layer, and gives the same bytes as one that was not.
+///
+/// # Errors
+/// Names the layer, tensor or file; `out` is then as it was before.
+pub fn calibrate<B: Backend>(
+    model: &Model<'_, B>,
+    windows: &Windows,
+    options: &Options,
+    out: &Path,
+    progress: &mut dyn Progress,
+) -> Result<Statistics> {
+    let architecture = model.architecture();
+    let backend = model.backend();
+    let profile = profile(model.checkpoint(), architecture)?;
+    let tokens = TokenInfo {
+        sha256: windows.sha256(),
+        tokens: windows.real_tokens() as u64,
+        windows: windows.count as u64,
+        window_length: windows.length as u64,
+        files: windows.files.iter().map(|f| f.name.clone()).collect(),
+        sample: options.sample.to_string(),
+    };
+    let work = Residual::open(out, &key(&profile, &tokens, options, &backend.device()))?;
+    let mut stream = Stream::new(model, windows)?;
+    let done = work.restore(backend, &mut stream, architecture.hidden_size)?;
+    let layers = architecture.layers.len();
+    let layer_file = |l: usize| work.path(&format!("layer-{l:05}.safetensors"));
+
+    progress.begin("calibrate", layers);
+    for _ in 0..done {
+        progress.step("done before");
+    }
+    for l in done..layers {
+        let source = LayerSource::open(model.checkpoint(), architecture, l)?;
+        let layer = model.prepare(&source)?;
+        let detail = if let Some(moe) = architecture.moe(l) {
+            let dims = MomentDims {
+                experts: source.moe().map_or(0, |m| m.experts.len()),
+                hidden_size: architecture.hidden_size,
+                width: moe.width,
+                files: windows.files.len(),
+            };
+            let mut observer = backend.observer(dims, &options.second)?;
+            stream.observe(&layer, &mut observer, |chunk| sampled_rows(windows, options.sample, chunk))?;
+            let moments = backend.moments(observer)?;
+            check_finite(l, &moments)?;
+            write_safetensors(&layer_file(l), &BTreeMap::new(), entries(l, &moments))?;
+            describe(&moments)
+        } else {
+            stream.advance(&layer, |_, _| Ok(()))?;
+            "dense".into()
+        };
+        drop(layer);
+        source.release();
+        work.save(backend, &stream, l + 1)?;
+        progress.step(&detail);
+    }
+    drop(stream);
+    let files: Vec<_> = architecture.moe_layers().map(|(l, _)| (l, layer_file(l))).collect();
+    Statistics::from_layers(profile, tokens, &files)?.write(out)?;
+    work.remove()?;
+    progress.end();
+    Statistics::open(out)
+}
+
+/// Everything that the numbers depend on.
+fn key(profile: &Profile, tokens: &TokenInfo, options: &Options, device: &str) -> String {
+    let second: Vec<&str> = options.second.iter().map(|m| m.name()).collect();
+    format!("moepress calibrate 1\n{}\n{tokens:?}\n{second:?}\n{device}\n", profile.identity)
+}
+
+/// Rows of a chunk that are sampled: never padding.
+fn sampled_rows<B: Backend>(windows: &Windows, sample: Sample, chunk: &crate::model::Chunk<B>) -> Vec<usize> {
+    let length = windows.length;
+    let rows = (0..chunk.batch.windows).flat_map(|w| {
+        let start = (chunk.first_window + w) * length;
+        let positions = sample.positions(&windows.ids[start..start + length]);
+        positions.into_iter().map(move |p| w * length + p)
+    });
+    rows.filter(|&row| chunk.batch.is_real(row)).collect()
+}
+
+fn check_finite(layer: usize, moments: &Moments) -> Result<()> {
+    for (moment, values) in moments.iter() {
+        if let Some(i) = values.iter().position(|v| !v.is_finite()) {
+            let expert = i / (values.len() / moments.dims().experts.max(1)).max(1);
+            return Err(Error::NonFinite { layer, moment: moment.name(), expert, value: values[i] });
+        }
+    }
+    Ok(())
+}
+
+/// One line about a layer: how evenly its experts are used.
+fn describe(moments: &Moments) -> String {
+    let count = moments.per_expert(Moment::Count);
+    let total: f64 = count.iter().sum();
+    let busiest = count.iter().copied().fold(0.0, f64::max) / total.max(1.0);
+    let idle = count.iter().filter(|c| **c == 0.0).count();
+    let share = format!("busiest expert {:.1} %", 100.0 * busiest);
+    if idle == 0 { share } else { format!("{share}, {idle} never chosen") }
+}
