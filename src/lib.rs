@@ -5,5 +5,6 @@ pub mod calibrate;
 pub mod checkpoint;
 pub mod linalg;
 pub mod model;
+pub mod plan;
 pub mod progress;
 pub mod tokens;

@@ -15,6 +15,15 @@ impl Projection {
     /// All three, in the order in which they are used.
     pub const ALL: [Projection; 3] = [Projection::Gate, Projection::Up, Projection::Down];
 
+    /// `gate`, `up` or `down`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Projection::Gate => "gate",
+            Projection::Up => "up",
+            Projection::Down => "down",
+        }
+    }
+
     /// Name of the matrix in a plain MLP.
     pub fn mlp_name(self) -> &'static str {
         match self {

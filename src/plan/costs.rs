@@ -1,0 +1,214 @@
+//! Parameters, bytes and tensors of a checkpoint after a plan.
+
+use std::ops::{Add, AddAssign, Mul};
+
+use super::file::LayerPlan;
+use super::{Action, Projection};
+use crate::architecture::{MoeProfile, Profile};
+
+/// What a compressed checkpoint will be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
+pub struct Expected {
+    /// Parameters of the whole checkpoint.
+    pub parameters: u64,
+    /// Parameters of its routed experts: those stored, so a merged expert counts nothing and a shared base
+    /// once.
+    pub routed_parameters: u64,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+    /// Bytes of the routed experts.
+    pub routed_bytes: u64,
+    /// Fraction of the routed-expert parameters that is gone.
+    pub removed_fraction: f64,
+    /// Routed experts that remain in all layers together, neither dropped nor merged.
+    pub experts: u64,
+}
+
+impl Expected {
+    /// The sizes after `layers`, which must have been checked against the profile of `costs`.
+    pub(super) fn of(costs: &Costs<'_>, layers: &[LayerPlan]) -> Expected {
+        let profile = costs.profile;
+        let mut routed = Sizes::default();
+        let (mut router_parameters, mut router_bytes, mut experts) = (0, 0, 0);
+        for (plan, layer) in layers.iter().zip(&profile.moe_layers) {
+            routed += costs.layer(layer, plan.experts.iter().map(|e| &e.action));
+            let dropped = plan.dropped().count() as u64;
+            router_parameters += dropped * layer.router_parameters;
+            router_bytes += dropped * layer.router_bytes;
+            experts += plan.experts.iter().filter(|e| e.action.is_stored()).count() as u64;
+        }
+        let (parameters, bytes) = (profile.routed_parameters(), profile.routed_bytes());
+        Expected {
+            parameters: profile.parameters - parameters - router_parameters + routed.parameters,
+            routed_parameters: routed.parameters,
+            bytes: profile.bytes - bytes - router_bytes + routed.bytes,
+            routed_bytes: routed.bytes,
+            removed_fraction: 1.0 - routed.parameters as f64 / parameters as f64,
+            experts,
+        }
+    }
+}
+
+/// Number type of low-rank factors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FactorDtype {
+    /// As many bytes per value as the expert has on average.
+    #[default]
+    Auto,
+    /// 4 bytes.
+    F32,
+    /// 2 bytes.
+    Bf16,
+    /// 2 bytes.
+    F16,
+}
+
+impl FactorDtype {
+    /// Names of all, in the order of the variants.
+    pub const NAMES: [&str; 4] = ["auto", "f32", "bf16", "f16"];
+
+    /// The type of this name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        let all = [FactorDtype::Auto, FactorDtype::F32, FactorDtype::Bf16, FactorDtype::F16];
+        Self::NAMES.iter().position(|n| *n == name).map(|i| all[i])
+    }
+}
+
+/// Parameters, bytes and tensors of some part of a checkpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Sizes {
+    pub(super) parameters: u64,
+    pub(super) bytes: u64,
+    pub(super) tensors: u64,
+}
+
+impl Add for Sizes {
+    type Output = Sizes;
+
+    fn add(self, other: Sizes) -> Sizes {
+        Sizes {
+            parameters: self.parameters + other.parameters,
+            bytes: self.bytes + other.bytes,
+            tensors: self.tensors + other.tensors,
+        }
+    }
+}
+
+impl AddAssign for Sizes {
+    fn add_assign(&mut self, other: Sizes) {
+        *self = *self + other;
+    }
+}
+
+impl Mul<u64> for Sizes {
+    type Output = Sizes;
+
+    fn mul(self, n: u64) -> Sizes {
+        Sizes { parameters: self.parameters * n, bytes: self.bytes * n, tensors: self.tensors * n }
+    }
+}
+
+/// What each form of an expert costs in one checkpoint.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Costs<'a> {
+    pub(super) profile: &'a Profile,
+    dtype: FactorDtype,
+    /// Tensors of one dense expert: 3, or 0 where all experts of a layer share fused tensors.
+    expert_tensors: u64,
+}
+
+impl<'a> Costs<'a> {
+    pub(super) fn new(profile: &'a Profile, dtype: FactorDtype) -> Self {
+        let matrices = profile.moe_layers.iter().map(|l| 3 * l.experts as u64).sum::<u64>();
+        Costs { profile, dtype, expert_tensors: if profile.tensors >= matrices { 3 } else { 0 } }
+    }
+
+    /// Cost of one expert, without what the layer shares.
+    pub(super) fn expert(&self, layer: &MoeProfile, action: &Action) -> Sizes {
+        let dense = Sizes {
+            parameters: layer.expert_parameters,
+            bytes: layer.expert_bytes,
+            tensors: self.expert_tensors,
+        };
+        let (d, p) = (self.profile.hidden_size as u64, layer.width as u64);
+        match action {
+            Action::Keep => dense,
+            Action::Drop | Action::Merge { .. } => Sizes::default(),
+            Action::Constant => Sizes { parameters: d, bytes: stored(layer, d), tensors: 1 },
+            Action::LowRank { rank } => {
+                let mut sizes = dense;
+                for matrix in Projection::ALL {
+                    let Some(r) = rank.get(matrix) else { continue };
+                    let values = r as u64 * (d + p);
+                    sizes.parameters = sizes.parameters.saturating_sub(d * p) + values;
+                    sizes.bytes =
+                        sizes.bytes.saturating_sub(stored(layer, d * p)) + self.factors(layer, values);
+                    sizes.tensors = sizes.tensors.saturating_sub(self.expert_tensors / 3) + 2;
+                }
+                sizes
+            }
+            Action::Channels { keep } => {
+                let gone = 3 * d * (p - (keep.count() as u64).min(p));
+                Sizes {
+                    parameters: dense.parameters.saturating_sub(gone),
+                    bytes: dense.bytes.saturating_sub(stored(layer, gone)),
+                    tensors: 3,
+                }
+            }
+            Action::Delta { rank } => {
+                let values = 3 * *rank as u64 * (d + p);
+                Sizes { parameters: values, bytes: self.factors(layer, values), tensors: 6 }
+            }
+        }
+    }
+
+    /// Cost of a layer's experts; the base of its deltas counts as one dense expert.
+    pub(super) fn layer<'b>(&self, layer: &MoeProfile, actions: impl Iterator<Item = &'b Action>) -> Sizes {
+        let mut sizes = Sizes::default();
+        let mut base = false;
+        for action in actions {
+            sizes += self.expert(layer, action);
+            base |= matches!(action, Action::Delta { .. });
+        }
+        if base { sizes + self.expert(layer, &Action::Keep) } else { sizes }
+    }
+
+    /// What goes with one dropped expert: its weights and its router row.
+    pub(super) fn dropped(&self, layer: &MoeProfile) -> Sizes {
+        Sizes {
+            parameters: layer.expert_parameters + layer.router_parameters,
+            bytes: layer.expert_bytes + layer.router_bytes,
+            tensors: self.expert_tensors,
+        }
+    }
+
+    /// Bytes of `values` numbers of low-rank factors.
+    fn factors(&self, layer: &MoeProfile, values: u64) -> u64 {
+        match self.dtype {
+            FactorDtype::Auto => stored(layer, values),
+            FactorDtype::F32 => 4 * values,
+            FactorDtype::Bf16 | FactorDtype::F16 => 2 * values,
+        }
+    }
+
+    /// Bytes of a checkpoint with tensors of `bytes` bytes: those, and its share of the safetensors headers,
+    /// which grow with the number of tensors.
+    pub(super) fn on_disk(&self, bytes: u64, tensors: u64) -> u64 {
+        let header = match self.profile.tensors {
+            0 => 0,
+            all => (u128::from(self.profile.header_bytes) * u128::from(tensors)).div_ceil(u128::from(all)),
+        };
+        bytes.saturating_add(u64::try_from(header).unwrap_or(u64::MAX))
+    }
+
+    /// Bytes of the checkpoint as it is.
+    pub(super) fn now(&self) -> u64 {
+        self.on_disk(self.profile.bytes, self.profile.tensors)
+    }
+}
+
+/// Bytes of `values` numbers at the expert's average bytes per parameter.
+fn stored(layer: &MoeProfile, values: u64) -> u64 {
+    let (bytes, parameters) = (u128::from(layer.expert_bytes), u128::from(layer.expert_parameters));
+    ((u128::from(values) * bytes + parameters / 2) / parameters.max(1)) as u64
+}

@@ -1,0 +1,264 @@
+//! The plan and its file.
+
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::path::Path;
+
+use serde::Serialize;
+use serde_json::Value;
+use serde_json::ser::Formatter;
+
+use super::check;
+use super::costs::Costs;
+use super::{Action, Error, Expected, FactorDtype, Options, Result};
+use crate::architecture::Profile;
+
+/// Version of the plan file that this module reads and writes.
+pub const VERSION: u64 = 1;
+
+/// What becomes of every routed expert of a checkpoint. A person can read, edit and diff its file.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Plan {
+    /// Version of the format, field `moepress` of the file: [`VERSION`].
+    #[serde(rename = "moepress")]
+    pub version: u64,
+    /// Name of the method that made it.
+    pub method: String,
+    /// The method's options, defaults included.
+    pub options: Options,
+    /// The checkpoint it is for.
+    pub model: ModelRef,
+    /// The statistics it was made from, `None` where it needed none.
+    pub statistics: Option<StatisticsRef>,
+    /// Every MoE layer, in order.
+    pub layers: Vec<LayerPlan>,
+    /// What the compressed checkpoint will be. Information only: after editing the layers by hand it may be
+    /// out of date, and [`Plan::expect`] computes it again.
+    pub expected: Expected,
+    /// What the person who asked for the plan should know, one line each. Not in the file.
+    #[serde(skip)]
+    pub warnings: Vec<String>,
+}
+
+/// The checkpoint that a plan is for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ModelRef {
+    /// [`Profile::family`].
+    pub family: String,
+    /// [`Profile::identity`].
+    pub identity: String,
+}
+
+/// The statistics that a plan was made from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct StatisticsRef {
+    /// The file, as it was named.
+    pub file: String,
+    /// SHA-256 of the token ids that were measured, in hexadecimal.
+    pub sha256: String,
+    /// Number of tokens measured.
+    pub tokens: u64,
+}
+
+/// The plan of one MoE layer.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct LayerPlan {
+    /// 0-based decoder layer.
+    pub layer: usize,
+    /// Experts chosen per token.
+    pub top_k: usize,
+    /// Every original expert, in order.
+    pub experts: Vec<ExpertPlan>,
+    /// Experts that the super-expert guard protected; a later choice of other experts must keep them too.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub protected: Vec<usize>,
+}
+
+impl LayerPlan {
+    /// Experts that the router can still choose.
+    pub fn routed(&self) -> usize {
+        self.experts.iter().filter(|e| e.action.is_routed()).count()
+    }
+
+    /// Experts that are dropped, in the order of the list.
+    pub fn dropped(&self) -> impl Iterator<Item = usize> {
+        self.experts.iter().filter(|e| e.action == Action::Drop).map(|e| e.expert)
+    }
+}
+
+/// What becomes of one expert.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ExpertPlan {
+    /// Its number in the original checkpoint.
+    pub expert: usize,
+    /// What becomes of it.
+    #[serde(flatten)]
+    pub action: Action,
+}
+
+impl Plan {
+    /// A plan for the checkpoint of `profile`, checked and with its `expected`.
+    pub(super) fn assemble(
+        profile: &Profile,
+        method: &str,
+        options: Options,
+        statistics: Option<StatisticsRef>,
+        layers: Vec<LayerPlan>,
+        warnings: Vec<String>,
+    ) -> Result<Plan> {
+        let mut plan = Plan {
+            version: VERSION,
+            method: method.into(),
+            options,
+            model: ModelRef { family: profile.family.clone(), identity: profile.identity.clone() },
+            statistics,
+            layers,
+            expected: Expected::default(),
+            warnings,
+        };
+        plan.expected = plan.expect(profile)?;
+        Ok(plan)
+    }
+
+    /// Reads a plan file and checks it as far as that is possible without the checkpoint. Layers and experts
+    /// may stand in any order in the file; they are sorted here.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::File`] around the first contradiction, which names layer, expert and field.
+    pub fn read(path: impl AsRef<Path>) -> Result<Plan> {
+        let path = path.as_ref();
+        let text = fs::read_to_string(path).map_err(|source| Error::Io { path: path.into(), source })?;
+        let plan = Plan::from_json(&text);
+        plan.map_err(|problem| Error::File { path: path.into(), problem: Box::new(problem) })
+    }
+
+    /// [`Plan::read`] for a text in memory.
+    ///
+    /// # Errors
+    /// [`Error::Json`]; [`Error::Plan`] for the first contradiction.
+    pub fn from_json(text: &str) -> Result<Plan> {
+        let value: Value = serde_json::from_str(text).map_err(Error::Json)?;
+        let plan = super::read::plan(&value)?;
+        check::structure(&plan)?;
+        Ok(plan)
+    }
+
+    /// Checks the plan by itself and against the checkpoint of `profile`.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] for the first contradiction: version, family or identity, layers and experts that are
+    /// missing, listed twice or out of range, fewer routed experts than `top_k` (for group-limited routers:
+    /// in any choice of groups), ranks and channels that the matrices do not have, merge targets that are
+    /// dropped or merged themselves. [`Error::Profile`] where the profile contradicts itself.
+    pub fn check(&self, profile: &Profile) -> Result<()> {
+        check::structure(self)?;
+        check::against(self, profile)
+    }
+
+    /// Checks the plan and computes what the compressed checkpoint will be.
+    ///
+    /// # Errors
+    /// Those of [`Plan::check`].
+    pub fn expect(&self, profile: &Profile) -> Result<Expected> {
+        self.check(profile)?;
+        let dtype = self.options.get("factor_dtype").and_then(Value::as_str).and_then(FactorDtype::from_name);
+        let costs = Costs::new(profile, dtype.unwrap_or_default());
+        Ok(Expected::of(&costs, &self.layers))
+    }
+
+    /// Routed experts that remain in each MoE layer, neither dropped nor merged.
+    pub fn experts_kept(&self) -> Vec<usize> {
+        let kept = |l: &LayerPlan| l.experts.iter().filter(|e| e.action.is_stored()).count();
+        self.layers.iter().map(kept).collect()
+    }
+
+    /// The text of the file: JSON with one expert per line.
+    pub fn to_json(&self) -> String {
+        let layers = self.layers.iter().map(layer_json).collect::<Vec<_>>();
+        let fields = [
+            ("moepress", line(&self.version)),
+            ("method", line(&self.method)),
+            ("options", line(&self.options)),
+            ("model", line(&self.model)),
+            ("statistics", line(&self.statistics)),
+            ("layers", block(&layers, "  ")),
+            ("expected", line(&self.expected)),
+        ];
+        let fields = fields.map(|(name, value)| format!("  {}: {value}", line(name)));
+        format!("{{\n{}\n}}\n", fields.join(",\n"))
+    }
+
+    /// Writes the file under a temporary name beside `path` and renames it when it is complete.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; `path` is then as it was before.
+    pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let failed = |source| Error::Io { path: path.into(), source };
+        let Some(name) = path.file_name() else {
+            return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "not the name of a file")));
+        };
+        let mut hidden = std::ffi::OsString::from(".");
+        hidden.push(name);
+        hidden.push(format!(".{}.tmp", std::process::id()));
+        let temporary = path.with_file_name(hidden);
+        let written = File::create(&temporary)
+            .and_then(|mut file| {
+                file.write_all(self.to_json().as_bytes())?;
+                file.sync_all()
+            })
+            .and_then(|()| fs::rename(&temporary, path));
+        written.map_err(|source| {
+            // The write is what failed; that its leftover cannot be removed either adds nothing.
+            let _ = fs::remove_file(&temporary);
+            failed(source)
+        })
+    }
+}
+
+/// One layer: its experts one per line, all else on the lines around them.
+fn layer_json(layer: &LayerPlan) -> String {
+    let experts = layer.experts.iter().map(line).collect::<Vec<_>>();
+    let (number, top_k, experts) = (layer.layer, layer.top_k, block(&experts, "    "));
+    let protected = match layer.protected.as_slice() {
+        [] => String::new(),
+        protected => format!(", \"protected\": {}", line(&protected)),
+    };
+    format!("{{\"layer\": {number}, \"top_k\": {top_k}, \"experts\": {experts}{protected}}}")
+}
+
+/// A JSON array with one item per line.
+fn block(items: &[String], indent: &str) -> String {
+    if items.is_empty() {
+        return "[]".into();
+    }
+    format!("[\n{indent}  {}\n{indent}]", items.join(&format!(",\n{indent}  ")))
+}
+
+/// JSON on one line, with a space after every comma and colon.
+fn line<T: Serialize + ?Sized>(value: &T) -> String {
+    let mut out = Vec::new();
+    let mut serializer = serde_json::Serializer::with_formatter(&mut out, Spaced);
+    match value.serialize(&mut serializer) {
+        Ok(()) => String::from_utf8_lossy(&out).into_owned(),
+        // Writing to memory cannot fail, and every key of a plan is a string.
+        Err(error) => unreachable!("plain data serialises: {error}"),
+    }
+}
+
+/// The compact format with spaces.
+struct Spaced;
+
+impl Formatter for Spaced {
+    fn begin_array_value<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_key<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_value<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        writer.write_all(b": ")
+    }
+}

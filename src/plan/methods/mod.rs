@@ -1,0 +1,109 @@
+//! The methods: from sizes, statistics and a budget to a plan.
+
+mod low_rank;
+mod prune;
+
+use std::collections::BTreeMap;
+use std::sync::LazyLock;
+
+use super::file::StatisticsRef;
+use super::{Budget, Error, OptionSpec, Plan, Projection, Result};
+use crate::architecture::Profile;
+use crate::backend::Moments;
+
+pub use prune::rescore_layer;
+
+/// The publication that a method comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Paper {
+    /// Its title.
+    pub title: &'static str,
+    /// Its arXiv identifier, such as `2510.13999`.
+    pub arxiv: &'static str,
+}
+
+/// What a method needs besides the sizes of the checkpoint, with its default options.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// Statistics of calibration tokens, for the plan.
+    pub statistics: bool,
+    /// Second moments, when the plan is carried out: in the statistics, or measured from tokens given then.
+    pub second_moments: bool,
+    /// The tokens themselves, for the plan.
+    pub tokens: bool,
+}
+
+/// Spectra of expert matrices, from whoever owns the weights.
+pub trait SpectrumSource {
+    /// Squared singular values (or eigenvalues of the whitened W C Wᵀ) of one matrix, largest first, at most
+    /// min(rows, columns) of them. `layer` is the 0-based decoder layer.
+    ///
+    /// # Errors
+    /// A message that says what failed.
+    fn spectrum(&self, layer: usize, expert: usize, matrix: Projection) -> Result<Vec<f64>, String>;
+}
+
+/// What a plan is asked for.
+#[derive(Clone, Copy)]
+pub struct Request<'a> {
+    /// Sizes of the checkpoint.
+    pub profile: &'a Profile,
+    /// Moments of every MoE layer, in the order of [`Profile::moe_layers`].
+    pub statistics: Option<&'a [Moments]>,
+    /// Where the statistics come from, for the plan's record.
+    pub source: Option<&'a StatisticsRef>,
+    /// How small the checkpoint is to become; `None` where an option says it.
+    pub budget: Option<Budget>,
+    /// Options as given, `KEY=VALUE`.
+    pub options: &'a BTreeMap<String, String>,
+    /// Spectra, for options that allocate ranks by them.
+    pub spectra: Option<&'a dyn SpectrumSource>,
+}
+
+/// One way of making a plan.
+pub trait Method: Sync {
+    /// Its name on the command line and in the plan.
+    fn name(&self) -> &'static str;
+
+    /// Where it comes from; `None` for what needs no source.
+    fn paper(&self) -> Option<Paper>;
+
+    /// What it does, on one line.
+    fn description(&self) -> &'static str;
+
+    /// What it needs.
+    fn needs(&self) -> Needs;
+
+    /// The options it takes.
+    fn options(&self) -> &'static [OptionSpec];
+
+    /// Makes the plan.
+    ///
+    /// # Errors
+    /// [`Error::UnknownOption`] and [`Error::Option`] for the options, [`Error::Budget`] for a budget that
+    /// cannot be met, [`Error::Statistics`] and [`Error::Spectrum`] for what was measured, [`Error::Profile`]
+    /// for sizes that contradict each other.
+    fn plan(&self, request: &Request<'_>) -> Result<Plan>;
+}
+
+static METHODS: LazyLock<Vec<&'static dyn Method>> = LazyLock::new(|| {
+    let prune = prune::METHODS.iter().map(|m| m as &dyn Method);
+    prune.chain([&low_rank::LowRank as &dyn Method]).collect()
+});
+
+/// Every method.
+pub fn methods() -> &'static [&'static dyn Method] {
+    &METHODS
+}
+
+/// The method of this name.
+///
+/// # Errors
+/// [`Error::Method`], which lists all names.
+pub fn method(name: &str) -> Result<&'static dyn Method> {
+    let found = METHODS.iter().find(|m| m.name() == name).copied();
+    found.ok_or_else(|| {
+        let known = METHODS.iter().map(|m| m.name()).collect::<Vec<_>>().join(", ");
+        Error::Method { name: name.into(), known }
+    })
+}

@@ -1,0 +1,331 @@
+//! Expert pruning: every expert gets a score, those with the lowest are dropped.
+
+use super::{Method, Needs, Paper, Request};
+use crate::architecture::{MoeProfile, Profile};
+use crate::backend::{Moment, Moments};
+use crate::plan::budget;
+use crate::plan::check;
+use crate::plan::costs::{Costs, FactorDtype};
+use crate::plan::error::Place;
+use crate::plan::file::{ExpertPlan, LayerPlan};
+use crate::plan::options::{self, OptionKind, Options};
+use crate::plan::protect::super_experts;
+use crate::plan::score::{self, Rule};
+use crate::plan::select::{self, Layer};
+use crate::plan::{Action, Error, OptionSpec, Plan, Result};
+
+/// A method that scores experts.
+pub(super) struct Prune {
+    name: &'static str,
+    rule: Rule,
+    paper: Option<Paper>,
+    description: &'static str,
+}
+
+const UNIFIED: Paper = Paper {
+    title: "How to Score Experts for One-Shot MoE Expert Pruning: A Unified Formulation and Selection Principle",
+    arxiv: "2606.15716",
+};
+const SEER: Paper = Paper {
+    title: "SEER-MoE: Sparse Expert Efficiency through Regularization for Mixture-of-Experts",
+    arxiv: "2404.05089",
+};
+const FANTASTIC: Paper = Paper {
+    title: "Finding Fantastic Experts in MoEs: A Unified Study for Expert Dropping Strategies and Observations",
+    arxiv: "2504.05586",
+};
+const REAP: Paper = Paper {
+    title: "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression",
+    arxiv: "2510.13999",
+};
+
+/// The scores. `N` tokens are routed to the expert, `g` is its combine weight and `f` its output for one of
+/// them.
+pub(super) static METHODS: [Prune; 11] = [
+    Prune {
+        name: "random",
+        rule: Rule::Random,
+        paper: None,
+        description: "drops experts at random (ChaCha8): the baseline that every score should beat",
+    },
+    Prune {
+        name: "frequency",
+        rule: Rule::Sum(Moment::Count),
+        paper: Some(UNIFIED),
+        description: "drops the experts with the fewest routed tokens: N",
+    },
+    Prune {
+        name: "seer-hard",
+        rule: Rule::Sum(Moment::Count),
+        paper: Some(SEER),
+        description: "SEER-MoE's actual counts: the same score as frequency, N",
+    },
+    Prune {
+        name: "seer-soft",
+        rule: Rule::Sum(Moment::SoftCount),
+        paper: Some(SEER),
+        description: "SEER-MoE's soft counts: the sum of the router's scores over all tokens, routed here or not",
+    },
+    Prune {
+        name: "soft",
+        rule: Rule::Sum(Moment::GateSum),
+        paper: Some(UNIFIED),
+        description: "drops the experts with the least combine weight: Σ g",
+    },
+    Prune {
+        name: "ean",
+        rule: Rule::Sum(Moment::NormSum),
+        paper: Some(FANTASTIC),
+        description: "expert activation norm: Σ ‖f‖",
+    },
+    Prune {
+        name: "man",
+        rule: Rule::Mean(Moment::NormSum),
+        paper: Some(UNIFIED),
+        description: "mean activation norm: Σ ‖f‖ / N",
+    },
+    Prune {
+        name: "msan",
+        rule: Rule::Mean(Moment::NormSqSum),
+        paper: Some(UNIFIED),
+        description: "mean squared activation norm: Σ ‖f‖² / N",
+    },
+    Prune {
+        name: "reap",
+        rule: Rule::Mean(Moment::GateNormSum),
+        paper: Some(REAP),
+        description: "router-weighted activation: Σ g‖f‖ / N",
+    },
+    Prune {
+        name: "wean",
+        rule: Rule::Sum(Moment::GateNormSum),
+        paper: Some(UNIFIED),
+        description: "weighted activation norm: Σ g‖f‖",
+    },
+    Prune {
+        name: "wean2",
+        rule: Rule::Sum(Moment::GateNormSqSum),
+        paper: Some(UNIFIED),
+        description: "weighted squared activation norm: Σ g²‖f‖²",
+    },
+];
+
+/// The options of every score; the last one is for `random` alone.
+static OPTIONS: [OptionSpec; 6] = [
+    OptionSpec {
+        name: "scope",
+        kind: OptionKind::Choice(&["layer", "global"]),
+        default: Some("layer"),
+        help: "layer: every layer loses the same share; global: the lowest scores of the whole model go",
+    },
+    OptionSpec {
+        name: "floor",
+        kind: OptionKind::Integer(1),
+        default: None,
+        help: "fewest experts left in a layer; where not given, as many as are chosen per token",
+    },
+    OptionSpec {
+        name: "protect",
+        kind: OptionKind::Choice(&["none", "super"]),
+        default: Some("none"),
+        help: "super: never drop experts whose outputs reach extreme values (arXiv 2507.23279)",
+    },
+    OptionSpec {
+        name: "protect_all_layers",
+        kind: OptionKind::Flag,
+        default: Some("false"),
+        help: "protect=super in all layers, not only in the first three quarters",
+    },
+    OptionSpec {
+        name: "propagate",
+        kind: OptionKind::Flag,
+        default: Some("false"),
+        help: "while compressing, measure each layer again behind the compressed ones before it, and choose anew",
+    },
+    OptionSpec {
+        name: "seed",
+        kind: OptionKind::Integer(0),
+        default: Some("0"),
+        help: "seed of the generator",
+    },
+];
+
+impl Method for Prune {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn paper(&self) -> Option<Paper> {
+        self.paper
+    }
+
+    fn description(&self) -> &'static str {
+        self.description
+    }
+
+    fn needs(&self) -> Needs {
+        Needs { statistics: self.rule != Rule::Random, ..Needs::default() }
+    }
+
+    fn options(&self) -> &'static [OptionSpec] {
+        match self.rule {
+            Rule::Random => &OPTIONS,
+            _ => &OPTIONS[..5],
+        }
+    }
+
+    fn plan(&self, request: &Request<'_>) -> Result<Plan> {
+        let profile = request.profile;
+        check::profile(profile)?;
+        let options = options::resolve(self.name, self.options(), request.options)?;
+        let guard = options::is(&options, "protect", "super");
+        let statistics = if guard || self.rule != Rule::Random { Some(moments(request)?) } else { None };
+        let Some(budget) = request.budget else {
+            let message = format!("{}: no budget; give --remove, --experts or --bytes", self.name);
+            return Err(Error::Budget(message));
+        };
+
+        let protected = match statistics {
+            Some(statistics) if guard => protected(profile, statistics, &options)?,
+            _ => profile.moe_layers.iter().map(|l| vec![false; l.experts]).collect(),
+        };
+        let seed = seed(&options);
+        let mut scores = Vec::with_capacity(profile.moe_layers.len());
+        for (i, layer) in profile.moe_layers.iter().enumerate() {
+            scores.push(score::scores(self.rule, layer, statistics.map(|s| &s[i]), seed)?);
+        }
+        let layers = profile
+            .moe_layers
+            .iter()
+            .zip(&protected)
+            .map(|(layer, protected)| Ok(Layer::new(layer, floor(&options, layer)?, protected.clone())))
+            .collect::<Result<Vec<_>>>()?;
+
+        let costs = Costs::new(profile, FactorDtype::Auto);
+        let dropped = if options::is(&options, "scope", "global") {
+            let sequence = select::sequence(&layers, &scores);
+            let owners = sequence.iter().map(|(i, _)| &profile.moe_layers[*i]).collect::<Vec<_>>();
+            let n = budget::drops_of_sequence(budget, &costs, &owners)?;
+            let mut dropped = vec![Vec::new(); layers.len()];
+            sequence[..n].iter().for_each(|(i, expert)| dropped[*i].push(*expert));
+            dropped
+        } else {
+            let rooms = layers.iter().map(Layer::room).collect::<Vec<_>>();
+            let drops = budget::drops_per_layer(budget, &costs, &rooms)?;
+            let choose = |((layer, scores), n): ((&Layer<'_>, &Vec<f64>), usize)| {
+                layer.choose(&score::worst_first(scores), n)
+            };
+            layers.iter().zip(&scores).zip(drops).map(choose).collect::<Result<Vec<_>>>()?
+        };
+
+        let mut plans = Vec::with_capacity(layers.len());
+        for ((layer, dropped), protected) in profile.moe_layers.iter().zip(&dropped).zip(&protected) {
+            plans.push(layer_plan(layer, dropped, protected));
+        }
+        let warnings = match statistics {
+            Some(statistics) => unrouted(profile, statistics)?,
+            None => Vec::new(),
+        };
+        let source = statistics.and(request.source).cloned();
+        Plan::assemble(profile, self.name, options, source, plans, warnings)
+    }
+}
+
+/// Chooses the experts of one layer again, from moments measured again, with the method and the options of a
+/// plan. Returns the `n_drop` experts to drop, ascending; none of `protected` (see [`LayerPlan::protected`])
+/// is among them.
+///
+/// # Errors
+/// [`Error::Method`] for a method that does not drop experts by score, [`Error::UnknownOption`] and
+/// [`Error::Option`] for options the method does not take, [`Error::Statistics`] for moments that are missing
+/// or damaged, [`Error::Budget`] where the layer cannot lose so many.
+pub fn rescore_layer(
+    method: &str,
+    options: &Options,
+    layer: &MoeProfile,
+    moments: &Moments,
+    n_drop: usize,
+    protected: &[usize],
+) -> Result<Vec<usize>> {
+    let Some(prune) = METHODS.iter().find(|m| m.name == method) else {
+        let known = METHODS.iter().map(|m| m.name).collect::<Vec<_>>().join(", ");
+        return Err(Error::Method { name: method.into(), known });
+    };
+    let options = options::resolve(method, prune.options(), &options::given(options))?;
+    let scores = score::scores(prune.rule, layer, Some(moments), seed(&options))?;
+    let mut keep = vec![false; layer.experts];
+    for &expert in protected {
+        let Some(slot) = keep.get_mut(expert) else {
+            let problem = format!("protected, but the layer has {} experts", layer.experts);
+            return Err(Place::layer(layer.layer).expert(expert).plan(problem));
+        };
+        *slot = true;
+    }
+    Layer::new(layer, floor(&options, layer)?, keep).choose(&score::worst_first(&scores), n_drop)
+}
+
+/// The moments of every MoE layer.
+fn moments<'a>(request: &Request<'a>) -> Result<&'a [Moments]> {
+    let Some(statistics) = request.statistics else {
+        return Err(Place::top().statistics("this method needs them; give those that calibrate wrote"));
+    };
+    let (found, expected) = (statistics.len(), request.profile.moe_layers.len());
+    if found != expected {
+        let problem =
+            format!("of {found} MoE layers, the checkpoint has {expected}; calibrate this checkpoint");
+        return Err(Place::top().statistics(problem));
+    }
+    Ok(statistics)
+}
+
+/// The experts that the super-expert guard protects.
+fn protected(profile: &Profile, statistics: &[Moments], options: &Options) -> Result<Vec<Vec<bool>>> {
+    let pairs = profile.moe_layers.iter().zip(statistics);
+    let largest =
+        pairs.map(|(layer, m)| score::finite(layer, m, Moment::MaxAbs)).collect::<Result<Vec<_>>>()?;
+    Ok(super_experts(&largest, options::flag(options, "protect_all_layers")))
+}
+
+/// The fewest experts left in `layer`.
+fn floor(options: &Options, layer: &MoeProfile) -> Result<usize> {
+    let Some(floor) = options::integer(options, "floor") else { return Ok(layer.top_k) };
+    let (least, most) = (layer.top_k, layer.experts);
+    match usize::try_from(floor) {
+        Ok(floor) if (least..=most).contains(&floor) => Ok(floor),
+        _ => Err(Error::Option {
+            option: "floor".into(),
+            value: floor.to_string(),
+            expected: format!("expected {least} to {most} for layer {}", layer.layer),
+        }),
+    }
+}
+
+fn seed(options: &Options) -> u64 {
+    options::integer(options, "seed").unwrap_or(0)
+}
+
+fn layer_plan(layer: &MoeProfile, dropped: &[usize], protected: &[bool]) -> LayerPlan {
+    let mut experts =
+        (0..layer.experts).map(|expert| ExpertPlan { expert, action: Action::Keep }).collect::<Vec<_>>();
+    for expert in dropped {
+        experts[*expert].action = Action::Drop;
+    }
+    let protected = protected.iter().enumerate().filter(|(_, p)| **p).map(|(e, _)| e).collect();
+    LayerPlan { layer: layer.layer, top_k: layer.top_k, experts, protected }
+}
+
+/// One warning for each layer with experts that saw no token.
+fn unrouted(profile: &Profile, statistics: &[Moments]) -> Result<Vec<String>> {
+    let mut warnings = Vec::new();
+    for (layer, moments) in profile.moe_layers.iter().zip(statistics) {
+        let count = score::counts(layer, moments)?;
+        let unseen =
+            (0..layer.experts).filter(|e| count[*e] <= 0.0).map(|e| e.to_string()).collect::<Vec<_>>();
+        if !unseen.is_empty() {
+            let (layer, experts, n) = (layer.layer, layer.experts, unseen.len());
+            let list = unseen.join(", ");
+            warnings.push(format!("layer {layer}: {n} of {experts} experts saw no token: {list}"));
+        }
+    }
+    Ok(warnings)
+}

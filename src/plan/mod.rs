@@ -1,0 +1,42 @@
+//! Plans: what becomes of every expert of a checkpoint.
+//!
+//! A [`Method`] turns the sizes of a checkpoint ([`Profile`](crate::architecture::Profile)), the statistics
+//! of calibration tokens ([`Moments`](crate::backend::Moments)) and a [`Budget`] into a [`Plan`]: for every
+//! expert an [`Action`]. It sees sizes and statistics, never weights, and writes none. Carrying the plan out
+//! is another module's work.
+//!
+//! ```text
+//! Profile ─┐
+//! Moments ─┼─▶ Method::plan ─▶ Plan ─▶ JSON
+//! Budget  ─┘
+//! ```
+//!
+//! Plans are deterministic: ties go to fixed sides, and the only random method has a seed.
+
+mod action;
+mod budget;
+mod check;
+mod costs;
+mod error;
+mod file;
+mod groups;
+mod methods;
+mod options;
+mod protect;
+mod read;
+mod score;
+mod select;
+mod size;
+
+#[cfg(test)]
+mod tests;
+
+pub use crate::architecture::Projection;
+pub use action::{Action, Channels, Ranks};
+pub use budget::Budget;
+pub use costs::{Expected, FactorDtype};
+pub use error::{Error, Place, Result};
+pub use file::{ExpertPlan, LayerPlan, ModelRef, Plan, StatisticsRef, VERSION};
+pub use methods::{Method, Needs, Paper, Request, SpectrumSource, method, methods, rescore_layer};
+pub use options::{OptionKind, OptionSpec, Options};
+pub use size::{format_size, parse_size};

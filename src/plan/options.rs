@@ -1,0 +1,116 @@
+//! Options of a method: what there is, and what was asked for.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+use super::{Error, Result};
+
+/// The options of a method with every default filled in; `null` where an option without default was not
+/// given.
+pub type Options = BTreeMap<String, Value>;
+
+/// One option of a method.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct OptionSpec {
+    /// Key in `--set KEY=VALUE` and in the plan.
+    pub name: &'static str,
+    /// Which values it takes.
+    pub kind: OptionKind,
+    /// Value where none is given; `None` means that the option is then absent (`null` in the plan).
+    pub default: Option<&'static str>,
+    /// What it does, for people.
+    pub help: &'static str,
+}
+
+/// Which values an option takes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum OptionKind {
+    /// `true` or `false`.
+    Flag,
+    /// One of these words.
+    Choice(&'static [&'static str]),
+    /// A whole number, at least this.
+    Integer(u64),
+    /// A number above 0 and below 1.
+    Fraction,
+}
+
+impl OptionKind {
+    /// The typed value of `text`, or what would be right.
+    fn parse(self, text: &str) -> Result<Value, String> {
+        match self {
+            OptionKind::Flag => {
+                text.parse::<bool>().map(Value::from).map_err(|_| "expected true or false".into())
+            }
+            OptionKind::Choice(words) => {
+                let known = words.contains(&text);
+                known.then(|| text.into()).ok_or_else(|| format!("expected one of {}", words.join(", ")))
+            }
+            OptionKind::Integer(least) => {
+                let number = text.parse::<u64>().ok().filter(|n| *n >= least);
+                number.map(Value::from).ok_or_else(|| format!("expected a whole number, at least {least}"))
+            }
+            OptionKind::Fraction => {
+                let number = text.parse::<f64>().ok().filter(|x| *x > 0.0 && *x < 1.0);
+                number.map(Value::from).ok_or_else(|| "expected a number above 0 and below 1".into())
+            }
+        }
+    }
+}
+
+/// Checks what was given against what `method` knows, and fills in the defaults.
+pub(super) fn resolve(
+    method: &str,
+    specs: &[OptionSpec],
+    given: &BTreeMap<String, String>,
+) -> Result<Options> {
+    if let Some(unknown) = given.keys().find(|key| specs.iter().all(|spec| spec.name != key.as_str())) {
+        let known = specs.iter().map(|spec| spec.name).collect::<Vec<_>>().join(", ");
+        return Err(Error::UnknownOption { method: method.into(), option: unknown.clone(), known });
+    }
+    let mut options = Options::new();
+    for spec in specs {
+        let text = given.get(spec.name).map(String::as_str).or(spec.default);
+        let value = match text {
+            None => Value::Null,
+            Some(text) => spec.kind.parse(text).map_err(|expected| Error::Option {
+                option: spec.name.into(),
+                value: text.into(),
+                expected,
+            })?,
+        };
+        options.insert(spec.name.into(), value);
+    }
+    Ok(options)
+}
+
+/// The options of a plan as they would be given, so that [`resolve`] can check them once more.
+pub(super) fn given(options: &Options) -> BTreeMap<String, String> {
+    let text = |value: &Value| match value {
+        Value::Null => None,
+        Value::String(text) => Some(text.clone()),
+        other => Some(other.to_string()),
+    };
+    options.iter().filter_map(|(key, value)| Some((key.clone(), text(value)?))).collect()
+}
+
+/// A resolved flag.
+pub(super) fn flag(options: &Options, name: &str) -> bool {
+    options.get(name).and_then(Value::as_bool).unwrap_or(false)
+}
+
+/// A resolved whole number.
+pub(super) fn integer(options: &Options, name: &str) -> Option<u64> {
+    options.get(name).and_then(Value::as_u64)
+}
+
+/// A resolved fraction.
+pub(super) fn fraction(options: &Options, name: &str) -> Option<f64> {
+    options.get(name).and_then(Value::as_f64)
+}
+
+/// Whether the choice `name` was resolved to `word`.
+pub(super) fn is(options: &Options, name: &str, word: &str) -> bool {
+    options.get(name).and_then(Value::as_str) == Some(word)
+}
