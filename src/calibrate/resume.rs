@@ -24,11 +24,7 @@ impl Residual {
     pub fn open(out: &Path, key: &str) -> Result<Self> {
         let mut name = out.file_name().unwrap_or_default().to_os_string();
         name.push(".partial");
-        Self::open_in(out.with_file_name(name), key)
-    }
-
-    /// The same in a given folder.
-    pub fn open_in(dir: PathBuf, key: &str) -> Result<Self> {
+        let dir = out.with_file_name(name);
         let io = |source| crate::checkpoint::Error::Io { path: dir.clone(), source };
         let marker = dir.join("key");
         if fs::read(&marker).is_ok_and(|found| found == key.as_bytes()) {

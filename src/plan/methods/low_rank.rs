@@ -100,16 +100,7 @@ impl Method for LowRank {
             Target::Energy(energy) => {
                 let spectra = spectra(request, "energy")?;
                 let layer = |l| by_energy(&Shape::new(profile, l), energy, spectra);
-                let layers = profile.moe_layers.iter().map(layer).collect::<Result<Vec<_>>>()?;
-                if layers.iter().flatten().all(Ranks::is_dense) {
-                    let expected = "every matrix would stay dense; use less".into();
-                    return Err(Error::Option {
-                        option: "energy".into(),
-                        value: energy.to_string(),
-                        expected,
-                    });
-                }
-                layers
+                profile.moe_layers.iter().map(layer).collect::<Result<Vec<_>>>()?
             }
             target => {
                 let ranks = match target {
@@ -128,8 +119,15 @@ impl Method for LowRank {
             }
         };
         let plans =
-            profile.moe_layers.iter().zip(layers).map(|(layer, ranks)| layer_plan(layer, &ranks)).collect();
-        Plan::assemble(profile, self.name(), options, request.source.cloned(), plans, Vec::new())
+            profile.moe_layers.iter().zip(&layers).map(|(layer, ranks)| layer_plan(layer, ranks)).collect();
+        let mut warnings = Vec::new();
+        if layers.iter().flatten().all(Ranks::is_dense) {
+            let shapes = profile.moe_layers.iter().map(|l| Shape::new(profile, l));
+            let largest = shapes.map(|shape| shape.largest()).max().unwrap_or(0);
+            warnings
+                .push(format!("every matrix stays dense: factors save something up to rank {largest} only"));
+        }
+        Plan::assemble(profile, self.name(), options, request.source.cloned(), plans, warnings)
     }
 }
 
@@ -228,10 +226,6 @@ fn explicit(profile: &Profile, rank: u64) -> Result<Vec<usize>> {
             let (layer, most) = (layer.layer, d.min(p));
             return refuse(format!("expected at most {most} for the matrices of layer {layer}, {p} × {d}"));
         }
-    }
-    let largest = shapes.iter().map(Shape::largest).max().unwrap_or(0);
-    if rank > largest {
-        return refuse(format!("every matrix would stay dense; factors save something up to rank {largest}"));
     }
     Ok(vec![rank; shapes.len()])
 }

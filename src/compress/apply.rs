@@ -1,0 +1,105 @@
+//! A layer's plan applied to its tensors, in memory.
+
+use rayon::prelude::*;
+
+use super::factorise::{FactorOptions, Whitening, factorise};
+use super::{Error, Result};
+use crate::architecture::Projection;
+use crate::backend::{Expert, Matrix, Mlp, Moment, Moments};
+use crate::checkpoint::Tensor;
+use crate::model::MoeSource;
+use crate::plan::{Action, LayerPlan, Ranks};
+
+/// Router and experts after compression, and which slots of the source they came from.
+#[derive(Clone, Debug)]
+pub struct CompressedLayer {
+    /// Router and experts; can be prepared and run like any other.
+    pub moe: MoeSource,
+    /// Slot of the source behind each expert.
+    pub slots: Vec<usize>,
+}
+
+/// Applies `plan` to the experts of `source`. `grams` holds the second moments of the layer where low-rank experts are
+/// to be whitened: [`Moment::InputGram`] for gate and up, [`Moment::HiddenGram`] for down.
+///
+/// # Errors
+/// Names the layer and expert, and what cannot be done.
+pub fn apply_layer(
+    plan: &LayerPlan,
+    source: &MoeSource,
+    grams: Option<&Moments>,
+    options: FactorOptions,
+) -> Result<CompressedLayer> {
+    let slots: Vec<usize> =
+        plan.experts.iter().filter(|e| e.action != Action::Drop).map(|e| e.expert).collect();
+    let expert = |&slot: &usize| -> Result<Expert<Tensor>> {
+        let refuse = |what: String| Error::Action { layer: plan.layer, expert: slot, what };
+        match &plan.experts[slot].action {
+            Action::Keep | Action::Drop => keep(source, slot, &slots).map_err(refuse),
+            Action::LowRank { rank } => {
+                low_rank(plan.layer, slot, &source.experts[slot], *rank, grams, options)
+            }
+            other => Err(refuse(format!("action `{}` cannot be carried out by this version", other.name()))),
+        }
+    };
+    let experts: Vec<_> = slots.par_iter().map(expert).collect::<Result<_>>()?;
+    let router = if slots.len() == source.experts.len() {
+        source.router.clone()
+    } else {
+        source.router.select_rows(&slots)
+    };
+    let mut spec = source.spec.clone();
+    spec.top_k = plan.top_k;
+    let moe = MoeSource {
+        router,
+        spec,
+        experts,
+        numbers: slots.iter().map(|&s| source.numbers[s]).collect(),
+        original_experts: source.original_experts,
+        shared: source.shared.clone(),
+    };
+    Ok(CompressedLayer { moe, slots })
+}
+
+/// The expert as it is; an alias is pointed at its target's new slot.
+fn keep(source: &MoeSource, slot: usize, slots: &[usize]) -> std::result::Result<Expert<Tensor>, String> {
+    match &source.experts[slot] {
+        Expert::Alias(of) => match slots.iter().position(|s| s == of) {
+            Some(target) => Ok(Expert::Alias(target)),
+            None => Err(format!("is an alias of expert {of}, which the plan drops; drop both or keep both")),
+        },
+        other => Ok(other.clone()),
+    }
+}
+
+fn low_rank(
+    layer: usize,
+    slot: usize,
+    expert: &Expert<Tensor>,
+    rank: Ranks,
+    grams: Option<&Moments>,
+    options: FactorOptions,
+) -> Result<Expert<Tensor>> {
+    let Expert::Mlp(mlp) = expert else {
+        let what = format!("is {} and has no matrices to factorise; keep or drop it", expert.form());
+        return Err(Error::Action { layer, expert: slot, what });
+    };
+    let matrix = |p: Projection| {
+        let source = mlp.matrices()[p as usize];
+        let Some(rank) = rank.get(p) else { return Ok(source.clone()) };
+        let Matrix::Dense(weight) = source else {
+            let what = format!("{} is already low rank; start from the original checkpoint", p.name());
+            return Err(Error::Action { layer, expert: slot, what });
+        };
+        let moment = if p == Projection::Down { Moment::HiddenGram } else { Moment::InputGram };
+        let gram = grams.and_then(|g| g.get(moment)).map(|all| {
+            let side = weight.shape()[1];
+            &all[slot * side * side..(slot + 1) * side * side]
+        });
+        let whitening = gram.map_or(Whitening::None, Whitening::Gram);
+        let factors = factorise(weight, rank, whitening, options);
+        factors.map_err(|source| Error::Factorise { layer, expert: slot, matrix: p.name(), source })
+    };
+    let [gate, up, down] = Projection::ALL;
+    Ok(Expert::Mlp(Mlp { gate: matrix(gate)?, up: matrix(up)?, down: matrix(down)? }))
+}

@@ -1,0 +1,80 @@
+//! One weight matrix into two thin ones.
+
+use crate::backend::Matrix as Form;
+use crate::checkpoint::{Dtype, Tensor};
+use crate::linalg::{self, Matrix, refit_left, refit_right, truncated_svd, whitened_svd};
+
+/// How factors are stored.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FactorOptions {
+    /// Type of U and V; `None` for that of the matrix.
+    pub dtype: Option<Dtype>,
+    /// Whether to multiply the factors back into a matrix of the original shape.
+    pub densify: bool,
+}
+
+/// The data that a factorisation has to be good on.
+#[derive(Clone, Copy, Debug)]
+pub enum Whitening<'a> {
+    /// None: minimise ‖W − UV‖_F (Eckart and Young, 1936).
+    None,
+    /// Minimise Σ ‖(W − UV) x‖² over inputs with this Gram matrix Σ x xᵀ, `[in, in]` row-major (SVD-LLM, arXiv
+    /// 2403.07378).
+    Gram(&'a [f64]),
+}
+
+/// The rank-`rank` factors of `weight` `[out, in]`. Factors that are stored in fewer bits are refitted: once the
+/// orthonormal one is rounded, the other is the least-squares optimum for the rounded one.
+///
+/// # Errors
+/// What the decomposition says.
+pub fn factorise(
+    weight: &Tensor,
+    rank: usize,
+    whitening: Whitening<'_>,
+    options: FactorOptions,
+) -> Result<Form<Tensor>, linalg::Error> {
+    let rows = weight.shape()[0];
+    let cols = weight.shape()[1..].iter().product();
+    let mut values = vec![0.0; rows * cols];
+    crate::checkpoint::decode_f32(weight.dtype(), weight.bytes(), &mut values);
+    let w = Matrix::from_f32(rows, cols, &values)?;
+    let gram = match whitening {
+        Whitening::None => None,
+        Whitening::Gram(values) => Some(Matrix::new(cols, cols, values.to_vec())?),
+    };
+    let mut factors = match &gram {
+        None => truncated_svd(&w, rank)?,
+        Some(gram) => whitened_svd(&w, gram, rank)?,
+    };
+    let stem = weight.name().strip_suffix(".weight").unwrap_or(weight.name());
+    if options.densify {
+        let product = factors.u.matmul(&factors.v)?;
+        let shape = vec![rows, cols];
+        return Ok(Form::Dense(Tensor::from_f32(weight.name(), weight.dtype(), shape, &product.to_f32())));
+    }
+    let dtype = options.dtype.unwrap_or(weight.dtype());
+    let store = |suffix: &str, m: &Matrix| {
+        Tensor::from_f32(format!("{stem}.{suffix}"), dtype, vec![m.rows(), m.cols()], &m.to_f32())
+    };
+    let rounded = |t: &Tensor, m: &Matrix| -> Result<Matrix, linalg::Error> {
+        let mut values = vec![0.0; t.len()];
+        crate::checkpoint::decode_f32(dtype, t.bytes(), &mut values);
+        Matrix::from_f32(m.rows(), m.cols(), &values)
+    };
+    // Without a Gram matrix the orthonormal factor is on the short side; with one it is always U.
+    let orthonormal_left = gram.is_some() || rows <= cols;
+    if orthonormal_left {
+        let u = store("u", &factors.u);
+        if dtype != Dtype::F32 {
+            factors.v = refit_right(&rounded(&u, &factors.u)?, &w)?;
+        }
+        Ok(Form::LowRank { u, v: store("v", &factors.v) })
+    } else {
+        let v = store("v", &factors.v);
+        if dtype != Dtype::F32 {
+            factors.u = refit_left(&w, &rounded(&v, &factors.v)?, None)?;
+        }
+        Ok(Form::LowRank { u: store("u", &factors.u), v })
+    }
+}

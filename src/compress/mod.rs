@@ -1,0 +1,20 @@
+//! Carries out a plan: the only place that writes weights. Streams over the checkpoint a layer at a time, leaves every
+//! finished layer on disk, and puts the result in place only when it is whole.
+
+mod apply;
+mod config;
+mod error;
+mod factorise;
+mod layout;
+mod measure;
+mod output;
+mod run;
+
+pub use apply::{CompressedLayer, apply_layer};
+pub use error::Error;
+pub use factorise::{FactorOptions, Whitening, factorise};
+pub use layout::{Layout, LayoutChoice};
+pub use run::{Options, Report, compress};
+
+/// Result of this module.
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,157 @@
+//! The output folder: built in another place, a shard per layer, renamed when complete.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::json;
+
+use super::{Error, Result};
+use crate::checkpoint::{
+    Checkpoint, Entry, Error as FileError, INDEX_FILE, MANIFEST_FILE, SINGLE_FILE, Shard, Tensor,
+    write_atomic, write_safetensors,
+};
+
+/// Checkpoints up to this size are one file, as people expect of small ones.
+const SINGLE_FILE_BYTES: u64 = 2 << 30;
+
+/// Weights in other formats, which would contradict the new ones.
+const WEIGHT_EXTENSIONS: [&str; 9] =
+    ["safetensors", "bin", "pt", "pth", "gguf", "onnx", "h5", "msgpack", "ot"];
+
+/// The folder under construction.
+#[derive(Debug)]
+pub(super) struct Output {
+    target: PathBuf,
+    partial: PathBuf,
+    shards: usize,
+}
+
+impl Output {
+    /// The folder for `target`, built as `partial`, whose weights come in `shards` pieces.
+    pub(super) fn create(target: &Path, partial: PathBuf, shards: usize) -> Result<Self> {
+        fs::create_dir_all(&partial).map_err(|source| FileError::Io { path: partial.clone(), source })?;
+        Ok(Output { target: target.into(), partial, shards })
+    }
+
+    /// Errors unless `target` can become a new folder.
+    pub(super) fn check(target: &Path) -> Result<()> {
+        let refuse = |what: &str| Err(Error::Output { path: target.into(), what: what.into() });
+        if target.file_name().is_none() {
+            return refuse("not the name of a folder");
+        }
+        let parent = match target.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        if !parent.is_dir() {
+            return refuse("the folder that should hold it does not exist");
+        }
+        let taken =
+            target.exists() && fs::read_dir(target).map_or(true, |mut entries| entries.next().is_some());
+        if taken {
+            return refuse("exists already; remove it or choose another --out");
+        }
+        Ok(())
+    }
+
+    /// File name of piece `index`.
+    fn shard_name(&self, index: usize) -> String {
+        format!("model-{:05}-of-{:05}.safetensors", index + 1, self.shards)
+    }
+
+    /// Whether piece `index` is complete.
+    pub(super) fn has_shard(&self, index: usize) -> bool {
+        self.partial.join(self.shard_name(index)).exists()
+    }
+
+    /// Writes piece `index`.
+    pub(super) fn write_shard(&self, index: usize, tensors: &[Tensor]) -> Result<()> {
+        let path = self.partial.join(self.shard_name(index));
+        Ok(write_safetensors(&path, &metadata(), tensors.iter().map(Entry::tensor).collect())?)
+    }
+
+    /// The tensors of piece `index`, mapped.
+    pub(super) fn shard(&self, index: usize) -> Result<Vec<Tensor>> {
+        let shard = Arc::new(Shard::open(&self.partial.join(self.shard_name(index)))?);
+        Ok(shard.tensors().collect())
+    }
+
+    /// Writes config, index and layout file, copies what else the source folder holds, and puts the folder in its
+    /// place. Returns the bytes of all tensors.
+    pub(super) fn finish(
+        self,
+        source: &Checkpoint,
+        config: &str,
+        manifest: Option<&str>,
+        plan: &str,
+    ) -> Result<u64> {
+        self.copy_companions(source)?;
+        write_atomic(&self.partial.join("config.json"), config.as_bytes())?;
+        write_atomic(&self.partial.join("moepress-plan.json"), plan.as_bytes())?;
+        if let Some(manifest) = manifest {
+            write_atomic(&self.partial.join(MANIFEST_FILE), manifest.as_bytes())?;
+        }
+        let bytes = self.finish_weights()?;
+        let io = |source| Error::from(FileError::Io { path: self.target.clone(), source });
+        // An empty folder may be in the way; anything else was refused before the work began.
+        if self.target.exists() {
+            fs::remove_dir(&self.target).map_err(io)?;
+        }
+        fs::rename(&self.partial, &self.target).map_err(io)?;
+        Ok(bytes)
+    }
+
+    /// One file where it is small, an index over the pieces where it is not.
+    fn finish_weights(&self) -> Result<u64> {
+        let mut tensors = Vec::new();
+        let mut map = BTreeMap::new();
+        let mut bytes = 0;
+        for index in 0..self.shards {
+            for tensor in self.shard(index)? {
+                bytes += tensor.bytes().len() as u64;
+                map.insert(tensor.name().to_string(), self.shard_name(index));
+                tensors.push(tensor);
+            }
+        }
+        if bytes > SINGLE_FILE_BYTES {
+            let index = json!({ "metadata": { "total_size": bytes }, "weight_map": map });
+            let text = serde_json::to_string_pretty(&index).unwrap_or_default() + "\n";
+            write_atomic(&self.partial.join(INDEX_FILE), text.as_bytes())?;
+            return Ok(bytes);
+        }
+        let path = self.partial.join(SINGLE_FILE);
+        write_safetensors(&path, &metadata(), tensors.iter().map(Entry::tensor).collect())?;
+        drop(tensors);
+        for index in 0..self.shards {
+            let path = self.partial.join(self.shard_name(index));
+            fs::remove_file(&path).map_err(|source| FileError::Io { path, source })?;
+        }
+        Ok(bytes)
+    }
+
+    /// Copies tokeniser, generation config, licence and the like.
+    fn copy_companions(&self, source: &Checkpoint) -> Result<()> {
+        let io = |path: &Path| {
+            let path = path.to_path_buf();
+            move |source| Error::from(FileError::Io { path, source })
+        };
+        for entry in fs::read_dir(source.dir()).map_err(io(source.dir()))? {
+            let path = entry.map_err(io(source.dir()))?.path();
+            let Some(name) = path.file_name().and_then(|n| n.to_str()) else { continue };
+            let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+            let replaced = ["config.json", MANIFEST_FILE, "moepress-plan.json"].contains(&name)
+                || WEIGHT_EXTENSIONS.contains(&extension)
+                || name.ends_with(".index.json");
+            if path.is_file() && !replaced {
+                fs::copy(&path, self.partial.join(name)).map_err(io(&path))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn metadata() -> BTreeMap<String, String> {
+    BTreeMap::from([("format".to_string(), "pt".to_string())])
+}

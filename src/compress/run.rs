@@ -1,0 +1,315 @@
+//! The streamed pass over the checkpoint.
+
+use std::path::Path;
+use std::time::Instant;
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::apply::apply_layer;
+use super::factorise::FactorOptions;
+use super::layout::{Layout, LayoutChoice, manifest_entry};
+use super::measure::Follower;
+use super::output::Output;
+use super::{Error, Result};
+use crate::architecture::{Architecture, Names, Profile};
+use crate::backend::{Backend, Moment, Moments};
+use crate::calibrate::{Residual, Statistics};
+use crate::checkpoint::{Checkpoint, Dtype, LayerEntry, Manifest, Tensor};
+use crate::model::{FeedForwardSource, LayerSource, Model, profile};
+use crate::plan::{Action, LayerPlan, Plan, rescore_layer};
+use crate::progress::Progress;
+use crate::tokens::Windows;
+
+/// How to carry out a plan.
+#[derive(Debug, Default)]
+pub struct Options<'a> {
+    /// Layout of the result.
+    pub layout: LayoutChoice,
+    /// Multiply factors back into full matrices.
+    pub densify: bool,
+    /// Calibration tokens, for plans that measure while compressing.
+    pub tokens: Option<&'a Windows>,
+    /// Statistics with second moments, for whitening.
+    pub statistics: Option<&'a Statistics>,
+}
+
+/// What compressing did. Bytes are those of all tensors.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// Of the source.
+    pub bytes_before: u64,
+    /// Of the result.
+    pub bytes_after: u64,
+    /// Parameters of the source's routed experts.
+    pub routed_parameters_before: u64,
+    /// Of the result's.
+    pub routed_parameters_after: u64,
+    /// `hf` or `moepress`.
+    pub layout: &'static str,
+    /// Wall-clock time.
+    pub seconds: f64,
+}
+
+/// Applies `plan` to the checkpoint of `model` and writes the result to the new folder `out`. A run that was stopped
+/// goes on after the last finished layer and gives the same bytes as one that was not.
+///
+/// # Errors
+/// Names what is wrong with the plan, a layer, the output folder or what the plan needs and was not given; `out` then
+/// does not exist.
+pub fn compress<B: Backend>(
+    model: &Model<'_, B>,
+    plan: &Plan,
+    options: &Options<'_>,
+    out: &Path,
+    progress: &mut dyn Progress,
+) -> Result<Report> {
+    let start = Instant::now();
+    let checkpoint = model.checkpoint();
+    let architecture = model.architecture();
+    let profile = profile(checkpoint, architecture)?;
+    plan.check(&profile)?;
+    Output::check(out)?;
+    let layout = Layout::choose(options.layout, checkpoint, architecture, plan, options.densify)?;
+    let job = Job::new(checkpoint, architecture, &profile, plan, options)?;
+
+    let layers = architecture.layers.len();
+    let work = Residual::open(out, &job.key(&layout))?;
+    let output = Output::create(out, work.path("result"), layers + 1)?;
+    let mut follower = match (job.follow, options.tokens) {
+        (false, _) => None,
+        (true, Some(tokens)) => Some(Follower::new(model, tokens, job.second(), job.propagate)?),
+        (true, None) => return Err(job.missing_tokens()),
+    };
+    let followed = follower.as_mut().map_or(Ok(layers), |f| f.restore(&work))?;
+
+    progress.begin("compress", layers);
+    let mut routed_parameters_after = 0;
+    let mut manifest = Manifest { moepress: 1, origin: origin(plan), layers: Vec::new() };
+    for l in 0..layers {
+        if l < followed
+            && output.has_shard(l)
+            && job.finished(&work, l, &mut manifest, &mut routed_parameters_after)?
+        {
+            progress.step("done before");
+            continue;
+        }
+        let mut source = LayerSource::open(checkpoint, architecture, l)?;
+        let moments = follower.as_mut().map(|f| f.measure(&source)).transpose()?.flatten();
+        let original = source.clone();
+        let detail = job.layer(&mut source, moments)?;
+        if let Some(follower) = &mut follower {
+            follower.leave(&source)?;
+        }
+        let mut tensors = job.other_tensors(&original);
+        if let Some(moe) = source.moe() {
+            tensors.extend(layout.tensors(&architecture.names, l, moe));
+            let entry = manifest_entry(l, moe);
+            let routed = moe.experts.iter().flat_map(|e| e.parts()).map(|t| t.len() as u64).sum();
+            job.record(&work, l, &entry, routed)?;
+            manifest.layers.push(entry);
+            routed_parameters_after += routed;
+        }
+        output.write_shard(l, &tensors)?;
+        original.release();
+        if let Some(follower) = &follower {
+            follower.save(&work, l + 1)?;
+        }
+        progress.step(&detail);
+    }
+    output.write_shard(layers, &job.tensors_outside_layers())?;
+    let manifest = (layout == Layout::Moepress).then(|| manifest.to_json());
+    let config = match &layout {
+        Layout::HuggingFace { config } => config.as_str(),
+        Layout::Moepress => checkpoint.config(),
+    };
+    let bytes_after = output.finish(checkpoint, config, manifest.as_deref(), &plan.to_json())?;
+    work.remove()?;
+    progress.end();
+    Ok(Report {
+        bytes_before: profile.bytes,
+        bytes_after,
+        routed_parameters_before: profile.routed_parameters(),
+        routed_parameters_after,
+        layout: layout.name(),
+        seconds: start.elapsed().as_secs_f64(),
+    })
+}
+
+/// Where a checkpoint in the moepress layout came from.
+fn origin(plan: &Plan) -> Value {
+    json!({ "method": plan.method, "options": plan.options, "model": plan.model })
+}
+
+/// One compression: what it works on and what it has to measure.
+struct Job<'a> {
+    checkpoint: &'a Checkpoint,
+    architecture: &'a Architecture,
+    profile: &'a Profile,
+    plan: &'a Plan,
+    options: &'a Options<'a>,
+    factors: FactorOptions,
+    /// Low-rank experts are whitened.
+    whiten: bool,
+    /// Layers are measured on the compressed prefix.
+    propagate: bool,
+    /// A residual stream is needed.
+    follow: bool,
+}
+
+impl<'a> Job<'a> {
+    fn new(
+        checkpoint: &'a Checkpoint,
+        architecture: &'a Architecture,
+        profile: &'a Profile,
+        plan: &'a Plan,
+        options: &'a Options<'a>,
+    ) -> Result<Self> {
+        let flag = |name: &str| plan.options.get(name).and_then(Value::as_bool).unwrap_or(false);
+        let factorises = |l: &LayerPlan| l.experts.iter().any(|e| matches!(e.action, Action::LowRank { .. }));
+        let whiten = flag("whiten") && plan.layers.iter().any(factorises);
+        let propagate = flag("propagate");
+        let dtype = match plan.options.get("factor_dtype").and_then(Value::as_str) {
+            Some("f32") => Some(Dtype::F32),
+            Some("bf16") => Some(Dtype::BF16),
+            Some("f16") => Some(Dtype::F16),
+            _ => None,
+        };
+        if let Some(statistics) = options.statistics
+            && statistics.profile().identity != profile.identity
+        {
+            let path = statistics.path().display();
+            return Err(Error::Missing(format!(
+                "{path}: measured on another checkpoint than {}",
+                checkpoint.dir().display()
+            )));
+        }
+        let measured = |s: &Statistics| [Moment::InputGram, Moment::HiddenGram].into_iter().all(|m| s.has(m));
+        let follow = propagate || (whiten && !options.statistics.is_some_and(measured));
+        let factors = FactorOptions { dtype, densify: options.densify };
+        Ok(Job { checkpoint, architecture, profile, plan, options, factors, whiten, propagate, follow })
+    }
+
+    fn missing_tokens(&self) -> Error {
+        let what = if self.propagate {
+            "the plan has propagate=true, which measures while compressing: give --tokens"
+        } else {
+            "the plan whitens low-rank experts, which needs second moments: give --tokens, or --stats from calibrate \
+             --moments input,hidden, or plan with --set whiten=false"
+        };
+        Error::Missing(what.into())
+    }
+
+    /// Second moments that the stream measures.
+    fn second(&self) -> Vec<Moment> {
+        if self.whiten { vec![Moment::InputGram, Moment::HiddenGram] } else { Vec::new() }
+    }
+
+    /// Everything that the output depends on.
+    fn key(&self, layout: &Layout) -> String {
+        let tokens = self.options.tokens.filter(|_| self.follow).map(Windows::sha256);
+        let statistics =
+            self.options.statistics.map(|s| (s.tokens().sha256.clone(), s.has(Moment::InputGram)));
+        let identity = &self.profile.identity;
+        let densify = self.factors.densify;
+        format!(
+            "moepress compress 1\n{identity}\n{tokens:?}\n{statistics:?}\n{layout:?}\n{densify}\n{}",
+            self.plan.to_json()
+        )
+    }
+
+    /// Compresses the experts of one layer in place.
+    fn layer(&self, source: &mut LayerSource, measured: Option<Moments>) -> Result<String> {
+        let l = source.layer;
+        let FeedForwardSource::Moe(moe) = &mut source.feed_forward else { return Ok("dense".into()) };
+        let Some(index) = self.plan.layers.iter().position(|p| p.layer == l) else {
+            return Ok("unchanged".into());
+        };
+        let mut plan = self.plan.layers[index].clone();
+        let grams = match (&measured, self.options.statistics) {
+            (Some(_), _) => measured,
+            (None, Some(statistics)) if self.whiten => {
+                Some(statistics.moments(l, &[Moment::InputGram, Moment::HiddenGram])?)
+            }
+            _ => None,
+        };
+        if let (true, Some(moments)) = (self.propagate, &grams) {
+            self.choose_again(&mut plan, index, moments)?;
+        }
+        let compressed = apply_layer(&plan, moe, grams.as_ref().filter(|_| self.whiten), self.factors)?;
+        *moe = compressed.moe;
+        let low_rank = moe.experts.iter().filter(|e| e.form() == "low_rank").count();
+        let kept = format!("{} of {} experts", moe.experts.len(), plan.experts.len());
+        Ok(if low_rank > 0 { format!("{kept}, {low_rank} low rank") } else { kept })
+    }
+
+    /// Drops as many experts as the plan says, by scores on the compressed prefix.
+    fn choose_again(&self, plan: &mut LayerPlan, index: usize, moments: &Moments) -> Result<()> {
+        let count = plan.dropped().count();
+        if count == 0 {
+            return Ok(());
+        }
+        let layer = &self.profile.moe_layers[index];
+        let protected = &plan.protected;
+        let dropped = rescore_layer(&self.plan.method, &self.plan.options, layer, moments, count, protected)?;
+        for expert in &mut plan.experts {
+            expert.action = if dropped.contains(&expert.expert) { Action::Drop } else { Action::Keep };
+        }
+        Ok(())
+    }
+
+    /// The tensors of a layer that are neither router nor routed experts, as stored.
+    fn other_tensors(&self, source: &LayerSource) -> Vec<Tensor> {
+        let l = source.layer;
+        let prefix = Names::layer(l);
+        let routed: Vec<String> = match source.moe() {
+            None => Vec::new(),
+            Some(moe) => vec![
+                moe.router.name().into(),
+                format!("{prefix}{}.experts.", self.architecture.names.moe),
+                Names::fused_gate_up(l),
+                Names::fused_down(l),
+            ],
+        };
+        let own = |t: &&Tensor| t.name().starts_with(&prefix);
+        let other = |t: &&Tensor| !routed.iter().any(|r| t.name().starts_with(r.as_str()));
+        self.checkpoint.tensors().filter(own).filter(other).cloned().collect()
+    }
+
+    fn tensors_outside_layers(&self) -> Vec<Tensor> {
+        let prefixes: Vec<String> = (0..self.architecture.layers.len()).map(Names::layer).collect();
+        let outside = |t: &&Tensor| !prefixes.iter().any(|p| t.name().starts_with(p));
+        self.checkpoint.tensors().filter(outside).cloned().collect()
+    }
+
+    /// Leaves on disk what a resumed run has to know about a finished layer.
+    fn record(&self, work: &Residual, l: usize, entry: &LayerEntry, routed_parameters: u64) -> Result<()> {
+        let text = json!({ "entry": entry, "routed_parameters": routed_parameters }).to_string();
+        Ok(crate::checkpoint::write_atomic(&work.path(&record_name(l)), text.as_bytes())?)
+    }
+
+    /// Reads back what [`Job::record`] left; false where a MoE layer has no usable record.
+    fn finished(
+        &self,
+        work: &Residual,
+        l: usize,
+        manifest: &mut Manifest,
+        routed_parameters: &mut u64,
+    ) -> Result<bool> {
+        if self.architecture.moe(l).is_none() {
+            return Ok(true);
+        }
+        let Ok(text) = std::fs::read(work.path(&record_name(l))) else { return Ok(false) };
+        let Ok(record) = serde_json::from_slice::<Value>(&text) else { return Ok(false) };
+        let Ok(entry) = serde_json::from_value::<LayerEntry>(record["entry"].clone()) else {
+            return Ok(false);
+        };
+        *routed_parameters += record["routed_parameters"].as_u64().unwrap_or(0);
+        manifest.layers.push(entry);
+        Ok(true)
+    }
+}
+
+fn record_name(l: usize) -> String {
+    format!("record-{l:05}.json")
+}

@@ -1,0 +1,365 @@
+//! Carrying out plans: dropped experts against masked ones, factors against full matrices, both layouts, stopping and
+//! resuming, and everything that has to be refused.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use common::{Trace, data, run, windows};
+use moepress::backend::cpu::Cpu;
+use moepress::backend::{Expert, Moment};
+use moepress::calibrate::{Options as CalibrateOptions, calibrate};
+use moepress::checkpoint::{Checkpoint, Dtype};
+use moepress::compress::{FactorOptions, LayoutChoice, Options, Report, Whitening, compress, factorise};
+use moepress::model::{FeedForwardSource, HeadScratch, LayerSource, Model, Stream, profile};
+use moepress::plan::{Action, Budget, Plan, Request, method};
+use moepress::progress::Progress;
+use moepress::tokens::Windows;
+
+const MODELS: [&str; 6] =
+    ["mixtral", "qwen2_moe", "qwen3_moe_fused", "olmoe_clip", "deepseek_v2", "deepseek_v2_lite_sharded_bf16"];
+
+fn tokens() -> Windows {
+    let ids: Vec<f64> = (0..96u32).map(|i| f64::from((i * 37 + i * i * 5) % 64)).collect();
+    windows(&ids, 4)
+}
+
+fn options(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    pairs.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect()
+}
+
+fn plan(model: &Path, name: &str, budget: Option<Budget>, set: &[(&str, &str)]) -> Plan {
+    let checkpoint = Checkpoint::open(model).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let opened = Model::new(&checkpoint, &Cpu, 24).unwrap();
+    let statistics =
+        calibrate(&opened, &tokens(), &CalibrateOptions::default(), &dir.path().join("s"), &mut ()).unwrap();
+    let moments = statistics.first_moments().unwrap();
+    let request = Request {
+        profile: statistics.profile(),
+        statistics: Some(&moments),
+        source: None,
+        budget,
+        options: &options(set),
+        spectra: None,
+    };
+    method(name).unwrap().plan(&request).unwrap()
+}
+
+fn apply(model: &Path, plan: &Plan, options: &Options<'_>, out: &Path) -> Result<Report, String> {
+    let checkpoint = Checkpoint::open(model).unwrap();
+    let model = Model::new(&checkpoint, &Cpu, 24).unwrap();
+    compress(&model, plan, options, out, &mut ()).map_err(|e| e.to_string())
+}
+
+/// The original with the plan's dropped experts masked to −∞.
+fn masked(dir: &Path, plan: &Plan, windows: &Windows) -> Vec<f32> {
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let model = Model::new(&checkpoint, &Cpu, windows.length).unwrap();
+    let mut stream = Stream::new(&model, windows).unwrap();
+    for l in 0..model.architecture().layers.len() {
+        let mut source = LayerSource::open(&checkpoint, model.architecture(), l).unwrap();
+        if let (FeedForwardSource::Moe(moe), Some(plan)) =
+            (&mut source.feed_forward, plan.layers.iter().find(|p| p.layer == l))
+        {
+            plan.dropped().for_each(|e| moe.experts[e] = Expert::None);
+        }
+        stream.advance(&model.prepare(&source).unwrap(), |_, _| Ok(())).unwrap();
+    }
+    let head = model.head().unwrap();
+    let mut work = HeadScratch::new(&Cpu);
+    let logits =
+        |c: &moepress::model::Chunk<Cpu>| head.logits(&Cpu, &c.x, 0, c.batch.tokens(), &mut work).unwrap();
+    stream.chunks.iter().flat_map(logits).collect()
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+#[test]
+fn dropped_experts_equal_masked_ones_bit_for_bit() {
+    let out = tempfile::tempdir().unwrap();
+    for name in MODELS {
+        let model = data(name);
+        for (method, set) in
+            [("reap", &[][..]), ("random", &[("seed", "7")][..]), ("frequency", &[("scope", "global")][..])]
+        {
+            // Its group limit lets the second DeepSeek model lose one expert of six.
+            let remove = if name == "deepseek_v2" { 0.16 } else { 0.3 };
+            let Ok(budget) = Budget::remove(remove) else { unreachable!() };
+            let plan = plan(&model, method, Some(budget), set);
+            let expected = masked(&model, &plan, &tokens());
+            for (layout, choice) in [("auto", LayoutChoice::Auto), ("moepress", LayoutChoice::Moepress)] {
+                let dir = out.path().join(format!("{name} {method} {layout}"));
+                let report =
+                    apply(&model, &plan, &Options { layout: choice, ..Options::default() }, &dir).unwrap();
+                let Trace { logits, .. } = run(&dir, &tokens());
+                assert!(bits(&logits) == bits(&expected), "{name}: {method}: {layout}");
+                assert_eq!(report.bytes_after, plan.expected.bytes, "{name}: {method}: {layout}");
+                assert_eq!(report.routed_parameters_after, plan.expected.routed_parameters);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_uniform_plan_gives_a_stock_checkpoint() {
+    let out = tempfile::tempdir().unwrap();
+    for name in ["mixtral", "qwen3_moe_fused", "deepseek_v2_lite_sharded_bf16"] {
+        let dir = out.path().join(name);
+        let plan = plan(&data(name), "reap", Some(Budget::Experts(3)), &[]);
+        let report = apply(&data(name), &plan, &Options::default(), &dir).unwrap();
+        assert_eq!(report.layout, "hf");
+        assert!(!dir.join("moepress.json").exists());
+        let (before, after) = (Checkpoint::open(data(name)).unwrap(), Checkpoint::open(&dir).unwrap());
+        // One number of the config changes, or the same number under two keys.
+        let lines = before.config().lines().zip(after.config().lines()).filter(|(a, b)| a != b).count();
+        assert_eq!(before.config().lines().count(), after.config().lines().count());
+        assert!((1..=2).contains(&lines), "{name}: {lines} lines of config.json changed");
+        let experts: Vec<&str> =
+            after.tensors().map(|t| t.name()).filter(|n| n.contains(".experts.")).collect();
+        let layers = plan.layers.len();
+        assert_eq!(experts.len(), layers * 3 * 3, "{name}");
+        assert!(experts.iter().all(|n| !n.contains("gate_up_proj")));
+        for e in 0..3 {
+            assert_eq!(experts.iter().filter(|n| n.contains(&format!(".experts.{e}."))).count(), layers * 3);
+        }
+    }
+}
+
+/// The result of one compression can be compressed again.
+#[test]
+fn a_moepress_checkpoint_is_a_source_like_any_other() {
+    let out = tempfile::tempdir().unwrap();
+    let at = |name: &str| out.path().join(name);
+    let model = data("qwen2_moe");
+    let first = plan(&model, "reap", Some(Budget::Experts(5)), &[]);
+    let options = Options { layout: LayoutChoice::Moepress, ..Options::default() };
+    apply(&model, &first, &options, &at("first")).unwrap();
+    let second = plan(&at("first"), "reap", Some(Budget::Experts(4)), &[]);
+    apply(&at("first"), &second, &options, &at("second")).unwrap();
+    assert!(bits(&run(&at("second"), &tokens()).logits) == bits(&masked(&at("first"), &second, &tokens())));
+    let manifest = Checkpoint::open(at("second")).unwrap().manifest().unwrap().clone();
+    assert!(manifest.layers.iter().all(|l| l.experts.len() == 4));
+}
+
+#[test]
+fn factors_run_as_their_product_does() {
+    let out = tempfile::tempdir().unwrap();
+    let at = |name: &str| out.path().join(name);
+    let model = data("mixtral");
+    let Ok(budget) = Budget::remove(0.4) else { unreachable!() };
+    let plan = plan(&model, "low-rank", Some(budget), &[("whiten", "false")]);
+    let factors = apply(&model, &plan, &Options::default(), &at("factors")).unwrap();
+    assert_eq!(factors.layout, "moepress");
+    assert_eq!(factors.bytes_after, plan.expected.bytes);
+    let dense = Options { densify: true, ..Options::default() };
+    assert_eq!(apply(&model, &plan, &dense, &at("dense")).unwrap().layout, "hf");
+    let (a, b) = (run(&at("factors"), &tokens()).logits, run(&at("dense"), &tokens()).logits);
+    let difference = a.iter().zip(&b).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
+    assert!(difference < 2e-5, "{difference}");
+    // The config is the original's, untouched.
+    let config = |dir: PathBuf| std::fs::read(dir.join("config.json")).unwrap();
+    assert_eq!(config(at("factors")), config(model.clone()));
+    assert_eq!(config(at("dense")), config(model));
+}
+
+#[test]
+fn full_rank_changes_nothing() {
+    let out = tempfile::tempdir().unwrap();
+    let model = data("mixtral");
+    let plan = plan(&model, "low-rank", None, &[("rank", "16"), ("whiten", "false")]);
+    assert!(
+        plan.layers.iter().all(|l| l.experts.iter().all(|e| e.action == Action::Keep)),
+        "above break-even"
+    );
+    apply(&model, &plan, &Options::default(), &out.path().join("full")).unwrap();
+    assert!(bits(&run(&out.path().join("full"), &tokens()).logits) == bits(&run(&model, &tokens()).logits));
+
+    // And the factorisation itself, in every stored type and both orientations.
+    let checkpoint = Checkpoint::open(&model).unwrap();
+    for matrix in ["w1", "w2"] {
+        let name = format!("model.layers.0.block_sparse_moe.experts.1.{matrix}.weight");
+        let weight = checkpoint.tensor(&name).unwrap();
+        let (rows, cols) = (weight.shape()[0], weight.shape()[1]);
+        for (dtype, tolerance) in [(Dtype::F32, 1e-6), (Dtype::F16, 2e-3), (Dtype::BF16, 2e-2)] {
+            let options = FactorOptions { dtype: Some(dtype), densify: false };
+            let factors = factorise(&weight, rows.min(cols), Whitening::None, options).unwrap();
+            let moepress::backend::Matrix::LowRank { u, v } = factors else { unreachable!() };
+            assert_eq!((u.name(), u.dtype()), (name.replace("weight", "u").as_str(), dtype));
+            let (u, v, w) = (u.to_f32().unwrap(), v.to_f32().unwrap(), weight.to_f32().unwrap());
+            let r = rows.min(cols);
+            for i in 0..rows {
+                for j in 0..cols {
+                    let product: f32 = (0..r).map(|k| u[i * r + k] * v[k * cols + j]).sum();
+                    assert!((product - w[i * cols + j]).abs() < tolerance, "{matrix} {dtype:?} [{i}, {j}]");
+                }
+            }
+        }
+    }
+}
+
+/// Whitening with statistics from a file and with tokens given to compress is the same.
+#[test]
+fn second_moments_from_a_file_or_on_the_way() {
+    let out = tempfile::tempdir().unwrap();
+    let at = |name: &str| out.path().join(name);
+    for name in ["qwen2_moe", "deepseek_v2"] {
+        let model = data(name);
+        let Ok(budget) = Budget::remove(0.5) else { unreachable!() };
+        let plan = plan(&model, "low-rank", Some(budget), &[("whiten", "true")]);
+        let windows = tokens();
+        let missing = apply(&model, &plan, &Options::default(), &at("none")).unwrap_err();
+        assert!(missing.contains("--tokens") && missing.contains("--stats"), "{missing}");
+        assert!(!at("none").exists());
+
+        let checkpoint = Checkpoint::open(&model).unwrap();
+        let opened = Model::new(&checkpoint, &Cpu, 24).unwrap();
+        let second =
+            CalibrateOptions { second: vec![Moment::InputGram, Moment::HiddenGram], ..Default::default() };
+        let stats = at(&format!("{name} stats"));
+        let statistics = calibrate(&opened, &windows, &second, &stats, &mut ()).unwrap();
+        let by_file = Options { statistics: Some(&statistics), ..Options::default() };
+        let by_tokens = Options { tokens: Some(&windows), ..Options::default() };
+        apply(&model, &plan, &by_file, &at(&format!("{name} file"))).unwrap();
+        apply(&model, &plan, &by_tokens, &at(&format!("{name} tokens"))).unwrap();
+        let weights =
+            |kind: &str| std::fs::read(at(&format!("{name} {kind}")).join("model.safetensors")).unwrap();
+        assert!(weights("file") == weights("tokens"), "{name}");
+    }
+}
+
+/// With propagation the first MoE layer is as without, later ones are measured on what the earlier ones became.
+#[test]
+fn propagation_measures_on_the_compressed_prefix() {
+    let out = tempfile::tempdir().unwrap();
+    let at = |name: &str| out.path().join(name);
+    let model = data("mixtral");
+    let windows = tokens();
+    let Ok(budget) = Budget::remove(0.5) else { unreachable!() };
+    let plain = plan(&model, "low-rank", Some(budget), &[]);
+    let propagated = plan(&model, "low-rank", Some(budget), &[("propagate", "true")]);
+    let options = Options { tokens: Some(&windows), ..Options::default() };
+    apply(&model, &plain, &options, &at("plain")).unwrap();
+    apply(&model, &propagated, &options, &at("propagated")).unwrap();
+    let (a, b) = (Checkpoint::open(at("plain")).unwrap(), Checkpoint::open(at("propagated")).unwrap());
+    let equal = |l: usize| {
+        let name = format!("model.layers.{l}.block_sparse_moe.experts.0.w1.u");
+        a.tensor(&name).unwrap().bytes() == b.tensor(&name).unwrap().bytes()
+    };
+    assert!(equal(0));
+    assert!(!equal(1));
+
+    // Dropping: as many experts as planned, whichever the new scores choose.
+    let dropping = plan(&model, "reap", Some(Budget::Experts(3)), &[("propagate", "true")]);
+    apply(&model, &dropping, &options, &at("dropped")).unwrap();
+    let report = apply(&model, &dropping, &Options::default(), &at("no tokens")).unwrap_err();
+    assert!(report.contains("propagate=true"), "{report}");
+    let dropped = Checkpoint::open(at("dropped")).unwrap();
+    let opened = moepress::model::open_architecture(&dropped).unwrap();
+    assert!(profile(&dropped, &opened).unwrap().moe_layers.iter().all(|l| l.experts == 3));
+}
+
+/// Stops by panicking after some layers, as close to a kill as one process gets.
+struct StopAfter(usize);
+
+impl Progress for StopAfter {
+    fn step(&mut self, _: &str) {
+        assert!(self.0 > 0, "stopped");
+        self.0 -= 1;
+    }
+}
+
+fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path());
+    entries
+        .map(|p| (p.file_name().unwrap().to_string_lossy().into_owned(), std::fs::read(p).unwrap()))
+        .collect()
+}
+
+#[test]
+fn a_stopped_compression_resumes_to_the_same_bytes() {
+    let out = tempfile::tempdir().unwrap();
+    let model = data("qwen2_moe");
+    let windows = tokens();
+    let Ok(budget) = Budget::remove(0.4) else { unreachable!() };
+    for (kind, set) in [("plain", [("propagate", "false")]), ("propagated", [("propagate", "true")])] {
+        let plan = plan(&model, "low-rank", Some(budget), &set);
+        let options = Options { tokens: Some(&windows), ..Options::default() };
+        let whole = out.path().join(format!("{kind} whole"));
+        apply(&model, &plan, &options, &whole).unwrap();
+        let checkpoint = Checkpoint::open(&model).unwrap();
+        let opened = Model::new(&checkpoint, &Cpu, 24).unwrap();
+        for stop in 0..opened.architecture().layers.len() {
+            let target = out.path().join(format!("{kind} stopped {stop}"));
+            let stopped = || compress(&opened, &plan, &options, &target, &mut StopAfter(stop));
+            assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(stopped)).is_err());
+            assert!(!target.exists());
+            compress(&opened, &plan, &options, &target, &mut ()).unwrap();
+            assert!(files(&target) == files(&whole), "{kind}: stopped after {stop} layers");
+        }
+    }
+    let left: Vec<_> = std::fs::read_dir(out.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(left.iter().all(|n| !n.to_string_lossy().ends_with(".partial")), "{left:?}");
+}
+
+#[test]
+fn the_bytes_do_not_depend_on_the_number_of_threads() {
+    let out = tempfile::tempdir().unwrap();
+    let model = data("deepseek_v2");
+    let windows = tokens();
+    let Ok(budget) = Budget::remove(0.5) else { unreachable!() };
+    let plan = plan(&model, "low-rank", Some(budget), &[]);
+    let compressed = |threads: usize| {
+        let target = out.path().join(threads.to_string());
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let options = Options { tokens: Some(&windows), ..Options::default() };
+        pool.install(|| apply(&model, &plan, &options, &target)).unwrap();
+        files(&target)
+    };
+    let one = compressed(1);
+    assert!(one == compressed(2));
+    assert!(one == compressed(8));
+}
+
+#[test]
+fn what_cannot_be_done_is_refused_before_anything_is_written() {
+    let out = tempfile::tempdir().unwrap();
+    let at = |name: &str| out.path().join(name);
+    let model = data("mixtral");
+    let Ok(budget) = Budget::remove(0.4) else { unreachable!() };
+    let low_rank = plan(&model, "low-rank", Some(budget), &[("whiten", "false")]);
+    let stock = Options { layout: LayoutChoice::HuggingFace, ..Options::default() };
+    let error = apply(&model, &low_rank, &stock, &at("a")).unwrap_err();
+    assert!(error.contains("low_rank") && error.contains("--layout moepress"), "{error}");
+
+    let error = apply(&data("qwen2_moe"), &low_rank, &Options::default(), &at("a")).unwrap_err();
+    assert!(error.contains("mixtral"), "{error}");
+
+    std::fs::create_dir(at("full")).unwrap();
+    std::fs::write(at("full").join("precious"), "x").unwrap();
+    let error = apply(&model, &low_rank, &Options::default(), &at("full")).unwrap_err();
+    assert!(error.contains("full") && error.contains("exists already"), "{error}");
+    assert_eq!(std::fs::read(at("full").join("precious")).unwrap(), b"x");
+
+    let error = apply(&model, &low_rank, &Options::default(), &at("no/such/folder")).unwrap_err();
+    assert!(error.contains("does not exist"), "{error}");
+
+    let mut merge = low_rank.clone();
+    merge.layers[0].experts[1].action = Action::Merge { into: 0, weight: 0.5 };
+    let error = apply(&model, &merge, &Options::default(), &at("a")).unwrap_err();
+    assert!(error.contains("layer 0") && error.contains("expert 1") && error.contains("merge"), "{error}");
+    assert!(!at("a").exists());
+
+    let windows = tokens();
+    let other = Checkpoint::open(data("qwen2_moe")).unwrap();
+    let opened = Model::new(&other, &Cpu, 24).unwrap();
+    let statistics =
+        calibrate(&opened, &windows, &CalibrateOptions::default(), &at("stats"), &mut ()).unwrap();
+    let whitened = plan(&model, "low-rank", Some(budget), &[]);
+    let options = Options { statistics: Some(&statistics), tokens: Some(&windows), ..Options::default() };
+    let error = apply(&model, &whitened, &options, &at("a")).unwrap_err();
+    assert!(error.contains("another checkpoint"), "{error}");
+}
