@@ -1,5 +1,7 @@
 //! The calibration pass: against reference statistics, over halves of the data, stopped and resumed, with padding.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 mod common;
 
 use std::path::{Path, PathBuf};

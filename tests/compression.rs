@@ -1,6 +1,8 @@
 //! Carrying out plans: dropped experts against masked ones, factors against full matrices, both layouts, stopping and
 //! resuming, and everything that has to be refused.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 mod common;
 
 use std::collections::BTreeMap;

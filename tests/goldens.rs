@@ -1,5 +1,7 @@
 //! The forward pass against outputs of transformers 5.17: every family, layer by layer.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 mod common;
 
 use std::path::Path;

@@ -21,6 +21,7 @@ const MLP_PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 const EXPERT_COUNTS: [&str; 4] = ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"];
 
 /// What an absent key means; silent in transformers, and different from family to family.
+#[derive(Clone, Copy)]
 struct Defaults {
     rope_theta: f64,
     norm_eps: f64,
@@ -128,7 +129,7 @@ fn weight_rule(config: &Config) -> Result<WeightRule> {
 fn qwen_sparse(config: &Config) -> Result<impl Fn(usize) -> bool + use<>> {
     let dense = config.sizes("mlp_only_layers")?.unwrap_or_default();
     let step = config.size_or("decoder_sparse_step", 1)?.max(1);
-    Ok(move |l: usize| !dense.contains(&l) && (l + 1) % step == 0)
+    Ok(move |l: usize| !dense.contains(&l) && (l + 1).is_multiple_of(step))
 }
 
 /// The window of a Qwen model, where it is switched on.
@@ -181,7 +182,7 @@ fn qwen2_moe(config: &Config) -> Result<Architecture> {
     let slides = |l: usize| match &layer_types {
         Some(types) => types.get(l).is_some_and(|t| t == "sliding_attention"),
         // As transformers 5 fills in the types that a config leaves out.
-        None => l % 2 == 0 && l < first_full,
+        None => l.is_multiple_of(2) && l < first_full,
     };
     let shared_width = config.positive("shared_expert_intermediate_size")?;
     let moe = MoeSpec {

@@ -83,7 +83,7 @@ impl RopeConfig {
 
     /// The embedding of `dim` elements.
     pub(super) fn rope(&self, dim: usize, pairing: Pairing) -> Result<Rope> {
-        if dim == 0 || dim % 2 != 0 {
+        if dim == 0 || !dim.is_multiple_of(2) {
             return Err(Error::invalid(
                 "head_dim",
                 format!("gives {dim} rotated elements, expected an even number"),
@@ -127,7 +127,7 @@ impl RopeConfig {
         }
         low = low.max(0.0);
         high = high.min(dim as f64 - 1.0);
-        if low == high {
+        if high <= low {
             high += 0.001;
         }
         let blend = |(i, f): (usize, &f64)| {

@@ -83,6 +83,18 @@ impl Residual {
         Ok(())
     }
 
+    /// Removes the residual stream, so that the next [`Residual::restore`] begins at the first layer.
+    ///
+    /// # Errors
+    /// Names the file that cannot be removed.
+    pub fn forget(&self) -> Result<()> {
+        while let done @ 1.. = self.layers_done() {
+            let path = self.file(done);
+            fs::remove_file(&path).map_err(|source| crate::checkpoint::Error::Io { path, source })?;
+        }
+        Ok(())
+    }
+
     /// Removes the folder, once the result is in its final place.
     ///
     /// # Errors
@@ -97,7 +109,7 @@ impl Residual {
     }
 
     /// The largest number of finished layers that a residual stream is there for.
-    fn layers_done(&self) -> usize {
+    pub fn layers_done(&self) -> usize {
         let number = |entry: fs::DirEntry| {
             let name = entry.file_name().into_string().ok()?;
             name.strip_prefix("residual-")?.strip_suffix(".f32")?.parse().ok()

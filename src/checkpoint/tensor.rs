@@ -112,7 +112,7 @@ impl Tensor {
     #[must_use]
     pub fn rows(&self, start: usize, count: usize) -> Self {
         assert!(start + count <= self.shape[0], "rows of {self:?}");
-        let row = if self.shape[0] == 0 { 0 } else { self.length / self.shape[0] };
+        let row = self.length.checked_div(self.shape[0]).unwrap_or(0);
         let mut shape = self.shape.clone();
         shape[0] = count;
         Tensor { shape, start: self.start + start * row, length: count * row, ..self.clone() }
@@ -129,7 +129,7 @@ impl Tensor {
     /// The rows listed in `keep`, copied, in that order.
     #[must_use]
     pub fn select_rows(&self, keep: &[usize]) -> Self {
-        let row = if self.shape[0] == 0 { 0 } else { self.length / self.shape[0] };
+        let row = self.length.checked_div(self.shape[0]).unwrap_or(0);
         let all = self.bytes();
         let bytes = keep.iter().flat_map(|&r| &all[r * row..(r + 1) * row]).copied().collect();
         let mut shape = self.shape.clone();

@@ -52,9 +52,8 @@ impl Layout {
         densify: bool,
     ) -> Result<Self> {
         match (choice, stock_config(checkpoint, architecture, plan, densify)) {
-            (LayoutChoice::Moepress, _) => Ok(Layout::Moepress),
+            (LayoutChoice::Moepress, _) | (LayoutChoice::Auto, Err(_)) => Ok(Layout::Moepress),
             (_, Ok(config)) => Ok(Layout::HuggingFace { config }),
-            (LayoutChoice::Auto, Err(_)) => Ok(Layout::Moepress),
             (LayoutChoice::HuggingFace, Err(why)) => Err(Error::Layout(why)),
         }
     }

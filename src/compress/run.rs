@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::apply::apply_layer;
@@ -15,7 +15,7 @@ use super::{Error, Result};
 use crate::architecture::{Architecture, Names, Profile};
 use crate::backend::{Backend, Moment, Moments};
 use crate::calibrate::{Residual, Statistics};
-use crate::checkpoint::{Checkpoint, Dtype, LayerEntry, Manifest, Tensor};
+use crate::checkpoint::{Checkpoint, Dtype, LayerEntry, Manifest, Tensor, write_atomic};
 use crate::model::{FeedForwardSource, LayerSource, Model, profile};
 use crate::plan::{Action, LayerPlan, Plan, rescore_layer};
 use crate::progress::Progress;
@@ -81,19 +81,21 @@ pub fn compress<B: Backend>(
         (true, Some(tokens)) => Some(Follower::new(model, tokens, job.second(), job.propagate)?),
         (true, None) => return Err(job.missing_tokens()),
     };
-    let followed = follower.as_mut().map_or(Ok(layers), |f| f.restore(&work))?;
+    // Layers that are on disk, and no more of them than the residual stream has passed.
+    let finished = |l: usize| output.has_shard(l).then(|| Record::read(&work, l)).flatten();
+    let mut records: Vec<Record> = (0..layers).map_while(finished).collect();
+    if let Some(follower) = &mut follower {
+        if work.layers_done() > records.len() {
+            work.forget()?;
+        }
+        records.truncate(follower.restore(&work)?);
+    }
 
     progress.begin("compress", layers);
-    let mut routed_parameters_after = 0;
-    let mut manifest = Manifest { moepress: 1, origin: origin(plan), layers: Vec::new() };
-    for l in 0..layers {
-        if l < followed
-            && output.has_shard(l)
-            && job.finished(&work, l, &mut manifest, &mut routed_parameters_after)?
-        {
-            progress.step("done before");
-            continue;
-        }
+    for _ in 0..records.len() {
+        progress.step("done before");
+    }
+    for l in records.len()..layers {
         let mut source = LayerSource::open(checkpoint, architecture, l)?;
         let moments = follower.as_mut().map(|f| f.measure(&source)).transpose()?.flatten();
         let original = source.clone();
@@ -104,12 +106,10 @@ pub fn compress<B: Backend>(
         let mut tensors = job.other_tensors(&original);
         if let Some(moe) = source.moe() {
             tensors.extend(layout.tensors(&architecture.names, l, moe));
-            let entry = manifest_entry(l, moe);
-            let routed = moe.experts.iter().flat_map(|e| e.parts()).map(|t| t.len() as u64).sum();
-            job.record(&work, l, &entry, routed)?;
-            manifest.layers.push(entry);
-            routed_parameters_after += routed;
         }
+        let record = Record::new(&source);
+        record.write(&work, l)?;
+        records.push(record);
         output.write_shard(l, &tensors)?;
         original.release();
         if let Some(follower) = &follower {
@@ -118,6 +118,9 @@ pub fn compress<B: Backend>(
         progress.step(&detail);
     }
     output.write_shard(layers, &job.tensors_outside_layers())?;
+    let routed_parameters_after = records.iter().map(|r| r.routed_parameters).sum();
+    let entries = records.into_iter().filter_map(|r| r.entry).collect();
+    let manifest = Manifest { moepress: 1, origin: origin(plan), layers: entries };
     let manifest = (layout == Layout::Moepress).then(|| manifest.to_json());
     let config = match &layout {
         Layout::HuggingFace { config } => config.as_str(),
@@ -281,32 +284,32 @@ impl<'a> Job<'a> {
         let outside = |t: &&Tensor| !prefixes.iter().any(|p| t.name().starts_with(p));
         self.checkpoint.tensors().filter(outside).cloned().collect()
     }
+}
 
-    /// Leaves on disk what a resumed run has to know about a finished layer.
-    fn record(&self, work: &Residual, l: usize, entry: &LayerEntry, routed_parameters: u64) -> Result<()> {
-        let text = json!({ "entry": entry, "routed_parameters": routed_parameters }).to_string();
-        Ok(crate::checkpoint::write_atomic(&work.path(&record_name(l)), text.as_bytes())?)
+/// What a resumed run has to know about a finished layer.
+#[derive(Deserialize, Serialize)]
+struct Record {
+    /// Entry of the layer in `moepress.json`; `None` where it has no router.
+    entry: Option<LayerEntry>,
+    /// Parameters of its routed experts.
+    routed_parameters: u64,
+}
+
+impl Record {
+    fn new(source: &LayerSource) -> Self {
+        let parts = source.moe().into_iter().flat_map(|moe| moe.experts.iter().flat_map(|e| e.parts()));
+        let routed_parameters = parts.map(|t| t.len() as u64).sum();
+        Record { entry: source.moe().map(|moe| manifest_entry(source.layer, moe)), routed_parameters }
     }
 
-    /// Reads back what [`Job::record`] left; false where a MoE layer has no usable record.
-    fn finished(
-        &self,
-        work: &Residual,
-        l: usize,
-        manifest: &mut Manifest,
-        routed_parameters: &mut u64,
-    ) -> Result<bool> {
-        if self.architecture.moe(l).is_none() {
-            return Ok(true);
-        }
-        let Ok(text) = std::fs::read(work.path(&record_name(l))) else { return Ok(false) };
-        let Ok(record) = serde_json::from_slice::<Value>(&text) else { return Ok(false) };
-        let Ok(entry) = serde_json::from_value::<LayerEntry>(record["entry"].clone()) else {
-            return Ok(false);
-        };
-        *routed_parameters += record["routed_parameters"].as_u64().unwrap_or(0);
-        manifest.layers.push(entry);
-        Ok(true)
+    fn write(&self, work: &Residual, l: usize) -> Result<()> {
+        let text = serde_json::to_string(self).unwrap_or_default();
+        Ok(write_atomic(&work.path(&record_name(l)), text.as_bytes())?)
+    }
+
+    /// The record of layer `l`, if there is a usable one.
+    fn read(work: &Residual, l: usize) -> Option<Self> {
+        serde_json::from_slice(&std::fs::read(work.path(&record_name(l))).ok()?).ok()
     }
 }
 

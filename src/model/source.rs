@@ -65,6 +65,7 @@ pub enum AttentionSource {
 
 /// The feed-forward part's tensors.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one per layer")]
 pub enum FeedForwardSource {
     /// A dense MLP.
     Dense(Mlp<LinearSource>),
@@ -156,7 +157,7 @@ impl LayerSource {
         }
         match &self.feed_forward {
             FeedForwardSource::Dense(mlp) => {
-                all.extend(mlp.matrices().into_iter().flat_map(LinearSource::tensors))
+                all.extend(mlp.matrices().into_iter().flat_map(LinearSource::tensors));
             }
             FeedForwardSource::Moe(moe) => {
                 all.push(&moe.router);

@@ -1,6 +1,6 @@
 //! Shared by the tests: where data lies, how outputs are compared.
 
-#![allow(dead_code, unreachable_pub, reason = "every test file uses another part of this")]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "every test file uses another part of this")]
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

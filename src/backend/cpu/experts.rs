@@ -17,6 +17,7 @@ pub struct CpuExperts {
 }
 
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "nearly all are the large one")]
 enum Prepared {
     Mlp(Mlp<Matrix<CpuWeight>>),
     Constant(Vec<f32>),

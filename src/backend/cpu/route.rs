@@ -129,7 +129,9 @@ impl RouterRule {
             WeightRule::Scaled(scale) => weights.iter_mut().for_each(|w| *w *= scale),
             WeightRule::Renormalised => {
                 let sum: f32 = weights.iter().sum();
-                weights.iter_mut().for_each(|w| *w /= sum);
+                for weight in weights {
+                    *weight /= sum;
+                }
             }
         }
     }
