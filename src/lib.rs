@@ -1,4 +1,58 @@
-//! placeholder
+//! moepress makes mixture-of-experts language models smaller and runs the result.
+//!
+//! ```text
+//! checkpoint ──calibrate──▶ statistics ──plan──▶ plan ──compress──▶ checkpoint ──run / eval──▶ logits, perplexity
+//!  (mmap)      (tokens)      (a file)    (method,   (JSON)  (streams layer    (stock or
+//!                                         budget)            by layer)         moepress layout)
+//! ```
+//!
+//! The rooms, from the ground up; each knows those above it in this list only:
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`checkpoint`] | memory-mapped safetensors, sharded or not, and atomic writing |
+//! | [`tokens`] | token windows, from token files or from text |
+//! | [`architecture`] | what a `config.json` says, as data; one small table per family |
+//! | [`backend`] | the operations of the forward pass, the forms of an expert, and the CPU that runs them |
+//! | [`model`] | the forward pass, written once for any backend, a layer at a time |
+//! | [`calibrate`] | one streamed pass over tokens, and the statistics that it leaves |
+//! | [`plan`] | methods: from statistics and a budget to what becomes of every expert |
+//! | [`linalg`] | truncated and whitened SVD |
+//! | [`compress`] | carries out a plan; the only place that writes weights |
+//! | [`eval`] | perplexity, agreement with the original, multiple choice |
+//! | [`progress`] | how long work reports that it is alive |
+//!
+//! The whole chain in a few lines, as `examples/chain.rs` runs it on a model inside the repository:
+//!
+//! ```no_run
+//! use std::path::Path;
+//!
+//! use moepress::backend::cpu::Cpu;
+//! use moepress::calibrate::{Options, calibrate};
+//! use moepress::checkpoint::Checkpoint;
+//! use moepress::compress::compress;
+//! use moepress::model::Model;
+//! use moepress::plan::{Budget, Request, method};
+//! use moepress::tokens::{Bos, Tokenizer};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let checkpoint = Checkpoint::open("OLMoE-1B-7B-0924")?;
+//! let windows = Tokenizer::open(checkpoint.dir(), Bos::Auto)?.windows(&["my.txt".into()], 2048)?;
+//! let model = Model::new(&checkpoint, &Cpu, 2048)?;
+//! let statistics = calibrate(&model, &windows, &Options::default(), Path::new("olmoe.stats"), &mut ())?;
+//! let plan = method("reap")?.plan(&Request {
+//!     profile: statistics.profile(),
+//!     statistics: Some(&statistics.first_moments()?),
+//!     source: None,
+//!     budget: Some(Budget::remove(0.25)?),
+//!     options: &Default::default(),
+//!     spectra: None,
+//! })?;
+//! compress(&model, &plan, &Default::default(), Path::new("OLMoE-75"), &mut ())?;
+//! # Ok(())
+//! # }
+//! ```
+
 pub mod architecture;
 pub mod backend;
 pub mod calibrate;
