@@ -2,7 +2,8 @@
 
 /// Hears about the progress of one piece of work at a time.
 pub trait Progress {
-    /// Work called `task` begins; it has `steps` steps (usually layers).
+    /// Work called `task` begins; it has `steps` steps (usually layers). A task reads well before "3/27", such as
+    /// `calibrate: layer`.
     fn begin(&mut self, task: &str, steps: usize) {
         let _ = (task, steps);
     }

@@ -2,12 +2,18 @@
 
 mod error;
 mod feed_forward;
+mod inspect;
 mod layer;
+mod run;
 mod source;
 mod stream;
 
 pub use error::Error;
+pub use inspect::{
+    AttentionSummary, ByteCounts, Inspection, MoeSummary, ParameterCounts, RouterSummary, inspect,
+};
 pub use layer::{Layer, Observation, Scratch};
+pub use run::{LayerTrace, RunOutput, RunSize, run};
 pub use source::{AttentionSource, FeedForwardSource, LayerSource, LinearSource, MoeSource, profile};
 pub use stream::{Chunk, Stream, TOKENS_PER_CHUNK};
 

@@ -131,10 +131,20 @@ impl LayerSource {
     /// # Errors
     /// Names the layer and the tensor.
     pub fn open(checkpoint: &Checkpoint, architecture: &Architecture, l: usize) -> Result<Self> {
+        let source = LayerSource::locate(checkpoint, architecture, l)?;
+        let finite = source.tensors().into_par_iter().try_for_each(Tensor::check_finite);
+        finite.map_err(|source| Error::Layer { layer: l, source })?;
+        Ok(source)
+    }
+
+    /// Finds the tensors of layer `l` and checks shapes and types; reads no weights.
+    ///
+    /// # Errors
+    /// Names the layer and the tensor.
+    pub fn locate(checkpoint: &Checkpoint, architecture: &Architecture, l: usize) -> Result<Self> {
         let finder = Finder { checkpoint, architecture, l };
         let source = finder.layer()?;
-        let check = |t: &Tensor| t.check_float().and_then(|()| t.check_finite());
-        source.tensors().into_par_iter().try_for_each(check).map_err(|e| finder.error(e))?;
+        source.tensors().into_iter().try_for_each(Tensor::check_float).map_err(|e| finder.error(e))?;
         Ok(source)
     }
 

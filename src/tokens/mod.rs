@@ -61,6 +61,23 @@ impl Windows {
         (self.ids, self.mask) = (ids, mask);
     }
 
+    /// Adds the windows of `other` behind these.
+    ///
+    /// # Panics
+    /// Where the windows differ in length: callers compare first and can say which files are at fault.
+    pub fn append(&mut self, other: &Windows) {
+        assert_eq!(self.length, other.length, "tokens per window");
+        if self.mask.is_some() || other.mask.is_some() {
+            let real = |windows: &Windows| vec![true; windows.ids.len()];
+            let mut mask = self.mask.take().unwrap_or_else(|| real(self));
+            mask.extend(other.mask.clone().unwrap_or_else(|| real(other)));
+            self.mask = Some(mask);
+        }
+        self.ids.extend_from_slice(&other.ids);
+        self.files.extend_from_slice(&other.files);
+        self.count += other.count;
+    }
+
     /// Index of the file of each window.
     pub fn file_of_windows(&self) -> Vec<u32> {
         self.files

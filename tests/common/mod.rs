@@ -2,12 +2,13 @@
 
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "every test file uses another part of this")]
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use moepress::backend::Backend;
 use moepress::backend::cpu::Cpu;
-use moepress::checkpoint::{Checkpoint, Dtype, Shard};
+use moepress::checkpoint::{Checkpoint, Dtype, Entry, Shard, Tensor, write_safetensors};
 use moepress::model::{HeadScratch, Model, Stream};
 use moepress::tokens::{SourceFile, Windows};
 
@@ -86,4 +87,76 @@ pub fn run(dir: &Path, windows: &Windows) -> Trace {
 pub fn max_difference(a: &[f32], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(x, y)| (f64::from(*x) - y).abs()).fold(0.0, f64::max)
+}
+
+/// A copy of a checkpoint in a folder of its own, to be broken in one place. Disappears with the value.
+pub struct Mutant {
+    folder: tempfile::TempDir,
+}
+
+impl Mutant {
+    /// A copy of the repository's checkpoint `name`, without its golden outputs.
+    pub fn of(name: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(data(name)).unwrap() {
+            let file = entry.unwrap();
+            if file.file_name() != "golden.safetensors" {
+                std::fs::copy(file.path(), folder.path().join(file.file_name())).unwrap();
+            }
+        }
+        Mutant { folder }
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// A file in the folder.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Rewrites the text of a file.
+    pub fn edit_text(&self, name: &str, edit: impl FnOnce(String) -> String) {
+        let path = self.file(name);
+        std::fs::write(&path, edit(std::fs::read_to_string(&path).unwrap())).unwrap();
+    }
+
+    /// Sets a key of `config.json`.
+    pub fn set_config(&self, key: &str, value: serde_json::Value) {
+        self.edit_text("config.json", |text| {
+            let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+            config[key] = value;
+            config.to_string()
+        });
+    }
+
+    /// Cuts a file to `keep` of its bytes.
+    pub fn truncate(&self, name: &str, keep: impl FnOnce(u64) -> u64) {
+        let file = std::fs::OpenOptions::new().write(true).open(self.file(name)).unwrap();
+        file.set_len(keep(file.metadata().unwrap().len())).unwrap();
+    }
+
+    /// Rewrites the tensors of a single-file checkpoint; `edit` may change, add and remove them.
+    pub fn edit_tensors(&self, edit: impl FnOnce(&mut BTreeMap<String, Tensor>)) {
+        let path = self.file("model.safetensors");
+        let shard = Arc::new(Shard::open(&path).unwrap());
+        let mut tensors: BTreeMap<_, _> = shard.tensors().map(|t| (t.name().to_string(), t)).collect();
+        edit(&mut tensors);
+        let named: Vec<Tensor> =
+            tensors.into_iter().map(|(name, tensor)| tensor.renamed(name.as_str())).collect();
+        write_safetensors(&path, &BTreeMap::new(), named.iter().map(Entry::tensor).collect()).unwrap();
+    }
+
+    /// Rewrites the values of one tensor.
+    pub fn edit_values(&self, name: &str, edit: impl FnOnce(&mut [f32])) {
+        self.edit_tensors(|tensors| {
+            let tensor = &tensors[name];
+            let mut values = tensor.to_f32().unwrap();
+            edit(&mut values);
+            let edited = Tensor::from_f32(name, tensor.dtype(), tensor.shape().to_vec(), &values);
+            tensors.insert(name.into(), edited);
+        });
+    }
 }

@@ -1,0 +1,329 @@
+//! Arguments that several commands share.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use clap::ValueEnum;
+use moepress::architecture::Architecture;
+use moepress::backend::cpu::Cpu;
+use moepress::checkpoint::AtomicFile;
+use moepress::tokens::{Bos, Error as TokensError, Tokenizer, Windows, read_token_file};
+
+use super::failure::Failure;
+use super::progress::Report;
+use super::units::parse_at_least;
+
+/// How results and progress are shown.
+#[derive(Debug, clap::Args)]
+pub(crate) struct OutputArgs {
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Show no progress and no warnings
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+impl OutputArgs {
+    /// Where progress goes.
+    pub(crate) fn report(&self) -> Report {
+        Report::new(self.quiet)
+    }
+}
+
+/// Where to compute.
+#[derive(Debug, clap::Args)]
+pub(crate) struct DeviceArgs {
+    /// cpu, cuda or cuda:N [default: a GPU if there is a usable one, else the CPU]
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<DeviceName>,
+}
+
+/// What `--device` may say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum DeviceName {
+    Cpu,
+    Cuda(Option<usize>),
+}
+
+impl FromStr for DeviceName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = |n: &str| n.bytes().all(|b| b.is_ascii_digit()).then(|| n.parse().ok()).flatten();
+        match text {
+            "cpu" => Ok(DeviceName::Cpu),
+            "cuda" => Ok(DeviceName::Cuda(None)),
+            _ => match text.strip_prefix("cuda:").and_then(number) {
+                Some(n) => Ok(DeviceName::Cuda(Some(n))),
+                None => Err("expected cpu, cuda or cuda:N".into()),
+            },
+        }
+    }
+}
+
+/// An opened device.
+#[derive(Debug)]
+pub(crate) enum Device {
+    /// The CPU.
+    Cpu(Cpu),
+}
+
+impl DeviceArgs {
+    /// Opens the device.
+    pub(crate) fn open(&self) -> Result<Device, Failure> {
+        let device = match self.device {
+            None | Some(DeviceName::Cpu) => return Ok(Device::Cpu(Cpu)),
+            Some(DeviceName::Cuda(None)) => "cuda".into(),
+            Some(DeviceName::Cuda(Some(n))) => format!("cuda:{n}"),
+        };
+        let reason = "this build has no CUDA kernels; use --device cpu".into();
+        Err(moepress::backend::Error::Device { device, reason }.into())
+    }
+}
+
+/// The text that a pass runs over. A command that takes it says with an argument group which of `tokens` and `text`
+/// it needs.
+#[derive(Debug, clap::Args)]
+pub(crate) struct TextInput {
+    /// Token windows: safetensors with ids, int32 [windows, length], and optionally mask; repeatable
+    #[arg(long, value_name = "T.safetensors", conflicts_with = "text")]
+    pub(crate) tokens: Vec<PathBuf>,
+    /// UTF-8 text files; documents in a file are separated by NUL bytes
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub(crate) text: Vec<PathBuf>,
+    /// Use the first N windows of every file [default: all]
+    #[arg(long, value_name = "N", value_parser = parse_at_least::<1>)]
+    windows: Option<usize>,
+    /// Tokens per window [default: 2048, or the model's positions where they are fewer]
+    #[arg(long, value_name = "L", value_parser = parse_at_least::<2>)]
+    window_length: Option<usize>,
+    /// Whether documents begin with the beginning-of-sequence token; auto does what the model's tokenizer does
+    #[arg(long, value_enum, default_value_t, conflicts_with = "tokens")]
+    bos: BosArg,
+}
+
+/// What `--bos` may say.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum BosArg {
+    #[default]
+    Auto,
+    Always,
+    Never,
+}
+
+impl TextInput {
+    /// Tokens per window where nothing is said and the model has the positions.
+    const WINDOW_LENGTH: usize = 2048;
+
+    /// Reads the token files, or tokenises the text with the tokenizer in `model_dir`; every id and the length fit the
+    /// model afterwards.
+    pub(crate) fn load(&self, model_dir: &Path, architecture: &Architecture) -> Result<Windows, Failure> {
+        let mut windows = if self.text.is_empty() {
+            self.load_tokens(architecture)?
+        } else {
+            self.load_text(model_dir, architecture)?
+        };
+        if let Some(count) = self.windows {
+            windows.truncate_files(count);
+        }
+        Ok(windows)
+    }
+
+    fn load_tokens(&self, architecture: &Architecture) -> Result<Windows, Failure> {
+        let mut joined: Option<Windows> = None;
+        for path in &self.tokens {
+            let windows = load_token_file(path, architecture)?;
+            if let Some(length) = self.window_length
+                && length != windows.length
+            {
+                return Err(Failure::Usage(format!(
+                    "--window-length {length}: {} holds windows of {} tokens; leave the flag out",
+                    path.display(),
+                    windows.length
+                )));
+            }
+            match &mut joined {
+                None => joined = Some(windows),
+                Some(joined) if joined.length == windows.length => joined.append(&windows),
+                Some(joined) => {
+                    return Err(Failure::Work(format!(
+                        "{}: windows of {} tokens, expected {} as in {}",
+                        path.display(),
+                        windows.length,
+                        joined.length,
+                        self.tokens[0].display()
+                    )));
+                }
+            }
+        }
+        joined.ok_or_else(|| Failure::Usage("one of --tokens and --text is needed".into()))
+    }
+
+    fn load_text(&self, model_dir: &Path, architecture: &Architecture) -> Result<Windows, Failure> {
+        let max_positions = architecture.max_positions;
+        let length = self.window_length.unwrap_or(max_positions.min(TextInput::WINDOW_LENGTH));
+        if length > max_positions {
+            return Err(TokensError::TooLong { length, max_positions }.into());
+        }
+        let bos = match self.bos {
+            BosArg::Auto => Bos::Auto,
+            BosArg::Always => Bos::Always,
+            BosArg::Never => Bos::Never,
+        };
+        let windows = Tokenizer::open(model_dir, bos)?.windows(&self.text, length)?;
+        let fits = windows.check(architecture.vocabulary, max_positions);
+        fits.map_err(|e| at(&model_dir.join("tokenizer.json"), &e))?;
+        Ok(windows)
+    }
+}
+
+/// Reads a token file for the model.
+pub(crate) fn load_token_file(path: &Path, architecture: &Architecture) -> Result<Windows, Failure> {
+    let windows = read_token_file(path)?;
+    match windows.check(architecture.vocabulary, architecture.max_positions) {
+        Ok(()) => Ok(windows),
+        Err(TokensError::TooLong { length, max_positions }) => Err(Failure::Work(format!(
+            "{}: windows of {length} tokens are longer than the model's {max_positions} positions",
+            path.display()
+        ))),
+        Err(e) => Err(at(path, &e)),
+    }
+}
+
+/// An error in something that `path` holds.
+fn at(path: &Path, error: &TokensError) -> Failure {
+    Failure::Work(format!("{}: {error}", path.display()))
+}
+
+/// Makes sure, before long work, that the file `--out` can be written.
+pub(crate) fn check_output_file(path: &Path) -> Result<(), Failure> {
+    let wrong = |what: &str| Err(Failure::Work(format!("--out {}: {what}", path.display())));
+    if path.is_dir() {
+        return wrong("is a folder; expected the name of a file");
+    }
+    if path.file_name().is_none() {
+        return wrong("is not the name of a file");
+    }
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() && !folder.is_dir() => {
+            return wrong(&format!("the folder {} does not exist; create it first", folder.display()));
+        }
+        _ => {}
+    }
+    match AtomicFile::create(path) {
+        Ok(_) => Ok(()),
+        Err(e) => wrong(&format!("cannot be written: {e}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use moepress::checkpoint::Checkpoint;
+    use moepress::model::open_architecture;
+    use moepress::tokens::{SourceFile, write_token_file};
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Arguments {
+        #[command(flatten)]
+        text: TextInput,
+    }
+
+    const TOKENIZER: &str = r#"{"version": "1.0", "truncation": null, "padding": null, "normalizer": null,
+        "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": {"a": 3, "b": 4, "?": 5, "far": 64}, "unk_token": "?"}}"#;
+
+    /// A folder with a tokenizer, token files and texts; the model has 64 tokens and 512 positions.
+    fn folder() -> (tempfile::TempDir, Architecture) {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        write("tokenizer.json", TOKENIZER);
+        write("config.json", "{}");
+        write("long.txt", "a b a b a b a");
+        write("documents.txt", "a a\0b b");
+        write("far.txt", "a far");
+        let tokens = |name: &str, ids: &[u32], mask: Option<Vec<bool>>, length: usize| {
+            let count = ids.len() / length;
+            let files = vec![SourceFile { name: name.into(), windows: count }];
+            let windows = Windows { ids: ids.to_vec(), mask, count, length, files };
+            write_token_file(&folder.path().join(name), &windows).unwrap();
+        };
+        tokens("one", &[1, 2, 3, 4, 5, 6], None, 2);
+        tokens("masked", &[7, 8], Some(vec![true, false]), 2);
+        tokens("wide", &[1, 2, 3], None, 3);
+        let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/mixtral");
+        let architecture = open_architecture(&Checkpoint::open(data).unwrap()).unwrap();
+        (folder, architecture)
+    }
+
+    fn load(arguments: &[&str]) -> Result<Windows, String> {
+        let (folder, architecture) = folder();
+        let is_file = |a: &str| !a.starts_with('-') && !a.bytes().all(|b| b.is_ascii_digit());
+        let path = |a: &&str| if is_file(a) { folder.path().join(a) } else { PathBuf::from(a) };
+        let arguments = std::iter::once(PathBuf::from("moepress")).chain(arguments.iter().map(path));
+        let arguments = Arguments::try_parse_from(arguments).unwrap();
+        arguments.text.load(folder.path(), &architecture).map_err(|e| match e {
+            Failure::Usage(what) | Failure::Work(what) => {
+                what.replace(&format!("{}/", folder.path().display()), "")
+            }
+            Failure::Closed => unreachable!(),
+        })
+    }
+
+    #[test]
+    fn token_files_are_joined_and_cut() {
+        let windows = load(&["--tokens", "one", "--tokens", "masked", "--windows", "2"]).unwrap();
+        assert_eq!(windows.ids, [1, 2, 3, 4, 7, 8]);
+        assert_eq!(windows.mask, Some(vec![true, true, true, true, true, false]));
+        assert_eq!((windows.count, windows.length), (3, 2));
+        assert_eq!(windows.files.iter().map(|f| f.windows).collect::<Vec<_>>(), [2, 1]);
+        assert!(load(&["--tokens", "one", "--window-length", "2"]).is_ok());
+    }
+
+    #[test]
+    fn text_is_tokenised_and_cut() {
+        let windows = load(&["--text", "long.txt", "documents.txt", "--window-length", "2"]).unwrap();
+        assert_eq!(windows.ids, [3, 4, 3, 4, 3, 4, 3, 3, 4, 4]);
+        assert_eq!(windows.files.iter().map(|f| f.windows).collect::<Vec<_>>(), [3, 2]);
+        let windows = load(&["--text", "long.txt", "--window-length", "3", "--windows", "1"]).unwrap();
+        assert_eq!(windows.ids, [3, 4, 3]);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        let cases: [(&[&str], &str); 6] = [
+            (&["--tokens", "one", "--tokens", "wide"], "wide: windows of 3 tokens, expected 2 as in one"),
+            (
+                &["--tokens", "one", "--window-length", "3"],
+                "--window-length 3: one holds windows of 2 tokens; leave the flag out",
+            ),
+            (
+                &["--text", "long.txt", "--window-length", "513"],
+                "windows of 513 tokens are longer than the model's 512 positions; choose --window-length 512 or less",
+            ),
+            // Without a flag, windows are as long as the model's positions where those are few.
+            (&["--text", "long.txt"], "long.txt: gives 7 tokens, too few for one window of 512"),
+            (
+                &["--text", "far.txt", "--window-length", "2"],
+                "tokenizer.json: token id 64 in window 0 at position 1 is outside the vocabulary of 64",
+            ),
+            (&[], "one of --tokens and --text is needed"),
+        ];
+        for (arguments, expected) in cases {
+            assert_eq!(load(arguments).unwrap_err(), expected);
+        }
+    }
+
+    #[test]
+    fn devices_are_read() {
+        assert_eq!("cpu".parse(), Ok(DeviceName::Cpu));
+        assert_eq!("cuda".parse(), Ok(DeviceName::Cuda(None)));
+        assert_eq!("cuda:3".parse(), Ok(DeviceName::Cuda(Some(3))));
+        for wrong in ["", "gpu", "cuda:", "cuda:-1", "cuda:+1", "CUDA", "cuda:99999999999999999999"] {
+            assert!(wrong.parse::<DeviceName>().is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! How a command can end badly, and what is then said.
+
+use std::io::{ErrorKind, Write as _};
+use std::process::ExitCode;
+
+/// Why a command did not succeed.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// The command line asks for something impossible; exit status 2.
+    Usage(String),
+    /// The work failed; exit status 1.
+    Work(String),
+    /// Whoever read the output has had enough, as `head` does; no error.
+    Closed,
+}
+
+impl<E: std::error::Error> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Failure::Work(error.to_string())
+    }
+}
+
+impl Failure {
+    /// Standard output could not be written.
+    #[expect(clippy::needless_pass_by_value, reason = "what `map_err` calls")]
+    pub(crate) fn output(error: std::io::Error) -> Self {
+        match error.kind() {
+            ErrorKind::BrokenPipe => Failure::Closed,
+            _ => Failure::Work(format!("standard output: {error}")),
+        }
+    }
+
+    /// Says it on standard error, in exactly one line, and gives the exit status.
+    pub(crate) fn report(self) -> ExitCode {
+        let (message, status) = match self {
+            Failure::Usage(message) => (message, 2),
+            Failure::Work(message) => (message, 1),
+            Failure::Closed => return ExitCode::SUCCESS,
+        };
+        // File names may hold line breaks.
+        let line = message.replace(['\n', '\r'], " ");
+        // Where standard error is closed there is nobody left to tell.
+        let _ = writeln!(std::io::stderr().lock(), "error: {line}");
+        ExitCode::from(status)
+    }
+}

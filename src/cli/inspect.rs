@@ -1,0 +1,197 @@
+//! `moepress inspect`: what a checkpoint is.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use moepress::checkpoint::Checkpoint;
+use moepress::model::{AttentionSummary, Inspection, MoeSummary, RouterSummary, inspect};
+
+use super::common::OutputArgs;
+use super::failure::Failure;
+use super::output;
+use super::table::{Align, Table};
+use super::units::{bytes, counted, parameters, percent};
+
+/// Arguments of `inspect`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Checkpoint folder
+    model: PathBuf,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+impl Args {
+    pub(crate) fn run(&self) -> Result<(), Failure> {
+        let inspection = inspect(&Checkpoint::open(&self.model)?)?;
+        if self.output.json { output::json(&inspection) } else { output::text(&page(&inspection)) }
+    }
+}
+
+/// The page for people.
+fn page(model: &Inspection) -> String {
+    let total = parameters(model.parameters.total);
+    let active = parameters(model.parameters.active);
+    let mut page = format!("{}: {total} parameters, {active} active per token\n\n", model.family);
+    for (key, value) in facts(model) {
+        let _ = writeln!(page, "{key:<11} {value}");
+    }
+    if !model.moe_layers.is_empty() {
+        let _ = write!(page, "\n{}", layer_table(&model.moe_layers));
+    }
+    let _ = write!(page, "\n{}", size_table(model));
+    page
+}
+
+fn facts(model: &Inspection) -> Vec<(&'static str, String)> {
+    let layout = match model.layout {
+        "moepress" => "moepress (experts as moepress.json lists them)",
+        _ => "Hugging Face",
+    };
+    let dtypes: Vec<String> = match model.dtypes.len() {
+        1 => model.dtypes.keys().cloned().collect(),
+        _ => model.dtypes.iter().map(|(dtype, n)| format!("{} {dtype}", parameters(*n))).collect(),
+    };
+    let mut facts = vec![
+        ("layout", format!("{layout}, {}", dtypes.join(" + "))),
+        ("attention", attention(&model.attention, model.layers)),
+        ("layers", layers(model)),
+        ("hidden", model.hidden_size.to_string()),
+        ("context", counted(model.max_positions, "token")),
+        ("vocabulary", counted(model.vocabulary, "token")),
+    ];
+    if let Some(rule) = &model.router {
+        facts.push(("router", router(rule, &model.moe_layers)));
+    }
+    facts
+}
+
+fn attention(attention: &AttentionSummary, layers: usize) -> String {
+    match attention {
+        AttentionSummary::Grouped { heads, kv_heads, head_dim, window, sliding_layers } => {
+            let mut text = if heads == kv_heads {
+                format!("multi-head, {} of width {head_dim}", counted(*heads, "head"))
+            } else {
+                let keys = counted(*kv_heads, "key head");
+                format!("grouped-query, {} of width {head_dim} on {keys}", counted(*heads, "head"))
+            };
+            if let Some(window) = window {
+                let _ = write!(text, ", sliding window of {window}");
+                if *sliding_layers < layers {
+                    let _ = write!(text, " in {}", counted(*sliding_layers, "layer"));
+                }
+            }
+            text
+        }
+        AttentionSummary::Latent { heads, latent_dim, query_rank, query_dim, value_dim } => {
+            let query = query_rank.map_or_else(String::new, |rank| format!(", query rank {rank}"));
+            let heads = counted(*heads, "head");
+            format!("multi-head latent, {heads} of width {query_dim}/{value_dim}, latent {latent_dim}{query}")
+        }
+    }
+}
+
+fn layers(model: &Inspection) -> String {
+    let (all, moe) = (model.layers, model.moe_layers.len());
+    match all - moe {
+        0 => format!("{all}, all with experts"),
+        dense if moe == 0 => format!("{dense}, none with experts"),
+        dense => format!("{all}, {moe} with experts and {dense} dense"),
+    }
+}
+
+/// The routing rule in words.
+fn router(rule: &RouterSummary, layers: &[MoeSummary]) -> String {
+    let experts = range(layers.iter().map(|l| l.experts));
+    let top_k = range(layers.iter().map(|l| l.top_k));
+    let mut text = format!("{} over {experts} experts", rule.scores);
+    if let Some([count, kept]) = rule.groups {
+        let _ = write!(text, ", group-limited: {kept} of {count} groups");
+    }
+    let _ = write!(text, ", top {top_k}, {}renormalised", if rule.renormalised { "" } else { "not " });
+    if rule.scale.to_bits() != 1f32.to_bits() {
+        let _ = write!(text, ", times {}", rule.scale);
+    }
+    text
+}
+
+fn range(values: impl Iterator<Item = usize> + Clone) -> String {
+    match (values.clone().min(), values.max()) {
+        (Some(least), Some(most)) if least != most => format!("{least}–{most}"),
+        (Some(value), _) => value.to_string(),
+        _ => "no".into(),
+    }
+}
+
+/// One row per run of equal layers.
+fn layer_table(layers: &[MoeSummary]) -> Table {
+    use Align::{Left, Right};
+    let shared = layers.iter().any(|l| l.shared_width.is_some());
+    let ranks = layers.iter().any(|l| l.ranks.is_some());
+    let mut columns =
+        vec![("layers", Left), ("experts", Right), ("of", Right), ("top k", Right), ("width", Right)];
+    columns.extend(shared.then_some(("shared", Right)));
+    columns.push(("forms", Left));
+    columns.extend(ranks.then_some(("ranks", Right)));
+    columns.extend([("parameters", Right), ("bytes", Right)]);
+    let pruned = layers.iter().any(|l| l.experts != l.original_experts);
+    columns.retain(|(heading, _)| pruned || *heading != "of");
+    let mut table = Table::new(columns);
+    let mut rest = layers;
+    while let Some(layer) = rest.first() {
+        let (equal, others) = rest.split_at(equal_layers(rest));
+        rest = others;
+        let forms: Vec<String> = layer.forms.iter().map(|(form, n)| format!("{n} {form}")).collect();
+        let mut cells = vec![layer_numbers(equal), layer.experts.to_string()];
+        cells.extend(pruned.then(|| layer.original_experts.to_string()));
+        cells.extend([layer.top_k.to_string(), layer.width.to_string()]);
+        cells.extend(shared.then(|| layer.shared_width.map_or_else(|| "–".into(), |w| w.to_string())));
+        cells.push(forms.join(", ").replace('_', " "));
+        cells.extend(ranks.then(|| layer.ranks.map_or_else(|| "–".into(), |r| range(r.into_iter()))));
+        cells.push(parameters(equal.iter().map(|l| l.parameters).sum()));
+        cells.push(bytes(equal.iter().map(|l| l.bytes).sum()));
+        table.row(cells);
+    }
+    table
+}
+
+/// How many layers at the front of `layers` are equal and evenly spaced.
+fn equal_layers(layers: &[MoeSummary]) -> usize {
+    let equal = |a: &MoeSummary, b: &MoeSummary| MoeSummary { layer: b.layer, ..a.clone() } == *b;
+    let [first, second, ..] = layers else { return layers.len() };
+    let step = second.layer - first.layer;
+    let follows = |pair: &&[MoeSummary]| equal(&pair[0], &pair[1]) && pair[1].layer - pair[0].layer == step;
+    let count = 1 + layers.windows(2).take_while(follows).count();
+    // Two layers with a gap between them are no pattern.
+    if count == 2 && step > 1 { 1 } else { count }
+}
+
+fn layer_numbers(layers: &[MoeSummary]) -> String {
+    match layers {
+        [] => String::new(),
+        [one] => one.layer.to_string(),
+        [first, second, ..] => {
+            let last = layers[layers.len() - 1].layer;
+            match second.layer - first.layer {
+                1 => format!("{}–{last}", first.layer),
+                step => format!("{}–{last} by {step}", first.layer),
+            }
+        }
+    }
+}
+
+fn size_table(model: &Inspection) -> Table {
+    let (p, b) = (model.parameters, model.bytes);
+    let headings = ["", "parameters", "share", "bytes", "share"];
+    let aligned = headings.iter().map(|h| (*h, if h.is_empty() { Align::Left } else { Align::Right }));
+    let mut table = Table::new(aligned);
+    let mut row = |name: &str, count: u64, size: u64| {
+        let (share, size_share) = (percent(count, p.total), percent(size, b.total));
+        table.row([name.to_string(), parameters(count), share, bytes(size), size_share]);
+    };
+    row("routed experts", p.routed_experts, b.routed_experts);
+    row("everything else", p.total - p.routed_experts, b.total - b.routed_experts);
+    row("total", p.total, b.total);
+    table.row(["active per token".to_string(), parameters(p.active), percent(p.active, p.total)]);
+    table
+}

@@ -1,0 +1,257 @@
+//! What a checkpoint is, without reading a weight: every tensor is found and its shape checked, none is loaded.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::{LayerSource, MoeSource, Result, open_architecture};
+use crate::architecture::{Architecture, AttentionSpec, GroupLimit, Names, RouterSpec, WeightRule};
+use crate::backend::{Expert, Matrix};
+use crate::checkpoint::{Checkpoint, Tensor};
+
+/// A checkpoint in numbers. Serialises to the JSON that `moepress inspect --json` prints.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Inspection {
+    /// Family, as in `model_type`.
+    pub family: String,
+    /// `hf` for a stock checkpoint, `moepress` where `moepress.json` describes the experts.
+    pub layout: &'static str,
+    /// Decoder layers, dense ones included.
+    pub layers: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Size of the vocabulary.
+    pub vocabulary: usize,
+    /// Longest sequence that the model's positions cover.
+    pub max_positions: usize,
+    /// Self-attention.
+    pub attention: AttentionSummary,
+    /// The routing rule; `None` where no layer has experts.
+    pub router: Option<RouterSummary>,
+    /// The layers that have a router, in order.
+    pub moe_layers: Vec<MoeSummary>,
+    /// Parameters by stored type.
+    pub dtypes: BTreeMap<String, u64>,
+    /// Numbers of parameters.
+    pub parameters: ParameterCounts,
+    /// Stored bytes.
+    pub bytes: ByteCounts,
+}
+
+/// The kind and size of the attention.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum AttentionSummary {
+    /// Multi-head or grouped-query attention.
+    Grouped {
+        /// Query heads.
+        heads: usize,
+        /// Key and value heads.
+        kv_heads: usize,
+        /// Width of a head.
+        head_dim: usize,
+        /// Sliding window, where any layer has one.
+        window: Option<usize>,
+        /// Number of layers with a sliding window.
+        sliding_layers: usize,
+    },
+    /// Multi-head latent attention.
+    Latent {
+        /// Heads.
+        heads: usize,
+        /// Width of the latent that keys and values are expanded from.
+        latent_dim: usize,
+        /// Rank of the query projection; `None` for one full matrix.
+        query_rank: Option<usize>,
+        /// Width of a query head, rotated part included.
+        query_dim: usize,
+        /// Width of a value head.
+        value_dim: usize,
+    },
+}
+
+/// The routing rule that the MoE layers share.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct RouterSummary {
+    /// How logits become scores.
+    pub scores: &'static str,
+    /// Whether the weights of the chosen experts are divided by their sum.
+    pub renormalised: bool,
+    /// Factor of the combine weights.
+    pub scale: f32,
+    /// Number of groups and groups kept, where routing is group-limited.
+    pub groups: Option<[usize; 2]>,
+}
+
+/// One MoE layer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct MoeSummary {
+    /// 0-based decoder layer.
+    pub layer: usize,
+    /// Experts that the router can choose.
+    pub experts: usize,
+    /// Experts that `config.json` speaks of.
+    pub original_experts: usize,
+    /// Experts chosen per token.
+    pub top_k: usize,
+    /// Intermediate width of a routed expert.
+    pub width: usize,
+    /// Intermediate width of the shared expert, if there is one.
+    pub shared_width: Option<usize>,
+    /// Number of experts of each form.
+    pub forms: BTreeMap<&'static str, usize>,
+    /// Smallest and largest rank of a matrix stored as two factors.
+    pub ranks: Option<[usize; 2]>,
+    /// Parameters of the routed experts.
+    pub parameters: u64,
+    /// Stored bytes of the routed experts.
+    pub bytes: u64,
+}
+
+/// Numbers of parameters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct ParameterCounts {
+    /// Of the whole checkpoint.
+    pub total: u64,
+    /// Of all routed experts.
+    pub routed_experts: u64,
+    /// Touched by one token: everything but the routed experts that it does not choose. Where the experts of a layer
+    /// differ in size, a chosen one counts as their mean.
+    pub active: u64,
+}
+
+/// Stored bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct ByteCounts {
+    /// Of all tensors.
+    pub total: u64,
+    /// Of all routed experts.
+    pub routed_experts: u64,
+    /// Of the safetensors headers, which `total` leaves out.
+    pub headers: u64,
+}
+
+/// Describes a checkpoint. Finds every tensor and checks its shape and type, but reads no weights.
+///
+/// # Errors
+/// Names what is wrong with the config, and the first layer and tensor that do not fit it.
+pub fn inspect(checkpoint: &Checkpoint) -> Result<Inspection> {
+    let architecture = open_architecture(checkpoint)?;
+    let table = [architecture.vocabulary, architecture.hidden_size];
+    checkpoint.tensor(Names::EMBEDDING)?.check_shape(&table)?;
+    if !architecture.tied_embeddings {
+        checkpoint.tensor(Names::HEAD)?.check_shape(&table)?;
+    }
+    checkpoint.tensor(Names::FINAL_NORM)?.check_shape(&[architecture.hidden_size])?;
+    let mut moe_layers = Vec::new();
+    for l in 0..architecture.layers.len() {
+        let source = LayerSource::locate(checkpoint, &architecture, l)?;
+        if let (Some(source), Some(spec)) = (source.moe(), architecture.moe(l)) {
+            moe_layers.push(MoeSummary::new(l, spec.width, spec.shared.map(|s| s.width), source));
+        }
+    }
+    let mut dtypes = BTreeMap::new();
+    for tensor in checkpoint.tensors() {
+        *dtypes.entry(format!("{:?}", tensor.dtype())).or_default() += tensor.len() as u64;
+    }
+    let total = dtypes.values().sum();
+    let idle = |layer: &MoeSummary| {
+        let (experts, unused) = (layer.experts as u64, (layer.experts - layer.top_k) as u64);
+        layer.parameters * unused / experts
+    };
+    Ok(Inspection {
+        family: architecture.family.into(),
+        layout: if checkpoint.manifest().is_some() { "moepress" } else { "hf" },
+        layers: architecture.layers.len(),
+        hidden_size: architecture.hidden_size,
+        vocabulary: architecture.vocabulary,
+        max_positions: architecture.max_positions,
+        attention: AttentionSummary::new(&architecture),
+        router: architecture.moe_layers().next().map(|(_, moe)| RouterSummary::new(&moe.router)),
+        dtypes,
+        parameters: ParameterCounts {
+            total,
+            routed_experts: moe_layers.iter().map(|l| l.parameters).sum(),
+            active: total - moe_layers.iter().map(idle).sum::<u64>(),
+        },
+        bytes: ByteCounts {
+            total: checkpoint.bytes(),
+            routed_experts: moe_layers.iter().map(|l| l.bytes).sum(),
+            headers: checkpoint.header_bytes(),
+        },
+        moe_layers,
+    })
+}
+
+impl AttentionSummary {
+    fn new(architecture: &Architecture) -> Self {
+        let windows = architecture.layers.iter().filter_map(|layer| match &layer.attention {
+            AttentionSpec::Grouped(a) => a.window,
+            AttentionSpec::Latent(_) => None,
+        });
+        match &architecture.layers[0].attention {
+            AttentionSpec::Grouped(a) => AttentionSummary::Grouped {
+                heads: a.heads,
+                kv_heads: a.kv_heads,
+                head_dim: a.head_dim,
+                window: windows.clone().next(),
+                sliding_layers: windows.count(),
+            },
+            AttentionSpec::Latent(a) => AttentionSummary::Latent {
+                heads: a.heads,
+                latent_dim: a.latent_dim,
+                query_rank: a.query_rank,
+                query_dim: a.nope_dim + a.rope_dim,
+                value_dim: a.value_dim,
+            },
+        }
+    }
+}
+
+impl RouterSummary {
+    fn new(spec: &RouterSpec) -> Self {
+        let (renormalised, scale) = match spec.weights {
+            WeightRule::Scaled(scale) => (false, scale),
+            WeightRule::Renormalised => (true, 1.0),
+        };
+        let groups = spec.groups.map(|GroupLimit { count, kept }| [count, kept]);
+        RouterSummary { scores: "softmax", renormalised, scale, groups }
+    }
+}
+
+impl MoeSummary {
+    fn new(layer: usize, width: usize, shared_width: Option<usize>, source: &MoeSource) -> Self {
+        let mut forms = BTreeMap::new();
+        for expert in &source.experts {
+            *forms.entry(expert.form()).or_default() += 1;
+        }
+        let ranks = source.experts.iter().flat_map(ranks);
+        let ranks = ranks.fold(None, |range: Option<[usize; 2]>, rank| match range {
+            None => Some([rank, rank]),
+            Some([least, most]) => Some([rank.min(least), rank.max(most)]),
+        });
+        let stored = || source.experts.iter().flat_map(Expert::parts);
+        MoeSummary {
+            layer,
+            experts: source.experts.len(),
+            original_experts: source.original_experts,
+            top_k: source.spec.top_k,
+            width,
+            shared_width,
+            forms,
+            ranks,
+            parameters: stored().map(|t| t.len() as u64).sum(),
+            bytes: stored().map(|t| t.bytes().len() as u64).sum(),
+        }
+    }
+}
+
+/// Ranks of the factored matrices of an expert.
+fn ranks(expert: &Expert<Tensor>) -> Vec<usize> {
+    let Expert::Mlp(mlp) = expert else { return Vec::new() };
+    let rank = |matrix: &Matrix<Tensor>| match matrix {
+        Matrix::LowRank { v, .. } => Some(v.shape()[0]),
+        Matrix::Dense(_) => None,
+    };
+    mlp.matrices().into_iter().filter_map(rank).collect()
+}
