@@ -11,7 +11,7 @@ pub use error::Error;
 pub use pass::{Options, calibrate, second_moment_bytes};
 pub use resume::Residual;
 pub use sample::Sample;
-pub use statistics::{Statistics, TokenInfo};
+pub use statistics::{LayerUsage, Statistics, TokenInfo};
 
 use crate::backend::Moment;
 

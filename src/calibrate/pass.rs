@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::statistics::entries;
+use super::statistics::{LayerUsage, entries};
 use super::{Error, Residual, Result, Sample, Statistics, TokenInfo};
 use crate::architecture::Profile;
 use crate::backend::{Backend, Moment, MomentDims, Moments};
@@ -65,7 +65,7 @@ pub fn calibrate<B: Backend>(
     let layers = architecture.layers.len();
     let layer_file = |l: usize| work.path(&format!("layer-{l:05}.safetensors"));
 
-    progress.begin("calibrate", layers);
+    progress.begin("calibrate: layer", layers);
     for _ in 0..done {
         progress.step("done before");
     }
@@ -84,7 +84,7 @@ pub fn calibrate<B: Backend>(
             let moments = backend.moments(observer)?;
             check_finite(l, &moments)?;
             write_safetensors(&layer_file(l), &BTreeMap::new(), entries(l, &moments))?;
-            describe(&moments)
+            describe(l, &moments)
         } else {
             stream.advance(&layer, |_, _| Ok(()))?;
             "dense".into()
@@ -130,11 +130,8 @@ fn check_finite(layer: usize, moments: &Moments) -> Result<()> {
 }
 
 /// One line about a layer: how evenly its experts are used.
-fn describe(moments: &Moments) -> String {
-    let count = moments.per_expert(Moment::Count);
-    let total: f64 = count.iter().sum();
-    let busiest = count.iter().copied().fold(0.0, f64::max) / total.max(1.0);
-    let idle = count.iter().filter(|c| **c == 0.0).count();
-    let share = format!("busiest expert {:.1} %", 100.0 * busiest);
-    if idle == 0 { share } else { format!("{share}, {idle} never chosen") }
+fn describe(layer: usize, moments: &Moments) -> String {
+    let usage = LayerUsage::new(layer, moments.per_expert(Moment::Count));
+    let share = format!("busiest expert {:.1} %", 100.0 * usage.busiest);
+    if usage.never_chosen == 0 { share } else { format!("{share}, {} never chosen", usage.never_chosen) }
 }

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use serde::Serialize;
+
 use super::{Error, Result};
 use crate::architecture::Profile;
 use crate::backend::{Moment, MomentDims, Moments};
@@ -34,6 +36,34 @@ pub struct Statistics {
     profile: Profile,
     tokens: TokenInfo,
     shards: BTreeMap<usize, Arc<Shard>>,
+}
+
+/// How evenly the experts of a layer are used.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct LayerUsage {
+    /// 0-based layer.
+    pub layer: usize,
+    /// Routed experts.
+    pub experts: usize,
+    /// Share of all choices that fell on the most frequent expert.
+    pub busiest: f64,
+    /// Share of the least frequent one.
+    pub least: f64,
+    /// Experts that no token chose.
+    pub never_chosen: usize,
+}
+
+impl LayerUsage {
+    pub(super) fn new(layer: usize, count: &[f64]) -> Self {
+        let total = count.iter().sum::<f64>().max(1.0);
+        LayerUsage {
+            layer,
+            experts: count.len(),
+            busiest: count.iter().copied().fold(0.0, f64::max) / total,
+            least: count.iter().copied().fold(total, f64::min) / total,
+            never_chosen: count.iter().filter(|c| **c == 0.0).count(),
+        }
+    }
 }
 
 const VERSION: &str = "1";
@@ -148,6 +178,18 @@ impl Statistics {
             arrays.insert(moment, values);
         }
         Moments::from_arrays(dims, arrays).ok_or_else(|| invalid(format!("layer {layer}: shapes disagree")))
+    }
+
+    /// How evenly the experts of every MoE layer are used.
+    ///
+    /// # Errors
+    /// Those of [`Statistics::moments`].
+    pub fn usage(&self) -> Result<Vec<LayerUsage>> {
+        let usage = |layer: usize| {
+            let moments = self.moments(layer, &[Moment::Count])?;
+            Ok(LayerUsage::new(layer, moments.per_expert(Moment::Count)))
+        };
+        self.profile.moe_layers.iter().map(|l| usage(l.layer)).collect()
     }
 
     fn dims(&self, layer: usize) -> Option<MomentDims> {

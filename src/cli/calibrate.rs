@@ -1,15 +1,20 @@
 //! `moepress calibrate`: one streamed pass over text, into a statistics file.
 
 use std::path::PathBuf;
-use std::str::FromStr;
+use std::time::Instant;
 
 use clap::{ArgGroup, ValueEnum};
-use moepress::backend::Moment;
+use moepress::backend::{Backend, Moment};
+use moepress::calibrate::{LayerUsage, Options, Sample, calibrate, second_moment_bytes};
 use moepress::checkpoint::Checkpoint;
-use moepress::model::open_architecture;
+use moepress::model::{Model, open_architecture, profile};
+use serde::Serialize;
 
-use super::common::{DeviceArgs, OutputArgs, TextInput, check_output_file};
+use super::common::{Device, DeviceArgs, OutputArgs, TextInput, check_output_file};
 use super::failure::Failure;
+use super::output;
+use super::table::{Align, Table};
+use super::units::{bytes, counted, rate, seconds};
 
 /// Arguments of `calibrate`.
 #[derive(Debug, clap::Args)]
@@ -22,8 +27,8 @@ pub(crate) struct Args {
     /// Where the statistics go; a pass that was stopped goes on from there
     #[arg(long, value_name = "S.safetensors")]
     out: PathBuf,
-    /// Tokens on which every expert is run, chosen or not; N or all
-    #[arg(long, value_name = "N|all")]
+    /// Tokens per window on which every expert is run, chosen or not; N or all [default: 32]
+    #[arg(long, value_name = "N|all", value_parser = parse_sample)]
     sample: Option<Sample>,
     /// Second moments to measure (large)
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
@@ -34,24 +39,12 @@ pub(crate) struct Args {
     output: OutputArgs,
 }
 
-/// What `--sample` may say.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Sample {
-    /// Every token.
-    All,
-    /// So many tokens.
-    Tokens(usize),
-}
-
-impl FromStr for Sample {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text.parse() {
-            Ok(tokens) => Ok(Sample::Tokens(tokens)),
-            Err(_) if text == "all" => Ok(Sample::All),
-            Err(_) => Err("expected a number of tokens or `all`".into()),
-        }
+/// Reads `--sample`.
+fn parse_sample(text: &str) -> Result<Sample, String> {
+    match text.parse() {
+        Ok(tokens) => Ok(Sample::PerWindow(tokens)),
+        Err(_) if text == "all" => Ok(Sample::All),
+        Err(_) => Err("expected a number of tokens per window or `all`".into()),
     }
 }
 
@@ -87,11 +80,83 @@ impl Args {
     }
 
     pub(crate) fn run(&self) -> Result<(), Failure> {
-        let _ = self.device.open()?;
+        let Device::Cpu(cpu) = self.device.open()?;
+        self.compute(&cpu)
+    }
+
+    fn compute<B: Backend>(&self, backend: &B) -> Result<(), Failure> {
         let checkpoint = Checkpoint::open(&self.model)?;
-        let _windows = self.text.load(&self.model, &open_architecture(&checkpoint)?)?;
+        let windows = self.text.load(&self.model, &open_architecture(&checkpoint)?)?;
         check_output_file(&self.out)?;
-        let _second = self.second();
-        Err(Failure::Work("calibrate: not built yet".into()))
+        let model = Model::new(&checkpoint, backend, windows.length)?;
+        let options = Options { second: self.second(), ..Options::default() };
+        let options = Options { sample: self.sample.unwrap_or(options.sample), ..options };
+        let mut report = self.output.report();
+        if !options.second.is_empty() {
+            let size = second_moment_bytes(&profile(&checkpoint, model.architecture())?, &options.second);
+            report.note(&format!("calibrate: the second moments will take {}", bytes(size)));
+        }
+        let start = Instant::now();
+        let statistics = calibrate(&model, &windows, &options, &self.out, &mut report)?;
+        let elapsed = start.elapsed().as_secs_f64();
+        drop(report);
+        let usage = statistics.usage()?;
+        let summary = Summary {
+            out: self.out.display().to_string(),
+            bytes: std::fs::metadata(&self.out)?.len(),
+            windows: windows.count,
+            tokens: windows.real_tokens(),
+            layers: usage,
+            seconds: elapsed,
+            tokens_per_second: windows.real_tokens() as f64 / elapsed,
+            device: backend.device(),
+        };
+        if self.output.json { output::json(&summary) } else { output::text(&summary.page()) }
+    }
+}
+
+/// What was measured.
+#[derive(Debug, Serialize)]
+struct Summary {
+    out: String,
+    bytes: u64,
+    windows: usize,
+    tokens: usize,
+    layers: Vec<LayerUsage>,
+    seconds: f64,
+    tokens_per_second: f64,
+    device: String,
+}
+
+impl Summary {
+    fn page(&self) -> String {
+        let mut table = Table::new([
+            ("layer", Align::Right),
+            ("experts", Align::Right),
+            ("busiest", Align::Right),
+            ("least", Align::Right),
+            ("never chosen", Align::Right),
+        ]);
+        for LayerUsage { layer, experts, busiest, least, never_chosen } in &self.layers {
+            let share = |s: &f64| format!("{:.1} %", 100.0 * s);
+            let cells = [
+                layer.to_string(),
+                experts.to_string(),
+                share(busiest),
+                share(least),
+                never_chosen.to_string(),
+            ];
+            table.row(cells);
+        }
+        format!(
+            "{table}\n{}, {} in {} on {} ({}); wrote {} to {}\n",
+            counted(self.windows, "window"),
+            counted(self.tokens, "token"),
+            seconds(self.seconds),
+            self.device,
+            rate(self.tokens_per_second),
+            bytes(self.bytes),
+            self.out
+        )
     }
 }

@@ -1,11 +1,20 @@
 //! `moepress compress`: a plan and a checkpoint, into a smaller checkpoint.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
+use moepress::backend::{Backend, Moment};
+use moepress::calibrate::Statistics;
+use moepress::checkpoint::Checkpoint;
+use moepress::compress::{LayoutChoice, Options, Report, compress};
+use moepress::model::{Model, open_architecture};
+use moepress::plan::Plan;
 
-use super::common::{DeviceArgs, OutputArgs};
+use super::common::{Device, DeviceArgs, OutputArgs, TextInput};
 use super::failure::Failure;
+use super::output;
+use super::table::{Align, Table};
+use super::units::{bytes, parameters, percent, seconds};
 
 /// Arguments of `compress`.
 #[derive(Debug, clap::Args)]
@@ -18,10 +27,9 @@ pub(crate) struct Args {
     /// Folder of the smaller checkpoint; a run that was stopped goes on from there
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Token windows, for plans that refit weights on the tokens themselves
-    #[arg(long, value_name = "T.safetensors")]
-    tokens: Option<PathBuf>,
-    /// Statistics, for plans that refit weights
+    #[command(flatten)]
+    text: TextInput,
+    /// Statistics with second moments, for plans that whiten [default: those that the plan was made from]
     #[arg(long, value_name = "S.safetensors")]
     stats: Option<PathBuf>,
     /// Layout of the result
@@ -49,8 +57,74 @@ pub(crate) enum Layout {
 }
 
 impl Args {
-    #[expect(clippy::unused_self, reason = "compression is not built yet")]
     pub(crate) fn run(&self) -> Result<(), Failure> {
-        Err(Failure::Work("compress: not built yet".into()))
+        let Device::Cpu(cpu) = self.device.open()?;
+        self.compute(&cpu)
     }
+
+    fn compute<B: Backend>(&self, backend: &B) -> Result<(), Failure> {
+        let plan = Plan::read(&self.plan)?;
+        let checkpoint = Checkpoint::open(&self.model)?;
+        let architecture = open_architecture(&checkpoint)?;
+        let given = !self.text.tokens.is_empty() || !self.text.text.is_empty();
+        let windows = given.then(|| self.text.load(&self.model, &architecture)).transpose()?;
+        let statistics = match &self.stats {
+            Some(path) => Some(Statistics::open(path)?),
+            None => statistics_of(&plan),
+        };
+        let length = windows.as_ref().map_or(1, |w| w.length);
+        let model = Model::new(&checkpoint, backend, length)?;
+        let layout = match self.layout {
+            Layout::Auto => LayoutChoice::Auto,
+            Layout::Hf => LayoutChoice::HuggingFace,
+            Layout::Moepress => LayoutChoice::Moepress,
+        };
+        let options = Options {
+            layout,
+            densify: self.densify,
+            tokens: windows.as_ref(),
+            statistics: statistics.as_ref(),
+        };
+        let mut report = self.output.report();
+        let done = compress(&model, &plan, &options, &self.out, &mut report)?;
+        drop(report);
+        if self.output.json { output::json(&done) } else { output::text(&self.page(&done)) }
+    }
+
+    fn page(&self, done: &Report) -> String {
+        let mut table = Table::new([
+            ("", Align::Left),
+            ("before", Align::Right),
+            ("after", Align::Right),
+            ("", Align::Right),
+        ]);
+        let Report { bytes_before, bytes_after, routed_parameters_before, routed_parameters_after, .. } =
+            *done;
+        table.row([
+            "bytes".into(),
+            bytes(bytes_before),
+            bytes(bytes_after),
+            percent(bytes_after, bytes_before),
+        ]);
+        table.row([
+            "routed parameters".into(),
+            parameters(routed_parameters_before),
+            parameters(routed_parameters_after),
+            percent(routed_parameters_after, routed_parameters_before),
+        ]);
+        let layout = match done.layout {
+            "hf" => "a stock Hugging Face checkpoint",
+            _ => "a checkpoint in the moepress layout",
+        };
+        format!("{table}\nwrote {layout} to {} in {}\n", self.out.display(), seconds(done.seconds))
+    }
+}
+
+/// The statistics that the plan was made from, where they are still in place and hold second moments.
+fn statistics_of(plan: &Plan) -> Option<Statistics> {
+    let source = plan.statistics.as_ref()?;
+    let statistics = Statistics::open(Path::new(&source.file)).ok()?;
+    let same =
+        statistics.tokens().sha256 == source.sha256 && statistics.profile().identity == plan.model.identity;
+    Some(statistics).filter(|s| same && s.has(Moment::InputGram))
 }

@@ -14,9 +14,16 @@ pub(crate) enum Failure {
     Closed,
 }
 
-impl<E: std::error::Error> From<E> for Failure {
+impl<E: std::error::Error + 'static> From<E> for Failure {
     fn from(error: E) -> Self {
-        Failure::Work(error.to_string())
+        use moepress::plan::Error;
+        let any: &dyn std::error::Error = &error;
+        match any.downcast_ref() {
+            Some(Error::Method { .. } | Error::UnknownOption { .. } | Error::Option { .. }) => {
+                Failure::Usage(error.to_string())
+            }
+            _ => Failure::Work(error.to_string()),
+        }
     }
 }
 

@@ -1,16 +1,28 @@
 //! `moepress plan`: a method and a budget, into a plan.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use clap::ArgGroup;
+use moepress::architecture::Profile;
+use moepress::backend::Moments;
+use moepress::calibrate::Statistics;
+use moepress::checkpoint::Checkpoint;
+use moepress::compress::WeightSpectra;
+use moepress::model::{open_architecture, profile};
+use moepress::plan::{Budget, Expected, Plan, Request, SpectrumSource, StatisticsRef, method, parse_size};
+use moepress::progress::Progress as _;
+use serde::Serialize;
 
-use super::common::{DeviceArgs, OutputArgs};
+use super::common::{DeviceArgs, OutputArgs, check_output_file};
 use super::failure::Failure;
-use super::units::{parse_at_least, parse_bytes};
+use super::output;
+use super::table::{Align, Table};
+use super::units::{bytes, counted, parameters, parse_at_least, percent, seconds};
 
 /// Arguments of `plan`.
 #[derive(Debug, clap::Args)]
-#[command(group(ArgGroup::new("budget").required(true).args(["remove", "experts", "bytes"])))]
+#[command(group(ArgGroup::new("budget").args(["remove", "experts", "bytes"])))]
 pub(crate) struct Args {
     /// Method; `moepress methods` lists them
     #[arg(long, value_name = "M")]
@@ -22,15 +34,15 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", value_parser = parse_at_least::<1>)]
     experts: Option<usize>,
     /// Size of the whole checkpoint, such as 24GiB or 13GB
-    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size_argument)]
     bytes: Option<u64>,
     /// Statistics that `moepress calibrate` wrote
     #[arg(long, value_name = "S.safetensors")]
     stats: Option<PathBuf>,
-    /// Checkpoint folder, for methods that search on the tokens themselves
-    #[arg(long, value_name = "MODEL", requires = "tokens")]
+    /// Checkpoint folder, for methods that look at weights or search on tokens
+    #[arg(long, value_name = "MODEL")]
     model: Option<PathBuf>,
-    /// Token windows for those methods
+    /// Token windows, for methods that search on the tokens themselves
     #[arg(long, value_name = "T.safetensors", requires = "model")]
     tokens: Option<PathBuf>,
     /// Options of the method
@@ -52,6 +64,10 @@ fn parse_fraction(text: &str) -> Result<f64, String> {
     }
 }
 
+fn parse_size_argument(text: &str) -> Result<u64, String> {
+    parse_size(text).map_err(|e| e.to_string())
+}
+
 fn parse_option(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.into(), value.into())),
@@ -60,8 +76,119 @@ fn parse_option(text: &str) -> Result<(String, String), String> {
 }
 
 impl Args {
-    #[expect(clippy::unused_self, reason = "planning is not built yet")]
     pub(crate) fn run(&self) -> Result<(), Failure> {
-        Err(Failure::Work("plan: not built yet".into()))
+        let method = method(&self.method)?;
+        let start = Instant::now();
+        check_output_file(&self.out)?;
+        let statistics = self.stats.as_deref().map(Statistics::open).transpose()?;
+        let checkpoint = self.model.as_deref().map(Checkpoint::open).transpose()?;
+        let weights = match &checkpoint {
+            None => None,
+            Some(checkpoint) => Some((checkpoint, open_architecture(checkpoint)?)),
+        };
+        let profile = match (&weights, &statistics) {
+            (Some((checkpoint, architecture)), _) => profile(checkpoint, architecture)?,
+            (None, Some(statistics)) => statistics.profile().clone(),
+            (None, None) => return Err(Failure::Usage("one of --stats and --model is needed".into())),
+        };
+        let moments = statistics.as_ref().map(|s| self.moments(s, &profile.identity)).transpose()?;
+        let source = statistics.as_ref().map(|s| StatisticsRef {
+            file: s.path().display().to_string(),
+            sha256: s.tokens().sha256.clone(),
+            tokens: s.tokens().tokens,
+        });
+        let whiten = !self.set.iter().any(|(key, value)| key == "whiten" && value == "false");
+        let spectra = weights.as_ref().map(|(checkpoint, architecture)| {
+            WeightSpectra::new(checkpoint, architecture, statistics.as_ref().filter(|_| whiten))
+        });
+        let plan = method.plan(&Request {
+            profile: &profile,
+            statistics: moments.as_deref(),
+            source: source.as_ref(),
+            budget: self.budget(),
+            options: &self.set.iter().cloned().collect(),
+            spectra: spectra.as_ref().map(|s| s as &dyn SpectrumSource),
+        })?;
+        let mut report = self.output.report();
+        plan.warnings.iter().for_each(|warning| report.warn(warning));
+        drop(report);
+        plan.write(&self.out)?;
+        self.show(&plan, &profile, start.elapsed().as_secs_f64())
     }
+
+    fn budget(&self) -> Option<Budget> {
+        let remove = self.remove.map(Budget::Remove);
+        remove.or(self.experts.map(Budget::Experts)).or(self.bytes.map(Budget::Bytes))
+    }
+
+    /// The statistics' moments, if they were measured on the model that the plan is for.
+    fn moments(&self, statistics: &Statistics, identity: &str) -> Result<Vec<Moments>, Failure> {
+        if statistics.profile().identity != identity {
+            let model = self.model.as_deref().unwrap_or(Path::new("")).display();
+            let what =
+                format!("{}: measured on another checkpoint than {model}", statistics.path().display());
+            return Err(Failure::Work(what));
+        }
+        Ok(statistics.first_moments()?)
+    }
+
+    fn show(&self, plan: &Plan, profile: &Profile, elapsed: f64) -> Result<(), Failure> {
+        if self.output.json {
+            let summary = Summary {
+                method: &plan.method,
+                experts_kept: plan.experts_kept(),
+                expected: &plan.expected,
+                seconds: elapsed,
+            };
+            return output::json(&summary);
+        }
+        let expected = &plan.expected;
+        let mut table = Table::new([
+            ("", Align::Left),
+            ("now", Align::Right),
+            ("planned", Align::Right),
+            ("", Align::Right),
+        ]);
+        let share = |after: u64, before: u64| percent(after, before);
+        let (routed, now) = (profile.routed_parameters(), profile.routed_bytes());
+        let experts: usize = profile.moe_layers.iter().map(|l| l.experts).sum();
+        for (name, before, after, written) in [
+            ("experts", experts as u64, expected.experts, None),
+            ("routed parameters", routed, expected.routed_parameters, Some(parameters as fn(u64) -> String)),
+            ("routed bytes", now, expected.routed_bytes, Some(bytes)),
+            ("all parameters", profile.parameters, expected.parameters, Some(parameters)),
+            ("all bytes", profile.bytes, expected.bytes, Some(bytes)),
+        ] {
+            let write = |n: u64| written.map_or_else(|| n.to_string(), |w| w(n));
+            table.row([name.to_string(), write(before), write(after), share(after, before)]);
+        }
+        let out = self.out.display();
+        output::text(&format!(
+            "{}: {}\n\n{table}\nwrote {out} in {}\n",
+            plan.method,
+            kept(plan),
+            seconds(elapsed)
+        ))
+    }
+}
+
+/// How many experts the layers keep, in words.
+fn kept(plan: &Plan) -> String {
+    let kept = plan.experts_kept();
+    let (least, most) = (kept.iter().min().unwrap_or(&0), kept.iter().max().unwrap_or(&0));
+    let layers = counted(kept.len(), "layer");
+    if least == most {
+        format!("{most} experts in each of {layers}")
+    } else {
+        format!("{least} to {most} experts in {layers}")
+    }
+}
+
+/// What was planned.
+#[derive(Debug, Serialize)]
+struct Summary<'a> {
+    method: &'a str,
+    experts_kept: Vec<usize>,
+    expected: &'a Expected,
+    seconds: f64,
 }

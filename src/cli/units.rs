@@ -64,35 +64,6 @@ pub(crate) fn counted(count: usize, thing: &str) -> String {
     format!("{count} {thing}{plural}")
 }
 
-/// Reads a size in bytes: `24GiB`, `13GB`, `1.5 GiB`, `4096`.
-///
-/// # Errors
-/// Says what a size looks like.
-pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
-    const UNITS: [(&str, f64); 9] = [
-        ("kib", 1024.0),
-        ("mib", 1048576.0),
-        ("gib", 1073741824.0),
-        ("tib", 1099511627776.0),
-        ("kb", 1e3),
-        ("mb", 1e6),
-        ("gb", 1e9),
-        ("tb", 1e12),
-        ("b", 1.0),
-    ];
-    let lower = text.trim().to_ascii_lowercase();
-    let unit = UNITS.iter().find_map(|(unit, factor)| Some((lower.strip_suffix(unit)?, *factor)));
-    let (number, factor) = unit.unwrap_or((&lower, 1.0));
-    let number = number.trim_end();
-    let digits = !number.is_empty() && number.chars().all(|c| c.is_ascii_digit() || c == '.');
-    match number.parse::<f64>() {
-        Ok(value) if digits && value * factor >= 1.0 && value * factor < 1e18 => {
-            Ok((value * factor).round() as u64)
-        }
-        _ => Err("expected a size such as 24GiB, 13GB or a number of bytes".into()),
-    }
-}
-
 /// Reads a whole number of at least `LEAST`.
 ///
 /// # Errors
@@ -144,16 +115,5 @@ mod tests {
         assert_eq!(seconds(11_520.0), "3 h 12 min");
         assert_eq!(percent(0, 0), "0.0 %");
         assert_eq!(percent(45, 46), "97.8 %");
-    }
-
-    #[test]
-    fn sizes_are_read() {
-        assert_eq!(parse_bytes("24GiB"), Ok(24 << 30));
-        assert_eq!(parse_bytes("13GB"), Ok(13_000_000_000));
-        assert_eq!(parse_bytes(" 1.5 kib"), Ok(1536));
-        assert_eq!(parse_bytes("4096"), Ok(4096));
-        for wrong in ["", "GiB", "-1GB", "nan", "inf", "1e300", "3 parsecs", "0", "1.2.3MB"] {
-            assert!(parse_bytes(wrong).is_err(), "{wrong}");
-        }
     }
 }

@@ -9,12 +9,14 @@ mod layout;
 mod measure;
 mod output;
 mod run;
+mod spectra;
 
 pub use apply::{CompressedLayer, apply_layer};
 pub use error::Error;
 pub use factorise::{FactorOptions, Whitening, factorise};
 pub use layout::{Layout, LayoutChoice};
 pub use run::{Options, Report, compress};
+pub use spectra::WeightSpectra;
 
 /// Result of this module.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -91,7 +91,7 @@ pub fn compress<B: Backend>(
         records.truncate(follower.restore(&work)?);
     }
 
-    progress.begin("compress", layers);
+    progress.begin("compress: layer", layers);
     for _ in 0..records.len() {
         progress.step("done before");
     }

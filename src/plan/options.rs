@@ -36,6 +36,17 @@ pub enum OptionKind {
     Fraction,
 }
 
+impl std::fmt::Display for OptionKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            OptionKind::Flag => write!(f, "true|false"),
+            OptionKind::Choice(words) => write!(f, "{}", words.join("|")),
+            OptionKind::Integer(_) => write!(f, "N"),
+            OptionKind::Fraction => write!(f, "0..1"),
+        }
+    }
+}
+
 impl OptionKind {
     /// The typed value of `text`, or what would be right.
     fn parse(self, text: &str) -> Result<Value, String> {
