@@ -58,6 +58,7 @@ pub mod backend;
 pub mod calibrate;
 pub mod checkpoint;
 pub mod compress;
+pub mod eval;
 pub mod linalg;
 pub mod model;
 pub mod plan;

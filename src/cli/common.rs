@@ -130,6 +130,21 @@ impl TextInput {
         Ok(windows)
     }
 
+    /// Whether there are windows to load.
+    pub(crate) fn is_given(&self) -> bool {
+        !self.tokens.is_empty() || !self.text.is_empty()
+    }
+
+    /// The tokenizer in `model_dir`.
+    pub(crate) fn tokenizer(&self, model_dir: &Path) -> Result<Tokenizer, Failure> {
+        let bos = match self.bos {
+            BosArg::Auto => Bos::Auto,
+            BosArg::Always => Bos::Always,
+            BosArg::Never => Bos::Never,
+        };
+        Ok(Tokenizer::open(model_dir, bos)?)
+    }
+
     fn load_tokens(&self, architecture: &Architecture) -> Result<Windows, Failure> {
         let mut joined: Option<Windows> = None;
         for path in &self.tokens {
@@ -166,12 +181,7 @@ impl TextInput {
         if length > max_positions {
             return Err(TokensError::TooLong { length, max_positions }.into());
         }
-        let bos = match self.bos {
-            BosArg::Auto => Bos::Auto,
-            BosArg::Always => Bos::Always,
-            BosArg::Never => Bos::Never,
-        };
-        let windows = Tokenizer::open(model_dir, bos)?.windows(&self.text, length)?;
+        let windows = self.tokenizer(model_dir)?.windows(&self.text, length)?;
         let fits = windows.check(architecture.vocabulary, max_positions);
         fits.map_err(|e| at(&model_dir.join("tokenizer.json"), &e))?;
         Ok(windows)

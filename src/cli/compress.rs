@@ -66,8 +66,7 @@ impl Args {
         let plan = Plan::read(&self.plan)?;
         let checkpoint = Checkpoint::open(&self.model)?;
         let architecture = open_architecture(&checkpoint)?;
-        let given = !self.text.tokens.is_empty() || !self.text.text.is_empty();
-        let windows = given.then(|| self.text.load(&self.model, &architecture)).transpose()?;
+        let windows = self.text.is_given().then(|| self.text.load(&self.model, &architecture)).transpose()?;
         let statistics = match &self.stats {
             Some(path) => Some(Statistics::open(path)?),
             None => statistics_of(&plan),

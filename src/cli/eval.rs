@@ -3,14 +3,23 @@
 use std::path::PathBuf;
 
 use clap::ArgGroup;
+use moepress::backend::Backend;
 use moepress::checkpoint::Checkpoint;
-use moepress::model::open_architecture;
+use moepress::eval::{
+    Against, Evaluation, MultipleChoice, Questions, Score, against, multiple_choice, perplexity,
+};
+use moepress::model::{Model, open_architecture};
+use serde_json::json;
 
-use super::common::{DeviceArgs, OutputArgs, TextInput};
+use super::common::{Device, DeviceArgs, OutputArgs, TextInput};
 use super::failure::Failure;
+use super::output;
+use super::table::{Align, Table};
+use super::units::{counted, rate, seconds};
 
 /// Arguments of `eval`.
 #[derive(Debug, clap::Args)]
+#[command(group(ArgGroup::new("windows_input").args(["tokens", "text"])))]
 #[command(group(
     ArgGroup::new("input").required(true).multiple(true).args(["tokens", "text", "multiple_choice"])
 ))]
@@ -20,7 +29,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     text: TextInput,
     /// Checkpoint to compare with: adds KL divergence and top-1 agreement
-    #[arg(long, value_name = "ORIGINAL")]
+    #[arg(long, value_name = "ORIGINAL", requires = "windows_input")]
     against: Option<PathBuf>,
     /// Questions with choices, one JSON object per line
     #[arg(long, value_name = "FILE.jsonl")]
@@ -33,11 +42,90 @@ pub(crate) struct Args {
 
 impl Args {
     pub(crate) fn run(&self) -> Result<(), Failure> {
-        let _ = self.device.open()?;
-        let checkpoint = Checkpoint::open(&self.model)?;
-        if self.multiple_choice.is_none() {
-            let _windows = self.text.load(&self.model, &open_architecture(&checkpoint)?)?;
-        }
-        Err(Failure::Work("eval: not built yet".into()))
+        let Device::Cpu(cpu) = self.device.open()?;
+        self.compute(&cpu)
     }
+
+    fn compute<B: Backend>(&self, backend: &B) -> Result<(), Failure> {
+        let checkpoint = Checkpoint::open(&self.model)?;
+        let architecture = open_architecture(&checkpoint)?;
+        let mut report = self.output.report();
+        let questions = match &self.multiple_choice {
+            None => None,
+            Some(path) => Some((Questions::read(path)?, self.text.tokenizer(&self.model)?)),
+        };
+        let evaluation = if self.text.is_given() {
+            let windows = self.text.load(&self.model, &architecture)?;
+            let model = Model::new(&checkpoint, backend, windows.length)?;
+            Some(match &self.against {
+                None => perplexity(&model, &windows, &mut report)?,
+                Some(original) => {
+                    let original = Checkpoint::open(original)?;
+                    let original = Model::new(&original, backend, windows.length)?;
+                    against(&model, &original, &windows, &mut report)?
+                }
+            })
+        } else {
+            None
+        };
+        let choices = match questions {
+            None => None,
+            Some((questions, tokenizer)) => {
+                let model = Model::new(&checkpoint, backend, 1)?;
+                Some(multiple_choice(&model, &tokenizer, &questions, &mut report)?)
+            }
+        };
+        drop(report);
+        match evaluation {
+            Some(mut evaluation) => {
+                evaluation.multiple_choice = choices;
+                if self.output.json { output::json(&evaluation) } else { output::text(&page(&evaluation)) }
+            }
+            None if self.output.json => {
+                output::json(&json!({ "multiple_choice": choices, "device": backend.device() }))
+            }
+            None => output::text(&choices.iter().map(choice_line).collect::<String>()),
+        }
+    }
+}
+
+fn page(evaluation: &Evaluation) -> String {
+    let mut table = Table::new([
+        ("file", Align::Left),
+        ("tokens", Align::Right),
+        ("nll", Align::Right),
+        ("perplexity", Align::Right),
+    ]);
+    let mut row = |name: &str, score: &Score| {
+        let perplexity = format!("{:.3}", score.perplexity);
+        table.row([name.to_string(), score.tokens.to_string(), format!("{:.4}", score.nll), perplexity]);
+    };
+    for file in &evaluation.files {
+        row(&file.file, &file.score);
+    }
+    row("overall", &evaluation.overall);
+    if let Some(against) = &evaluation.against {
+        row("overall, original", &against.original);
+    }
+    let mut text = format!("{table}\n");
+    if let Some(Against { kl, top1_agreement, .. }) = evaluation.against {
+        let agreement = 100.0 * top1_agreement;
+        text += &format!(
+            "KL divergence from the original {kl:.4} nats per token, top-1 agreement {agreement:.1} %\n"
+        );
+    }
+    text += &evaluation.multiple_choice.iter().map(choice_line).collect::<String>();
+    let Evaluation { seconds: elapsed, tokens_per_second, device, .. } = evaluation;
+    text + &format!("{} on {device} ({})\n", seconds(*elapsed), rate(*tokens_per_second))
+}
+
+fn choice_line(choices: &MultipleChoice) -> String {
+    let percent = |share: f64| format!("{:.1} %", 100.0 * share);
+    let MultipleChoice { questions, accuracy, accuracy_normalised, .. } = choices;
+    format!(
+        "{}: accuracy {}, length-normalised {}\n",
+        counted(*questions, "question"),
+        percent(*accuracy),
+        percent(*accuracy_normalised)
+    )
 }
