@@ -85,14 +85,16 @@ impl Shard {
     #[expect(unsafe_code, reason = "advice to the memory map")]
     pub(super) fn release(&self, start: usize, length: usize) {
         #[cfg(unix)]
-        // SAFETY: the map is shared and never written, so dropped pages come back unchanged from the file.
-        let _ = unsafe {
-            self.map.unchecked_advise_range(
-                memmap2::UncheckedAdvice::DontNeed,
-                self.data_start + start,
-                length,
-            )
-        };
+        {
+            // A fault also brings in its neighbourhood, up to a huge page, and with it tensors released before.
+            const NEIGHBOURHOOD: usize = 2 << 20;
+            let first = (self.data_start + start).saturating_sub(NEIGHBOURHOOD);
+            let end = (self.data_start + start + length + NEIGHBOURHOOD).min(self.map.len());
+            // SAFETY: the map is shared and never written, so dropped pages come back unchanged from the file.
+            let _ = unsafe {
+                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, first, end - first)
+            };
+        }
         #[cfg(not(unix))]
         let _ = (start, length);
     }
