@@ -120,8 +120,11 @@ fn a_uniform_plan_gives_a_stock_checkpoint() {
         let lines = before.config().lines().zip(after.config().lines()).filter(|(a, b)| a != b).count();
         assert_eq!(before.config().lines().count(), after.config().lines().count());
         assert!((1..=2).contains(&lines), "{name}: {lines} lines of config.json changed");
-        let experts: Vec<&str> =
-            after.tensors().map(|t| t.name()).filter(|n| n.contains(".experts.")).collect();
+        let experts: Vec<&str> = after
+            .tensors()
+            .map(moepress::checkpoint::Tensor::name)
+            .filter(|n| n.contains(".experts."))
+            .collect();
         let layers = plan.layers.len();
         assert_eq!(experts.len(), layers * 3 * 3, "{name}");
         assert!(experts.iter().all(|n| !n.contains("gate_up_proj")));
