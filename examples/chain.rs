@@ -5,6 +5,8 @@
 //! cargo run --release --example chain
 //! ```
 
+#![allow(clippy::print_stdout, reason = "the table is what the example is for")]
+
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -19,8 +21,11 @@ use moepress::model::Model;
 use moepress::plan::{Budget, Request, method};
 use moepress::tokens::{Bos, Tokenizer, Windows};
 
+/// Options of a method, as `--set KEY=VALUE` gives them.
+type Set = &'static [(&'static str, &'static str)];
+
 /// Method, fraction of the routed-expert parameters to remove, options.
-const RUNS: [(&str, f64, &[(&str, &str)]); 6] = [
+const RUNS: [(&str, f64, Set); 6] = [
     ("random", 0.25, &[]),
     ("frequency", 0.25, &[]),
     ("reap", 0.25, &[]),
@@ -89,7 +94,7 @@ fn press(
     statistics: &Statistics,
     name: &str,
     remove: f64,
-    set: &[(&str, &str)],
+    set: Set,
     out: &Path,
 ) -> Result<u64, Box<dyn Error>> {
     let options: BTreeMap<String, String> = set.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect();

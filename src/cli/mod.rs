@@ -6,6 +6,7 @@ mod compress;
 mod eval;
 mod failure;
 mod inspect;
+mod merge;
 mod methods;
 mod output;
 mod plan;
@@ -13,7 +14,6 @@ mod progress;
 mod run;
 mod table;
 mod units;
-mod upcycle;
 
 use std::process::ExitCode;
 
@@ -38,14 +38,14 @@ enum Command {
     Run(run::Args),
     /// Measure how a model uses its experts on your text
     Calibrate(calibrate::Args),
+    /// Add up statistics of different texts
+    Merge(merge::Args),
     /// Decide what becomes of every expert
     Plan(plan::Args),
     /// Write the smaller checkpoint that a plan describes
     Compress(compress::Args),
     /// Perplexity, and agreement with the original
     Eval(eval::Args),
-    /// Make one mixture-of-experts checkpoint of dense ones
-    Upcycle(upcycle::Args),
     /// List the compression methods, their options and papers
     Methods(methods::Args),
 }
@@ -57,10 +57,10 @@ pub(crate) fn main() -> ExitCode {
             Command::Inspect(args) => args.run(),
             Command::Run(args) => args.run(),
             Command::Calibrate(args) => args.run(),
+            Command::Merge(args) => args.run(),
             Command::Plan(args) => args.run(),
             Command::Compress(args) => args.run(),
             Command::Eval(args) => args.run(),
-            Command::Upcycle(args) => args.run(),
             Command::Methods(args) => args.run(),
         },
         // Help and version go to standard output, with the terminal's colours.
