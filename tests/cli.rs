@@ -407,7 +407,7 @@ fn progress_is_one_line_per_step() {
 fn help_and_version_are_no_errors() {
     assert_eq!(moepress(["--version"]).ok(), format!("moepress {}\n", env!("CARGO_PKG_VERSION")));
     let help = moepress(["--help"]).ok();
-    for command in ["inspect", "run", "calibrate", "plan", "compress", "eval", "upcycle", "methods"] {
+    for command in ["inspect", "run", "calibrate", "plan", "compress", "eval", "merge", "methods"] {
         assert!(help.contains(command), "{help}");
         assert!(moepress([command, "--help"]).ok().contains("Usage: "));
     }
@@ -432,21 +432,21 @@ fn wrong_usage_is_one_line_and_status_2() {
         ("calibrate m --out s --text f --windows 0", "expected a whole number, 1 or more"),
         ("calibrate m --out s --text f --window-length 1", "expected a whole number, 2 or more"),
         ("calibrate m --out s --text f --moments gram", "[possible values: input, gate-input, hidden, "),
-        ("calibrate m --out s --text f --sample some", "expected a number of tokens or `all`"),
+        ("calibrate m --out s --text f --sample some", "expected a number of tokens per window or `all`"),
         ("calibrate m --out s --text f --bos maybe", "[possible values: auto, always, never]"),
         ("eval m", "--tokens <T.safetensors>|--text <FILE>..."),
         ("eval m --tokens t --text f", "cannot be used with"),
-        ("plan --method reap --out p", "--remove <F>|--experts <N>|--bytes <SIZE>"),
+        ("plan --method reap --out p", "one of --remove, --experts and --bytes is needed"),
         ("plan --method reap --out p --remove 0.5 --experts 4", "cannot be used with"),
         ("plan --method reap --out p --remove 1", "expected a number between 0 and 1"),
         ("plan --method reap --out p --experts 0", "expected a whole number, 1 or more"),
-        ("plan --method reap --out p --bytes 3parsec", "expected a size such as 24GiB"),
+        ("plan --method reap --out p --bytes 3parsec", "unknown unit `parsec`"),
         ("plan --method reap --out p --remove 0.5 --set key", "expected KEY=VALUE"),
-        ("plan --method reap --out p --remove 0.5 --model m", "--tokens <T.safetensors>"),
+        ("plan --method reap --out p --remove 0.5", "one of --stats and --model is needed"),
+        ("plan --method best --out p --remove 0.5", "known methods: random, frequency"),
+        ("plan --method reap --out p --remove 0.5 --tokens t", "--model <MODEL>"),
         ("compress m --out o", "--plan <P.json>"),
         ("compress m --plan p --out o --layout x", "[possible values: auto, hf, moepress]"),
-        ("upcycle mixtral --out o", "<DENSE>..."),
-        ("upcycle melt a --out o", "[possible values: bam, mixtral]"),
     ];
     for (arguments, expected) in cases {
         let message = moepress(arguments.split_whitespace()).error(2);

@@ -78,6 +78,12 @@ fn parse_option(text: &str) -> Result<(String, String), String> {
 impl Args {
     pub(crate) fn run(&self) -> Result<(), Failure> {
         let method = method(&self.method)?;
+        // A method that takes a rank can do without a budget, and says itself what it lacks.
+        if self.budget().is_none() && method.options().iter().all(|o| o.name != "rank") {
+            return Err(Failure::Usage(
+                "one of --remove, --experts and --bytes is needed; see `moepress plan --help`".into(),
+            ));
+        }
         let start = Instant::now();
         check_output_file(&self.out)?;
         let statistics = self.stats.as_deref().map(Statistics::open).transpose()?;
