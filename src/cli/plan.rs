@@ -10,7 +10,9 @@ use moepress::calibrate::Statistics;
 use moepress::checkpoint::Checkpoint;
 use moepress::compress::WeightSpectra;
 use moepress::model::{open_architecture, profile};
-use moepress::plan::{Budget, Expected, Plan, Request, SpectrumSource, StatisticsRef, method, parse_size};
+use moepress::plan::{
+    Budget, Expected, Plan, Request, SpectrumSource, StatisticsRef, coverage, method, parse_size,
+};
 use moepress::progress::Progress as _;
 use serde::Serialize;
 
@@ -119,7 +121,14 @@ impl Args {
         plan.warnings.iter().for_each(|warning| report.warn(warning));
         drop(report);
         plan.write(&self.out)?;
-        self.show(&plan, &profile, start.elapsed().as_secs_f64())
+        let coverage = match (&statistics, &moments) {
+            (Some(statistics), Some(moments)) => {
+                let files = statistics.tokens().files.iter().cloned();
+                files.zip(coverage(&plan, moments)).map(|(file, kept)| Coverage { file, kept }).collect()
+            }
+            _ => Vec::new(),
+        };
+        self.show(&plan, &profile, &coverage, start.elapsed().as_secs_f64())
     }
 
     fn budget(&self) -> Option<Budget> {
@@ -138,12 +147,19 @@ impl Args {
         Ok(statistics.first_moments()?)
     }
 
-    fn show(&self, plan: &Plan, profile: &Profile, elapsed: f64) -> Result<(), Failure> {
+    fn show(
+        &self,
+        plan: &Plan,
+        profile: &Profile,
+        coverage: &[Coverage],
+        elapsed: f64,
+    ) -> Result<(), Failure> {
         if self.output.json {
             let summary = Summary {
                 method: &plan.method,
                 experts_kept: plan.experts_kept(),
                 expected: &plan.expected,
+                coverage,
                 seconds: elapsed,
             };
             return output::json(&summary);
@@ -168,14 +184,25 @@ impl Args {
             let write = |n: u64| written.map_or_else(|| n.to_string(), |w| w(n));
             table.row([name.to_string(), write(before), write(after), share(after, before)]);
         }
-        let out = self.out.display();
-        output::text(&format!(
-            "{}: {}\n\n{table}\nwrote {out} in {}\n",
-            plan.method,
-            kept(plan),
-            seconds(elapsed)
-        ))
+        let mut text = format!("{}: {}\n\n{table}\n", plan.method, kept(plan));
+        if coverage.iter().any(|c| c.kept < 1.0) {
+            let columns = [("expert choices that stay, by text", Align::Left), ("", Align::Right)];
+            let mut table = Table::new(columns);
+            for Coverage { file, kept } in coverage {
+                table.row([file.clone(), format!("{:.1} %", 100.0 * kept)]);
+            }
+            text += &format!("{table}\n");
+        }
+        output::text(&format!("{text}wrote {} in {}\n", self.out.display(), seconds(elapsed)))
     }
+}
+
+/// What the plan takes from one kind of text.
+#[derive(Debug, Serialize)]
+struct Coverage {
+    file: String,
+    /// Share of the file's expert choices that fell on experts which stay.
+    kept: f64,
 }
 
 /// How many experts the layers keep, in words.
@@ -196,5 +223,6 @@ struct Summary<'a> {
     method: &'a str,
     experts_kept: Vec<usize>,
     expected: &'a Expected,
+    coverage: &'a [Coverage],
     seconds: f64,
 }
