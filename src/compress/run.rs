@@ -210,7 +210,7 @@ impl<'a> Job<'a> {
 
     /// Everything that the output depends on.
     fn key(&self, layout: &Layout) -> String {
-        let tokens = self.options.tokens.filter(|_| self.follow).map(Windows::sha256);
+        let tokens = self.options.tokens.filter(|_| self.follow).map(|w| (w.sha256(), w.length));
         let statistics =
             self.options.statistics.map(|s| (s.tokens().sha256.clone(), s.has(Moment::InputGram)));
         let identity = &self.profile.identity;

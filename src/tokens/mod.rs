@@ -87,10 +87,10 @@ impl Windows {
             .collect()
     }
 
-    /// SHA-256, in hexadecimal, of ids, mask and window length.
+    /// SHA-256, in hexadecimal, of the ids as a token file holds them (int32, little-endian, window after window), and
+    /// of the mask behind them where something is padding.
     pub fn sha256(&self) -> String {
         let mut hash = Sha256::new();
-        hash.update((self.length as u64).to_le_bytes());
         for id in &self.ids {
             hash.update(id.to_le_bytes());
         }

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
 use serde_json::Value;
 
 use super::{Error, Result, SourceFile, Windows};
@@ -100,10 +101,9 @@ impl Tokenizer {
             let bytes = std::fs::read(path).map_err(|e| invalid(e.to_string()))?;
             let text = String::from_utf8(bytes)
                 .map_err(|e| invalid(format!("not UTF-8 text (byte {})", e.utf8_error().valid_up_to())))?;
-            let mut ids = Vec::new();
-            for document in text.split('\0').filter(|d| !d.is_empty()) {
-                ids.extend(self.encode_document(document)?);
-            }
+            let documents: Vec<&str> = text.split('\0').filter(|d| !d.is_empty()).collect();
+            let encoded = documents.par_iter().map(|document| self.encode_document(document));
+            let ids = encoded.collect::<Result<Vec<_>>>()?.concat();
             let count = ids.len() / length;
             if count == 0 {
                 return Err(invalid(format!(
@@ -113,11 +113,18 @@ impl Tokenizer {
             }
             windows.ids.extend_from_slice(&ids[..count * length]);
             windows.count += count;
-            let name =
-                path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into());
-            windows.files.push(SourceFile { name, windows: count });
+            windows.files.push(SourceFile { name: short_name(path, files), windows: count });
         }
         Ok(windows)
+    }
+}
+
+/// The file's name, or its path as given where another file of the list has the same name.
+fn short_name(path: &Path, files: &[PathBuf]) -> String {
+    let unique = files.iter().filter(|other| other.file_name() == path.file_name()).count() == 1;
+    match path.file_name() {
+        Some(name) if unique => name.to_string_lossy().into(),
+        _ => path.display().to_string(),
     }
 }
 
