@@ -1,6 +1,11 @@
 //! Shared by the tests: where data lies, how outputs are compared.
 
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "every test file uses another part of this")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::unwrap_used,
+    reason = "every test file uses another part of this"
+)]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
