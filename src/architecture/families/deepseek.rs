@@ -44,6 +44,20 @@ pub(super) fn v2(config: &Config) -> Result<Architecture> {
     Ok(architecture)
 }
 
+/// DeepSeek-V3 and R1 (arXiv 2412.19437). Layers for multi-token prediction are not part of the forward pass.
+pub(super) fn v3(config: &Config) -> Result<Architecture> {
+    let defaults = Defaults { max_positions: 4096, ..DEFAULTS };
+    let common = Common::read(config, "deepseek_v3", names(), defaults)?;
+    let width = config.positive("moe_intermediate_size")?;
+    let moe = MoeSpec {
+        router: common.biased_sigmoid([8, 4], 2.5)?,
+        shared: common.shared("n_shared_experts", 1, width)?,
+        ..common.moe(width, WeightRule::RENORMALISED)
+    };
+    let adjacent = config.flag_or("rope_interleave", true)?;
+    layers(common, &moe, if adjacent { Pairing::Adjacent } else { Pairing::Halves }, 3)
+}
+
 /// Latent attention everywhere, and experts from layer `first_k_dense_replace` on.
 fn layers(common: Common<'_>, moe: &MoeSpec, pairing: Pairing, default_first: usize) -> Result<Architecture> {
     let config = common.config;

@@ -15,8 +15,9 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 5] = [
+pub(super) const FAMILIES: [(&str, Read); 6] = [
     ("deepseek_v2", deepseek::v2),
+    ("deepseek_v3", deepseek::v3),
     ("mixtral", mixtral::read),
     ("olmoe", olmoe::read),
     ("qwen2_moe", qwen::qwen2),
