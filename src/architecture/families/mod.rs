@@ -1,6 +1,7 @@
 //! The families: one function each, from config keys to [`Architecture`].
 
 mod deepseek;
+mod glm4_moe;
 mod mixtral;
 mod olmoe;
 mod qwen;
@@ -15,9 +16,10 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 6] = [
+pub(super) const FAMILIES: [(&str, Read); 7] = [
     ("deepseek_v2", deepseek::v2),
     ("deepseek_v3", deepseek::v3),
+    ("glm4_moe", glm4_moe::read),
     ("mixtral", mixtral::read),
     ("olmoe", olmoe::read),
     ("qwen2_moe", qwen::qwen2),
