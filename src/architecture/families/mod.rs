@@ -2,6 +2,7 @@
 
 mod deepseek;
 mod glm4_moe;
+mod gpt_oss;
 mod mixtral;
 mod olmoe;
 mod qwen;
@@ -16,10 +17,11 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 7] = [
+pub(super) const FAMILIES: [(&str, Read); 8] = [
     ("deepseek_v2", deepseek::v2),
     ("deepseek_v3", deepseek::v3),
     ("glm4_moe", glm4_moe::read),
+    ("gpt_oss", gpt_oss::read),
     ("mixtral", mixtral::read),
     ("olmoe", olmoe::read),
     ("qwen2_moe", qwen::qwen2),
