@@ -5,6 +5,7 @@ mod glm4_moe;
 mod gpt_oss;
 mod mixtral;
 mod olmoe;
+mod phimoe;
 mod qwen;
 
 use super::config::Config;
@@ -17,13 +18,14 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 8] = [
+pub(super) const FAMILIES: [(&str, Read); 9] = [
     ("deepseek_v2", deepseek::v2),
     ("deepseek_v3", deepseek::v3),
     ("glm4_moe", glm4_moe::read),
     ("gpt_oss", gpt_oss::read),
     ("mixtral", mixtral::read),
     ("olmoe", olmoe::read),
+    ("phimoe", phimoe::read),
     ("qwen2_moe", qwen::qwen2),
     ("qwen3_moe", qwen::qwen3),
 ];
