@@ -1,6 +1,7 @@
 //! The families: one function each, from config keys to [`Architecture`].
 
 mod deepseek;
+mod ernie4_5_moe;
 mod glm4_moe;
 mod gpt_oss;
 mod mixtral;
@@ -18,9 +19,10 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 9] = [
+pub(super) const FAMILIES: [(&str, Read); 10] = [
     ("deepseek_v2", deepseek::v2),
     ("deepseek_v3", deepseek::v3),
+    ("ernie4_5_moe", ernie4_5_moe::read),
     ("glm4_moe", glm4_moe::read),
     ("gpt_oss", gpt_oss::read),
     ("mixtral", mixtral::read),
