@@ -4,6 +4,7 @@ mod deepseek;
 mod ernie4_5_moe;
 mod glm4_moe;
 mod gpt_oss;
+mod llama4;
 mod mixtral;
 mod olmoe;
 mod phimoe;
@@ -19,12 +20,14 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 10] = [
+pub(super) const FAMILIES: [(&str, Read); 12] = [
     ("deepseek_v2", deepseek::v2),
     ("deepseek_v3", deepseek::v3),
     ("ernie4_5_moe", ernie4_5_moe::read),
     ("glm4_moe", glm4_moe::read),
     ("gpt_oss", gpt_oss::read),
+    ("llama4", llama4::published),
+    ("llama4_text", llama4::text),
     ("mixtral", mixtral::read),
     ("olmoe", olmoe::read),
     ("phimoe", phimoe::read),
