@@ -12,7 +12,7 @@ use common::{Trace, data, run, windows};
 use moepress::backend::cpu::Cpu;
 use moepress::backend::{Expert, Moment};
 use moepress::calibrate::{Options as CalibrateOptions, calibrate};
-use moepress::checkpoint::{Checkpoint, Dtype};
+use moepress::checkpoint::{Checkpoint, Dtype, Weight};
 use moepress::compress::{FactorOptions, LayoutChoice, Options, Report, Whitening, compress, factorise};
 use moepress::model::{FeedForwardSource, HeadScratch, LayerSource, Model, Stream, profile};
 use moepress::plan::{Action, Budget, Plan, Request, method};
@@ -191,10 +191,12 @@ fn full_rank_changes_nothing() {
         let (rows, cols) = (weight.shape()[0], weight.shape()[1]);
         for (dtype, tolerance) in [(Dtype::F32, 1e-6), (Dtype::F16, 2e-3), (Dtype::BF16, 2e-2)] {
             let options = FactorOptions { dtype: Some(dtype), densify: false };
-            let factors = factorise(&weight, rows.min(cols), Whitening::None, options).unwrap();
+            let stored = Weight::plain(weight.clone()).unwrap();
+            let factors = factorise(&stored, rows.min(cols), Whitening::None, options).unwrap();
             let moepress::backend::Matrix::LowRank { u, v } = factors else { unreachable!() };
-            assert_eq!((u.name(), u.dtype()), (name.replace("weight", "u").as_str(), dtype));
-            let (u, v, w) = (u.to_f32().unwrap(), v.to_f32().unwrap(), weight.to_f32().unwrap());
+            assert_eq!(u.name(), name.replace("weight", "u"));
+            assert_eq!(u.replacement_dtype(), dtype);
+            let (u, v, w) = (u.to_f32(), v.to_f32(), weight.to_f32().unwrap());
             let r = rows.min(cols);
             for i in 0..rows {
                 for j in 0..cols {

@@ -13,7 +13,7 @@ use common::generate;
 
 fn moepress(arguments: &[&str], dir: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_moepress"));
-    command.args(arguments).current_dir(dir).stdout(Stdio::null()).stderr(Stdio::null());
+    command.args(arguments).arg("--quiet").current_dir(dir).stdout(Stdio::null());
     command
 }
 

@@ -22,6 +22,11 @@ impl Config {
         self.0.get(key).filter(|v| !v.is_null())
     }
 
+    /// Whether `key` is written, if only as `null`.
+    pub(super) fn mentions(&self, key: &str) -> bool {
+        self.0.contains_key(key)
+    }
+
     /// The first of `keys` that is present.
     pub(super) fn first<'k>(&self, keys: &[&'k str]) -> Option<&'k str> {
         keys.iter().copied().find(|k| self.get(k).is_some())
@@ -62,6 +67,16 @@ impl Config {
         Ok(self.float_opt(key)?.unwrap_or(default))
     }
 
+    /// A number that must be above 0.
+    pub(super) fn above_zero(&self, key: &str) -> Result<Option<f64>> {
+        match self.float_opt(key)? {
+            Some(value) if value <= 0.0 => {
+                Err(Error::invalid(key, format!("is {value}, expected more than 0")))
+            }
+            value => Ok(value),
+        }
+    }
+
     pub(super) fn flag_or(&self, key: &str, default: bool) -> Result<bool> {
         match self.get(key) {
             None => Ok(default),
@@ -75,6 +90,13 @@ impl Config {
         let list =
             value.as_array().ok_or_else(|| Error::invalid(key, format!("is {value}, expected a list")))?;
         list.iter().map(|v| size(key, v)).collect::<Result<_>>().map(Some)
+    }
+
+    pub(super) fn floats(&self, key: &str) -> Result<Option<Vec<f64>>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let list =
+            value.as_array().ok_or_else(|| Error::invalid(key, format!("is {value}, expected a list")))?;
+        list.iter().map(|v| float(key, v)).collect::<Result<_>>().map(Some)
     }
 
     pub(super) fn strings(&self, key: &str) -> Result<Option<Vec<String>>> {

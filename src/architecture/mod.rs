@@ -7,11 +7,13 @@ mod families;
 mod names;
 mod profile;
 mod rope;
+mod router;
 
 pub use error::Error;
-pub use names::{Names, Projection};
+pub use names::{ExpertStorage, Names, Projection};
 pub use profile::{MoeProfile, Profile};
-pub use rope::{Pairing, Rope};
+pub use rope::{LongRope, Pairing, Rope};
+pub use router::{Choice, GroupLimit, GroupScore, RouterSpec, Scoring, WeightRule, WeightTarget};
 
 use config::Config;
 
@@ -31,16 +33,41 @@ pub struct Architecture {
     pub max_positions: usize,
     /// ε of the layer norms and the final norm.
     pub norm_eps: f32,
+    /// Whether these norms have biases: layer norms instead of RMS norms.
+    pub norm_bias: bool,
     /// Whether the MLPs of dense layers and shared experts have biases.
     pub mlp_bias: bool,
     /// Whether the output head is the embedding table.
     pub tied_embeddings: bool,
+    /// Whether the output head has a bias.
+    pub head_bias: bool,
     /// The decoder layers.
     pub layers: Vec<LayerSpec>,
     /// Tensor names.
     pub names: Names,
-    /// Keys of `config.json` that hold the number of routed experts.
+    /// Section of `config.json` that speaks of the language model; `None` where the whole file does.
+    pub config_section: Option<&'static str>,
+    /// Keys of `config.json` (or its section) that hold the number of routed experts.
     pub expert_count_keys: Vec<&'static str>,
+    /// How packed weights are stored, where the config speaks of any.
+    pub packing: Option<Packing>,
+}
+
+/// Packed storage of weights, from `quantization_config`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Packing {
+    /// FP8 e4m3 with a scale for every block of this many rows and columns.
+    Fp8 {
+        /// Rows and columns of a block.
+        block: [usize; 2],
+    },
+    /// MXFP4 experts.
+    Mxfp4,
+}
+
+impl Packing {
+    /// The blocks of DeepSeek-V3, and of all who followed.
+    pub const USUAL_FP8_BLOCK: [usize; 2] = [128, 128];
 }
 
 /// One decoder layer.
@@ -78,15 +105,59 @@ pub struct GroupedAttention {
     pub qk_norm: QkNorm,
     /// Clamp of q, k and v to ± this (OLMoE).
     pub clip: Option<f32>,
-    /// Rotary embedding.
-    pub rope: Rope,
-    /// Sliding window: a key is visible where 0 ≤ q − k < window.
-    pub window: Option<usize>,
+    /// Rotary embedding of the first elements of every head; `None` for a layer without positions.
+    pub rope: Option<Rope>,
+    /// Which earlier keys are visible.
+    pub span: Span,
+    /// Whether each head has an attention sink: one more logit in its softmax, with no value behind it (gpt-oss).
+    pub sinks: bool,
     /// Factor of the scores.
     pub scale: f32,
+    /// Further factor of the scores that grows with the position.
+    pub temperature: Option<Temperature>,
 }
 
-/// RMS norm of queries and keys before rotation.
+/// Which keys a query sees among those that are not after it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Span {
+    /// All.
+    #[default]
+    Full,
+    /// A sliding window: those with q − k < window.
+    Window(usize),
+    /// Those in the same chunk: ⌊q / chunk⌋ = ⌊k / chunk⌋ (Llama 4).
+    Chunk(usize),
+}
+
+impl Span {
+    /// The first position that the query at `position` sees.
+    pub fn first(self, position: usize) -> usize {
+        match self {
+            Span::Full => 0,
+            Span::Window(window) => (position + 1).saturating_sub(window),
+            Span::Chunk(chunk) => position / chunk * chunk,
+        }
+    }
+}
+
+/// Scores of the query at position p are multiplied by ln(1 + ⌊(p + 1) / interval⌋) · strength + 1 (Nakanishi, arXiv
+/// 2501.19399, as Llama 4 uses it).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Temperature {
+    /// Positions per step.
+    pub interval: f32,
+    /// Size of a step.
+    pub strength: f32,
+}
+
+impl Temperature {
+    /// The factor at `position`.
+    pub fn at(self, position: usize) -> f32 {
+        ((position as f32 + 1.0) / self.interval).floor().ln_1p() * self.strength + 1.0
+    }
+}
+
+/// RMS norm of queries and keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QkNorm {
     /// No norm.
@@ -95,6 +166,8 @@ pub enum QkNorm {
     PerHead,
     /// Over the whole projection (OLMoE).
     Whole,
+    /// Over each head on its own, after the rotation and without a weight (Llama 4).
+    Unweighted,
 }
 
 /// Multi-head latent attention.
@@ -141,45 +214,29 @@ pub struct MoeSpec {
     pub experts: usize,
     /// Intermediate width of a routed expert.
     pub width: usize,
+    /// Between the matrices of a routed expert.
+    pub activation: Activation,
+    /// Whether the matrices of a routed expert have biases.
+    pub expert_bias: bool,
     /// The routing rule.
     pub router: RouterSpec,
     /// The shared expert, if any.
     pub shared: Option<SharedSpec>,
 }
 
-/// From router logits to chosen experts and combine weights.
-#[derive(Clone, Debug, PartialEq)]
-pub struct RouterSpec {
-    /// Experts per token.
-    pub top_k: usize,
-    /// What is done to the weights of the chosen experts.
-    pub weights: WeightRule,
-    /// Group limit, if any.
-    pub groups: Option<GroupLimit>,
-}
-
-/// Combine weights from the softmax probabilities p of the chosen experts.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum WeightRule {
-    /// p · scale.
-    Scaled(f32),
-    /// p / Σ p over the chosen.
-    Renormalised,
-}
-
-/// Group-limited routing: experts are in `count` groups of consecutive original numbers; the `kept` groups with the
-/// largest single probability stay, the others cannot be chosen (DeepSeek-V2, arXiv 2405.04434, §2.1.2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct GroupLimit {
-    /// Number of groups.
-    pub count: usize,
-    /// Groups that a token may use.
-    pub kept: usize,
-}
-
-impl GroupLimit {
-    /// Most groups that a router may have.
-    pub const MAX_GROUPS: usize = 64;
+/// What an MLP does with its gate g and its up projection u, element by element.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Activation {
+    /// silu(g) · u (Shazeer, arXiv 2002.05202).
+    #[default]
+    SwiGlu,
+    /// g' · σ(slope · g') · (u' + 1), where g' = min(g, limit) and u' = u clamped to ± limit (gpt-oss, arXiv 2508.10925).
+    ClampedSwiGlu {
+        /// Bound of gate and up.
+        limit: f32,
+        /// Factor within the sigmoid.
+        slope: f32,
+    },
 }
 
 /// The shared expert: a SwiGLU MLP that every token passes.
@@ -201,7 +258,8 @@ impl Architecture {
         let family: String = config.string("model_type")?;
         let read = families::FAMILIES.iter().find(|(name, _)| *name == family);
         let (_, read) = read.ok_or_else(|| Error::UnknownFamily { family, known: families() })?;
-        let architecture = read(&config)?;
+        let mut architecture = read(&config)?;
+        architecture.packing = packing(&config)?;
         architecture.check()?;
         Ok(architecture)
     }
@@ -222,6 +280,11 @@ impl Architecture {
         }
     }
 
+    /// Name of the table that the output head multiplies by.
+    pub fn head_table(&self) -> String {
+        if self.tied_embeddings { self.names.embedding() } else { self.names.head_weight() }
+    }
+
     fn check(&self) -> Result<()> {
         if self.layers.is_empty() {
             return Err(Error::invalid("num_hidden_layers", "is 0, expected at least 1"));
@@ -234,6 +297,12 @@ impl Architecture {
                 let what = format!("is {kv}, expected a divisor of num_attention_heads = {heads}");
                 return Err(Error::invalid("num_key_value_heads", what));
             }
+            if let AttentionSpec::Grouped(a) = &spec.attention
+                && let Some(rotated) = a.rope.as_ref().map(Rope::dim).filter(|&dim| dim > a.head_dim)
+            {
+                let what = format!("gives {rotated} rotated elements to heads of width {}", a.head_dim);
+                return Err(Error::invalid("partial_rotary_factor", what));
+            }
         }
         for (_, moe) in self.moe_layers() {
             let (k, experts) = (moe.router.top_k, moe.experts);
@@ -241,7 +310,7 @@ impl Architecture {
                 let what = format!("is {k}, expected 1 to {experts} (the number of experts)");
                 return Err(Error::invalid("num_experts_per_tok", what));
             }
-            if let Some(GroupLimit { count, kept }) = moe.router.groups {
+            if let Some(GroupLimit { count, kept, .. }) = moe.router.groups {
                 if count == 0 || count > GroupLimit::MAX_GROUPS || experts % count != 0 {
                     let most = GroupLimit::MAX_GROUPS;
                     let what = format!("is {count}, expected a divisor of {experts} experts, at most {most}");
@@ -257,6 +326,23 @@ impl Architecture {
             }
         }
         Ok(())
+    }
+}
+
+/// How `quantization_config` says that weights are packed.
+fn packing(config: &Config) -> Result<Option<Packing>> {
+    let Some(section) = config.section("quantization_config")? else { return Ok(None) };
+    let key = |name: &str| format!("quantization_config.{name}");
+    match section.string("quant_method")?.as_str() {
+        "mxfp4" => Ok(Some(Packing::Mxfp4)),
+        "fp8" => match section.sizes("weight_block_size")?.as_deref() {
+            Some(&[rows, cols]) if rows > 0 && cols > 0 => Ok(Some(Packing::Fp8 { block: [rows, cols] })),
+            _ => Err(Error::invalid(&key("weight_block_size"), "expected two numbers above 0")),
+        },
+        other => {
+            let what = format!("is `{other}`; known: fp8 with block scales, mxfp4; dequantise others first");
+            Err(Error::invalid(&key("quant_method"), what))
+        }
     }
 }
 

@@ -41,10 +41,17 @@ pub struct MoeProfile {
     pub groups: usize,
     /// Groups kept per token by a group-limited router; 1 where there is no limit.
     pub top_groups: usize,
-    /// Parameters of one routed expert: gate, up and down.
+    /// Parameters of one routed expert: gate, up and down, and their biases.
     pub expert_parameters: u64,
-    /// Stored bytes of one routed expert.
+    /// Stored bytes of one routed expert, scales of packed weights included.
     pub expert_bytes: u64,
+    /// Stored bytes of one of its dense matrices; 0 where that is not known, or not the same for all.
+    #[serde(default)]
+    pub matrix_bytes: u64,
+    /// Bytes per number of what replaces a matrix, such as its factors, where no other type is asked for: as the
+    /// matrix has, but 2 where it is packed. 0 where that is not known, or not the same for all.
+    #[serde(default)]
+    pub factor_bytes: u64,
     /// Parameters of the router per expert: its weight row and biases.
     pub router_parameters: u64,
     /// Stored bytes of the router per expert.

@@ -24,6 +24,19 @@ pub struct Rope {
     pub inverse_frequencies: Vec<f32>,
     /// Factor of cosine and sine.
     pub magnitude: f32,
+    /// What takes the place of these in long windows, if anything does.
+    pub long: Option<LongRope>,
+}
+
+/// The embedding of windows longer than some length.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LongRope {
+    /// Length of the longest windows that keep the usual embedding.
+    pub positions: usize,
+    /// Replaces [`Rope::inverse_frequencies`]; as many.
+    pub inverse_frequencies: Vec<f32>,
+    /// Replaces [`Rope::magnitude`].
+    pub magnitude: f32,
 }
 
 impl Rope {
@@ -40,15 +53,26 @@ pub(super) struct RopeConfig {
     theta: f64,
     max_positions: usize,
     original_positions: Option<usize>,
+    partial: f64,
+}
+
+/// What absent keys mean.
+#[derive(Clone, Copy)]
+pub(super) struct RopeDefaults {
+    pub(super) theta: f64,
+    /// Share of a head that is rotated.
+    pub(super) partial: f64,
+    /// Text of the whole section.
+    pub(super) section: Option<&'static str>,
 }
 
 impl RopeConfig {
     /// Reads `rope_scaling` and `rope_theta`, or `rope_parameters` (as transformers 5 writes it); where a config has
     /// both, transformers takes the former.
-    pub(super) fn read(config: &Config, default_theta: f64, max_positions: usize) -> Result<Self> {
-        let section = match config.section("rope_scaling")? {
-            Some(section) => Some(section),
-            None => config.section("rope_parameters")?,
+    pub(super) fn read(config: &Config, defaults: RopeDefaults, max_positions: usize) -> Result<Self> {
+        let section = match (config.section("rope_scaling")?, config.section("rope_parameters")?) {
+            (None, None) => defaults.section.map(Config::parse).transpose()?,
+            (section, written) => section.or(written),
         };
         let nested = match &section {
             Some(s) => s.float_opt("rope_theta")?,
@@ -56,7 +80,7 @@ impl RopeConfig {
         };
         let theta = match nested {
             Some(theta) => theta,
-            None => config.float_or("rope_theta", default_theta)?,
+            None => config.float_or("rope_theta", defaults.theta)?,
         };
         if theta <= 1.0 {
             return Err(Error::invalid("rope_theta", format!("is {theta}, expected more than 1")));
@@ -68,8 +92,25 @@ impl RopeConfig {
             },
             None => "default".into(),
         };
+        let nested = match &section {
+            Some(s) => s.float_opt("partial_rotary_factor")?,
+            None => None,
+        };
+        let partial = match nested {
+            Some(partial) => partial,
+            None => config.float_or("partial_rotary_factor", defaults.partial)?,
+        };
+        if !(0.0..=1.0).contains(&partial) {
+            let what = format!("is {partial}, expected a number from 0 to 1");
+            return Err(Error::invalid("partial_rotary_factor", what));
+        }
         let original_positions = config.size_opt("original_max_position_embeddings")?;
-        Ok(RopeConfig { section, kind, theta, max_positions, original_positions })
+        Ok(RopeConfig { section, kind, theta, max_positions, original_positions, partial })
+    }
+
+    /// The embedding of the rotated part of a head.
+    pub(super) fn of_head(&self, head_dim: usize, pairing: Pairing) -> Result<Rope> {
+        self.rope((head_dim as f64 * self.partial) as usize, pairing)
     }
 
     /// mscale of DeepSeek's attention scale, 1 where the config asks for none (arXiv 2405.04434, §3.1.4).
@@ -99,18 +140,56 @@ impl RopeConfig {
             }
             ("yarn", Some(s)) => self.yarn(s, &base, dim)?,
             ("llama3", Some(s)) => (self.llama3(s, &base)?, 1.0),
+            ("longrope", Some(s)) => return self.longrope(s, &base, pairing),
             (other, Some(_)) => {
-                let what = format!("is `{other}`; known: default, dynamic, linear, yarn, llama3");
+                let what = format!("is `{other}`; known: default, dynamic, linear, yarn, llama3, longrope");
                 return Err(Error::invalid("rope_scaling.rope_type", what));
             }
         };
         let inverse_frequencies = inverse.into_iter().map(|f| f as f32).collect();
-        Ok(Rope { pairing, inverse_frequencies, magnitude: magnitude as f32 })
+        Ok(Rope { pairing, inverse_frequencies, magnitude: magnitude as f32, long: None })
     }
 
+    /// Positions of the first training; a key outside the section wins, as in transformers.
     fn original(&self, section: &Config) -> Result<f64> {
         let own = section.size_opt("original_max_position_embeddings")?;
-        Ok(own.or(self.original_positions).unwrap_or(self.max_positions) as f64)
+        Ok(self.original_positions.or(own).unwrap_or(self.max_positions) as f64)
+    }
+
+    /// LongRoPE (Ding et al., arXiv 2402.13753): a divisor per frequency, others for windows longer than the first
+    /// training's. Phi-3.5-MoE gives a magnitude for each length, and transformers never takes its long divisors.
+    fn longrope(&self, section: &Config, base: &[f64], pairing: Pairing) -> Result<Rope> {
+        let original = self.original(section)?;
+        let divided = |key: &str| -> Result<Vec<f32>> {
+            let name = format!("rope_scaling.{key}");
+            let factors = section.floats(key)?.ok_or_else(|| Error::invalid(&name, "is missing"))?;
+            if factors.len() != base.len() || factors.iter().any(|f| *f <= 0.0) {
+                let what = format!("has {} numbers, expected {} above 0", factors.len(), base.len());
+                return Err(Error::invalid(&name, what));
+            }
+            Ok(base.iter().zip(factors).map(|(b, f)| (b / f) as f32).collect())
+        };
+        let short = divided("short_factor")?;
+        let (long, magnitudes) = match (section.float_opt("short_mscale")?, section.float_opt("long_mscale")?)
+        {
+            (Some(short_mscale), Some(long_mscale)) => (short.clone(), [short_mscale, long_mscale]),
+            _ => {
+                let ratio = match section.float_opt("factor")? {
+                    Some(factor) => factor,
+                    None => self.max_positions as f64 / original,
+                };
+                let magnitude = match section.float_opt("attention_factor")? {
+                    Some(given) => given,
+                    None if ratio <= 1.0 => 1.0,
+                    None => (1.0 + ratio.ln() / original.ln()).sqrt(),
+                };
+                (divided("long_factor")?, [magnitude; 2])
+            }
+        };
+        let [magnitude, long_magnitude] = magnitudes.map(|m| m as f32);
+        let positions = original as usize;
+        let long = LongRope { positions, inverse_frequencies: long, magnitude: long_magnitude };
+        Ok(Rope { pairing, inverse_frequencies: short, magnitude, long: Some(long) })
     }
 
     /// YaRN (Peng et al., arXiv 2309.00071, eq. 23 and §3.4).
@@ -184,7 +263,8 @@ mod tests {
 
     fn rope(text: &str, theta: f64, dim: usize) -> (Rope, f64) {
         let config = Config::parse(text).unwrap();
-        let read = RopeConfig::read(&config, theta, 163_840).unwrap();
+        let defaults = RopeDefaults { theta, partial: 1.0, section: None };
+        let read = RopeConfig::read(&config, defaults, 163_840).unwrap();
         (read.rope(dim, Pairing::Adjacent).unwrap(), read.attention_mscale().unwrap())
     }
 
@@ -235,5 +315,29 @@ mod tests {
             r#"{"rope_theta": 10, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}"#;
         let (rope, _) = rope(text, 1e4, 4);
         assert!((rope.inverse_frequencies[1] - 1e-3).abs() < 1e-9);
+    }
+
+    /// Short divisors up to the first training's length, long ones beyond; Phi's magnitudes.
+    #[test]
+    fn longrope_by_length() {
+        let factors = r#""short_factor": [1, 2], "long_factor": [4, 8]"#;
+        let text = format!(
+            r#"{{"rope_theta": 10000, "rope_scaling": {{"type": "longrope", {factors}, "original_max_position_embeddings": 1024}}}}"#
+        );
+        let (usual, _) = rope(&text, 1e4, 4);
+        let long = usual.long.unwrap();
+        assert_eq!(
+            (usual.inverse_frequencies, long.inverse_frequencies),
+            (vec![1.0, 0.005], vec![0.25, 0.00125])
+        );
+        // √(1 + ln 160 / ln 1024)
+        let magnitude = (1.0 + 160f64.ln() / 1024f64.ln()).sqrt() as f32;
+        assert_eq!((usual.magnitude, long.magnitude, long.positions), (magnitude, magnitude, 1024));
+
+        let text = text.replace("\"type\"", "\"short_mscale\": 1.5, \"long_mscale\": 2.0, \"type\"");
+        let (phi, _) = rope(&text, 1e4, 4);
+        let long = phi.long.unwrap();
+        assert_eq!(phi.inverse_frequencies, long.inverse_frequencies);
+        assert_eq!((phi.magnitude, long.magnitude), (1.5, 2.0));
     }
 }

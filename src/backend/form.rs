@@ -1,6 +1,9 @@
 //! The forms that an expert can take: all that layers, kernels and files know about compression.
 
-/// One linear map W `[out, in]`.
+use crate::architecture::Activation;
+use crate::checkpoint::{Tensor, Weight};
+
+/// One weight matrix W `[out, in]`.
 #[derive(Clone, Debug)]
 pub enum Matrix<W> {
     /// W itself.
@@ -14,45 +17,89 @@ pub enum Matrix<W> {
     },
 }
 
-/// A SwiGLU MLP: W_down(silu(W_gate x) ∘ W_up x).
+/// One linear map: W x, plus a bias where there is one. `M` is its matrix, `V` a vector.
 #[derive(Clone, Debug)]
-pub struct Mlp<M> {
-    /// W_gate, `[width, hidden]`.
-    pub gate: M,
-    /// W_up, `[width, hidden]`.
-    pub up: M,
-    /// W_down, `[hidden, width]`.
-    pub down: M,
+pub struct Linear<M, V> {
+    /// W, `[out, in]`.
+    pub weight: M,
+    /// `[out]`.
+    pub bias: Option<V>,
+}
+
+/// A gated MLP: down(activation(gate(x), up(x))).
+#[derive(Clone, Debug)]
+pub struct Mlp<L> {
+    /// `[width, hidden]`.
+    pub gate: L,
+    /// `[width, hidden]`.
+    pub up: L,
+    /// `[hidden, width]`.
+    pub down: L,
+    /// Between them.
+    pub activation: Activation,
 }
 
 /// One expert slot of a layer. A layer is a list of these in any mixture, one per router row.
 #[derive(Clone, Debug)]
-pub enum Expert<W> {
-    /// Three matrices, each dense or low rank.
-    Mlp(Mlp<Matrix<W>>),
+pub enum Expert<W, V> {
+    /// Three linear maps, each dense or low rank.
+    Mlp(Mlp<Linear<Matrix<W>, V>>),
     /// The weights of another slot, which must not be an alias itself. A token that chooses both adds the two combine
-    /// weights and runs the expert once.
+    /// weights and runs the expert once (or twice, where combine weights multiply the input).
     Alias(usize),
     /// A constant vector `[hidden]`, whatever the input (MoNE, arXiv 2507.00390).
-    Constant(W),
+    Constant(V),
     /// Nothing: the router must never choose it.
     None,
 }
 
-impl<M> Mlp<M> {
-    /// The matrices in the order gate, up, down.
-    pub fn matrices(&self) -> [&M; 3] {
+/// An expert as stored.
+pub type StoredExpert = Expert<Weight, Tensor>;
+
+/// The tensors of a router.
+#[derive(Clone, Debug)]
+pub struct RouterWeights {
+    /// `[experts, hidden]`.
+    pub weight: Tensor,
+    /// Bias of the logits, `[experts]`.
+    pub bias: Option<Tensor>,
+    /// Bias that only choices see, `[experts]`.
+    pub choice_bias: Option<Tensor>,
+}
+
+impl RouterWeights {
+    /// The tensors.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        std::iter::once(&self.weight).chain(&self.bias).chain(&self.choice_bias)
+    }
+
+    /// The router of the experts listed in `keep`, in that order; copied.
+    #[must_use]
+    pub fn select(&self, keep: &[usize]) -> Self {
+        let select = |tensor: &Tensor| tensor.select_rows(keep);
+        RouterWeights {
+            weight: select(&self.weight),
+            bias: self.bias.as_ref().map(select),
+            choice_bias: self.choice_bias.as_ref().map(select),
+        }
+    }
+}
+
+impl<L> Mlp<L> {
+    /// The linear maps in the order gate, up, down.
+    pub fn maps(&self) -> [&L; 3] {
         [&self.gate, &self.up, &self.down]
     }
 
-    /// Applies `f` to the three matrices.
-    pub fn try_map<N, E>(&self, mut f: impl FnMut(&M) -> Result<N, E>) -> Result<Mlp<N>, E> {
-        Ok(Mlp { gate: f(&self.gate)?, up: f(&self.up)?, down: f(&self.down)? })
+    /// Applies `f` to the three linear maps.
+    pub fn try_map<N, E>(&self, mut f: impl FnMut(&L) -> Result<N, E>) -> Result<Mlp<N>, E> {
+        let [gate, up, down] = [f(&self.gate)?, f(&self.up)?, f(&self.down)?];
+        Ok(Mlp { gate, up, down, activation: self.activation })
     }
 }
 
 impl<W> Matrix<W> {
-    /// The stored tensors: one, or the two factors.
+    /// The stored weights: one, or the two factors.
     pub fn parts(&self) -> Vec<&W> {
         match self {
             Matrix::Dense(w) => vec![w],
@@ -61,11 +108,11 @@ impl<W> Matrix<W> {
     }
 }
 
-impl<W> Expert<W> {
+impl<W, V> Expert<W, V> {
     /// Name of the form, as `inspect` shows it.
     pub fn form(&self) -> &'static str {
         match self {
-            Expert::Mlp(mlp) if mlp.matrices().iter().any(|m| matches!(m, Matrix::LowRank { .. })) => {
+            Expert::Mlp(mlp) if mlp.maps().iter().any(|m| matches!(m.weight, Matrix::LowRank { .. })) => {
                 "low_rank"
             }
             Expert::Mlp(_) => "dense",
@@ -75,12 +122,34 @@ impl<W> Expert<W> {
         }
     }
 
-    /// The stored tensors.
-    pub fn parts(&self) -> Vec<&W> {
+    /// The stored matrices.
+    pub fn weights(&self) -> Vec<&W> {
         match self {
-            Expert::Mlp(mlp) => mlp.matrices().iter().flat_map(|m| m.parts()).collect(),
+            Expert::Mlp(mlp) => mlp.maps().into_iter().flat_map(|m| m.weight.parts()).collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// The stored vectors: biases, or the constant.
+    pub fn vectors(&self) -> Vec<&V> {
+        match self {
+            Expert::Mlp(mlp) => mlp.maps().into_iter().filter_map(|m| m.bias.as_ref()).collect(),
             Expert::Constant(vector) => vec![vector],
             Expert::Alias(_) | Expert::None => Vec::new(),
         }
+    }
+}
+
+impl StoredExpert {
+    /// Number of parameters.
+    pub fn parameters(&self) -> u64 {
+        let weights = self.weights().into_iter().map(|w| w.len() as u64).sum::<u64>();
+        weights + self.vectors().into_iter().map(|v| v.len() as u64).sum::<u64>()
+    }
+
+    /// Stored bytes, scales of packed weights included.
+    pub fn bytes(&self) -> u64 {
+        let weights = self.weights().into_iter().map(Weight::bytes).sum::<u64>();
+        weights + self.vectors().into_iter().map(|v| v.bytes().len() as u64).sum::<u64>()
     }
 }

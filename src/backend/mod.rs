@@ -9,11 +9,11 @@ pub mod cpu;
 mod form;
 mod moments;
 
-pub use form::{Expert, Matrix, Mlp};
+pub use form::{Expert, Linear, Matrix, Mlp, RouterWeights, StoredExpert};
 pub use moments::{Moment, MomentDims, Moments};
 
-use crate::architecture::{Rope, RouterSpec};
-use crate::checkpoint::Tensor;
+use crate::architecture::{Activation, Rope, RouterSpec, Span, Temperature};
+use crate::checkpoint::{Tensor, Weight};
 
 /// What can go wrong while computing.
 #[derive(Debug, thiserror::Error)]
@@ -97,8 +97,10 @@ pub struct AttentionShape {
     pub value_dim: usize,
     /// Factor of the scores.
     pub scale: f32,
-    /// A key is visible where 0 ≤ q − k < window.
-    pub window: Option<usize>,
+    /// Further factor of the scores, by the query's position.
+    pub temperature: Option<Temperature>,
+    /// Which earlier keys are visible.
+    pub span: Span,
 }
 
 /// Where in a row the rotated elements lie: `heads` times `dim` columns, each head `stride` wide, beginning at `start`.
@@ -131,7 +133,8 @@ pub struct Routes {
     pub top_k: usize,
     /// Router logits, `[tokens, experts]`.
     pub logits: Vec<f32>,
-    /// Chosen experts, `[tokens, top_k]`, by descending weight.
+    /// Chosen experts, `[tokens, top_k]`, in the order of choice: by descending weight, unless a bias that the weights
+    /// do not see takes part in the choice.
     pub ids: Vec<u32>,
     /// Combine weights as used, `[tokens, top_k]`.
     pub weights: Vec<f32>,
@@ -172,16 +175,16 @@ pub trait Backend: Sync {
     /// Waits, then copies a buffer to the host, row-major.
     fn download(&self, buffer: &Self::Buffer) -> Result<Vec<f32>>;
 
-    /// Prepares a matrix `[out, in]` of any stored type.
-    fn weight(&self, tensor: &Tensor) -> Result<Self::Weight>;
+    /// Prepares a matrix `[out, in]`.
+    fn weight(&self, weight: &Weight) -> Result<Self::Weight>;
     /// Prepares a vector.
     fn vector(&self, tensor: &Tensor) -> Result<Self::Vector>;
     /// Prepares a rotary embedding for positions below `length`.
     fn rotation(&self, rope: &Rope, length: usize) -> Result<Self::Rotation>;
-    /// Prepares a router: weight `[experts, hidden]` and rule.
-    fn router(&self, weight: &Tensor, rule: RouterRule) -> Result<Self::Router>;
+    /// Prepares a router.
+    fn router(&self, weights: &RouterWeights, rule: RouterRule) -> Result<Self::Router>;
     /// Prepares the experts of a layer.
-    fn experts(&self, experts: &[Expert<Tensor>]) -> Result<Self::Experts>;
+    fn experts(&self, experts: &[StoredExpert]) -> Result<Self::Experts>;
     /// An empty routing.
     fn routing(&self) -> Self::Routing;
     /// Statistics of zero tokens.
@@ -189,15 +192,17 @@ pub trait Backend: Sync {
 
     /// Rows of `table` by id.
     fn embed(&self, table: &Self::Weight, ids: &[u32], out: &mut Self::Buffer) -> Result<()>;
-    /// x / √(mean(x²) + ε) ∘ weight over the first `weight.len()` columns of `x`.
-    fn rms_norm(
+    /// x / √(mean(x²) + ε) ∘ weight over the first `weight.len()` columns of `x`; with a bias, the layer norm
+    /// (x − mean(x)) / √(var(x) + ε) ∘ weight + bias (Ba et al., arXiv 1607.06450).
+    fn norm(
         &self,
         x: &Self::Buffer,
         weight: &Self::Vector,
+        bias: Option<&Self::Vector>,
         eps: f32,
         out: &mut Self::Buffer,
     ) -> Result<()>;
-    /// The same in place, over each consecutive `weight.len()` columns on their own.
+    /// The former in place, over each consecutive `weight.len()` columns on their own.
     fn rms_norm_heads(&self, x: &mut Self::Buffer, weight: &Self::Vector, eps: f32) -> Result<()>;
     /// x Wᵀ (+ bias).
     fn linear(
@@ -217,17 +222,19 @@ pub trait Backend: Sync {
         heads: HeadLayout,
         batch: &Batch,
     ) -> Result<()>;
-    /// Causal attention within each window; padding is invisible.
+    /// Causal attention within each window; padding is invisible. `sinks` holds one more logit for each head's softmax,
+    /// neither scaled nor masked, whose probability is left out.
     fn attend(
         &self,
         query: &Self::Buffer,
         keys: Keys<'_, Self::Buffer>,
+        sinks: Option<&Self::Vector>,
         shape: AttentionShape,
         batch: &Batch,
         out: &mut Self::Buffer,
     ) -> Result<()>;
-    /// silu(gate) ∘ up into `gate`.
-    fn swiglu(&self, gate: &mut Self::Buffer, up: &Self::Buffer) -> Result<()>;
+    /// The activation of gate and up into `gate`.
+    fn activate(&self, gate: &mut Self::Buffer, up: &Self::Buffer, activation: Activation) -> Result<()>;
     /// x += y.
     fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer) -> Result<()>;
     /// Multiplies each row of `x` by the sigmoid of its entry in the one-column buffer `gate`.
@@ -235,7 +242,8 @@ pub trait Backend: Sync {
 
     /// Router logits, chosen experts and combine weights for every row of `x`.
     fn route(&self, x: &Self::Buffer, router: &Self::Router, routing: &mut Self::Routing) -> Result<()>;
-    /// Σ_k w_k · expert_k(x), for every row of `x`; with an observer, measures on the way.
+    /// Σ_k w_k · expert_k(x), or Σ_k expert_k(w_k · x) where the rule says so, for every row of `x`; with an observer,
+    /// measures on the way.
     fn run_experts(
         &self,
         x: &Self::Buffer,
@@ -244,7 +252,8 @@ pub trait Backend: Sync {
         out: &mut Self::Buffer,
         observe: Option<(&mut Self::Observer, &Batch)>,
     ) -> Result<()>;
-    /// Runs every expert on the given rows of `x` and adds the outputs to [`Moment::SampleOutputSum`].
+    /// Runs every expert on the given rows of `x`, the same `x` that [`Backend::route`] saw last, and adds the outputs to
+    /// [`Moment::SampleOutputSum`].
     fn observe_all(
         &self,
         x: &Self::Buffer,

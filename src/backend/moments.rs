@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 /// One measured quantity of a MoE layer. `E` is the number of routed experts, `d` the hidden size, `p` the
 /// expert width, `g` the combine weight of the expert for the token (the exact coefficient that the model
 /// uses), `f` the expert's output without that weight, `z` its hidden vector (the input of the down
-/// projection), `x` the layer input. Sums run over the tokens *routed* to the expert unless said otherwise;
+/// projection), `x` the expert's input. Where combine weights multiply the input (Llama 4), `x` is the layer input
+/// times that weight, and `g` is 1. Sums run over the tokens *routed* to the expert unless said otherwise;
 /// padding never counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Moment {

@@ -101,7 +101,9 @@ impl Residual {
     /// Names the folder.
     pub fn remove(self) -> Result<()> {
         let io = |source| crate::checkpoint::Error::Io { path: self.dir.clone(), source };
-        Ok(fs::remove_dir_all(&self.dir).map_err(io)?)
+        // The key first: a folder without it is never taken for work that can go on.
+        fs::remove_file(self.dir.join("key")).and_then(|()| fs::remove_dir_all(&self.dir)).map_err(io)?;
+        Ok(())
     }
 
     fn file(&self, done: usize) -> PathBuf {

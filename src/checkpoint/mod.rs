@@ -4,16 +4,20 @@
 mod atomic;
 mod error;
 mod manifest;
+mod packed;
 mod shard;
 mod tensor;
+mod weight;
 mod writer;
 
 pub use atomic::{AtomicFile, write_atomic};
 pub use error::Error;
 pub use manifest::{ExpertEntry, ExpertForm, LayerEntry, Manifest, MatrixRanks};
+pub use packed::{E2M1, E4M3, e8m0};
 pub use safetensors::Dtype;
 pub use shard::Shard;
 pub use tensor::{Tensor, decode_f32, encode_f32};
+pub use weight::{Storage, Stride, Weight};
 pub use writer::{Entry, write_safetensors};
 
 use std::collections::BTreeMap;

@@ -126,6 +126,13 @@ impl Tensor {
         entry
     }
 
+    /// The same with a first dimension of 1 before the others.
+    #[must_use]
+    pub fn as_row(mut self) -> Self {
+        self.shape.insert(0, 1);
+        self
+    }
+
     /// The rows listed in `keep`, copied, in that order.
     #[must_use]
     pub fn select_rows(&self, keep: &[usize]) -> Self {

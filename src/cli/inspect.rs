@@ -68,7 +68,7 @@ fn facts(model: &Inspection) -> Vec<(&'static str, String)> {
 
 fn attention(attention: &AttentionSummary, layers: usize) -> String {
     match attention {
-        AttentionSummary::Grouped { heads, kv_heads, head_dim, window, sliding_layers } => {
+        AttentionSummary::Grouped { heads, kv_heads, head_dim, window, sliding_layers, chunk } => {
             let mut text = if heads == kv_heads {
                 format!("multi-head, {} of width {head_dim}", counted(*heads, "head"))
             } else {
@@ -80,6 +80,9 @@ fn attention(attention: &AttentionSummary, layers: usize) -> String {
                 if *sliding_layers < layers {
                     let _ = write!(text, " in {}", counted(*sliding_layers, "layer"));
                 }
+            }
+            if let Some(chunk) = chunk {
+                let _ = write!(text, ", within chunks of {chunk}");
             }
             text
         }

@@ -5,8 +5,7 @@ use rayon::prelude::*;
 use super::factorise::{FactorOptions, Whitening, factorise};
 use super::{Error, Result};
 use crate::architecture::Projection;
-use crate::backend::{Expert, Matrix, Mlp, Moment, Moments};
-use crate::checkpoint::Tensor;
+use crate::backend::{Expert, Linear, Matrix, Mlp, Moment, Moments, StoredExpert};
 use crate::model::MoeSource;
 use crate::plan::{Action, LayerPlan, Ranks};
 
@@ -32,7 +31,7 @@ pub fn apply_layer(
 ) -> Result<CompressedLayer> {
     let slots: Vec<usize> =
         plan.experts.iter().filter(|e| e.action != Action::Drop).map(|e| e.expert).collect();
-    let expert = |&slot: &usize| -> Result<Expert<Tensor>> {
+    let expert = |&slot: &usize| -> Result<StoredExpert> {
         let refuse = |what: String| Error::Action { layer: plan.layer, expert: slot, what };
         match &plan.experts[slot].action {
             Action::Keep | Action::Drop => keep(source, slot, &slots).map_err(refuse),
@@ -46,7 +45,7 @@ pub fn apply_layer(
     let router = if slots.len() == source.experts.len() {
         source.router.clone()
     } else {
-        source.router.select_rows(&slots)
+        source.router.select(&slots)
     };
     let mut spec = source.spec.clone();
     spec.top_k = plan.top_k;
@@ -57,12 +56,13 @@ pub fn apply_layer(
         numbers: slots.iter().map(|&s| source.numbers[s]).collect(),
         original_experts: source.original_experts,
         shared: source.shared.clone(),
+        fused: source.fused.clone(),
     };
     Ok(CompressedLayer { moe, slots })
 }
 
 /// The expert as it is; an alias is pointed at its target's new slot.
-fn keep(source: &MoeSource, slot: usize, slots: &[usize]) -> std::result::Result<Expert<Tensor>, String> {
+fn keep(source: &MoeSource, slot: usize, slots: &[usize]) -> std::result::Result<StoredExpert, String> {
     match &source.experts[slot] {
         Expert::Alias(of) => match slots.iter().position(|s| s == of) {
             Some(target) => Ok(Expert::Alias(target)),
@@ -75,31 +75,33 @@ fn keep(source: &MoeSource, slot: usize, slots: &[usize]) -> std::result::Result
 fn low_rank(
     layer: usize,
     slot: usize,
-    expert: &Expert<Tensor>,
+    expert: &StoredExpert,
     rank: Ranks,
     grams: Option<&Moments>,
     options: FactorOptions,
-) -> Result<Expert<Tensor>> {
+) -> Result<StoredExpert> {
     let Expert::Mlp(mlp) = expert else {
         let what = format!("is {} and has no matrices to factorise; keep or drop it", expert.form());
         return Err(Error::Action { layer, expert: slot, what });
     };
-    let matrix = |p: Projection| {
-        let source = mlp.matrices()[p as usize];
+    let map = |p: Projection| {
+        let source = mlp.maps()[p as usize];
         let Some(rank) = rank.get(p) else { return Ok(source.clone()) };
-        let Matrix::Dense(weight) = source else {
+        let Matrix::Dense(weight) = &source.weight else {
             let what = format!("{} is already low rank; start from the original checkpoint", p.name());
             return Err(Error::Action { layer, expert: slot, what });
         };
         let moment = if p == Projection::Down { Moment::HiddenGram } else { Moment::InputGram };
         let gram = grams.and_then(|g| g.get(moment)).map(|all| {
-            let side = weight.shape()[1];
+            let side = weight.cols();
             &all[slot * side * side..(slot + 1) * side * side]
         });
         let whitening = gram.map_or(Whitening::None, Whitening::Gram);
         let factors = factorise(weight, rank, whitening, options);
-        factors.map_err(|source| Error::Factorise { layer, expert: slot, matrix: p.name(), source })
+        let weight =
+            factors.map_err(|source| Error::Factorise { layer, expert: slot, matrix: p.name(), source })?;
+        Ok(Linear { weight, bias: source.bias.clone() })
     };
     let [gate, up, down] = Projection::ALL;
-    Ok(Expert::Mlp(Mlp { gate: matrix(gate)?, up: matrix(up)?, down: matrix(down)? }))
+    Ok(Expert::Mlp(Mlp { gate: map(gate)?, up: map(up)?, down: map(down)?, activation: mlp.activation }))
 }

@@ -1,25 +1,37 @@
 //! Edits numbers of a `config.json` in place. Everything else stays byte for byte: tools disagree about configs that
 //! were parsed and written anew.
 
-/// Replaces the number at top-level key `key` by `value`. `None` where the key is absent or holds no number.
-pub(super) fn set_number(text: &str, key: &str, value: usize) -> Option<String> {
+/// Replaces the number at top-level key `key`, or at that key of the object at top-level key `section`, by `value`.
+/// `None` where the key is absent or holds no number.
+pub(super) fn set_number(text: &str, section: Option<&str>, key: &str, value: usize) -> Option<String> {
+    let object = match section {
+        None => 0,
+        Some(section) => value_start(text, 0, section)?,
+    };
+    let start = value_start(text, object, key)?;
+    let digits = text.as_bytes()[start..].iter().take_while(|b| matches!(b, b'0'..=b'9' | b'.')).count();
+    (digits > 0).then(|| format!("{}{value}{}", &text[..start], &text[start + digits..]))
+}
+
+/// Where the value of `key` begins in the object that begins at `object`.
+fn value_start(text: &str, object: usize, key: &str) -> Option<usize> {
     let bytes = text.as_bytes();
     let quoted = format!("\"{key}\"");
-    let (mut depth, mut at) = (0usize, 0usize);
+    let (mut depth, mut at) = (0usize, skip_space(bytes, object));
+    if bytes.get(at) != Some(&b'{') {
+        return None;
+    }
     while at < bytes.len() {
         match bytes[at] {
             b'{' | b'[' => depth += 1,
-            b'}' | b']' => depth = depth.checked_sub(1)?,
+            b'}' | b']' if depth <= 1 => return None,
+            b'}' | b']' => depth -= 1,
             b'"' => {
                 let end = string_end(bytes, at)?;
                 if depth == 1 && text[at..end] == quoted {
                     let colon = skip_space(bytes, end);
                     if bytes.get(colon) == Some(&b':') {
-                        let start = skip_space(bytes, colon + 1);
-                        let digits =
-                            bytes[start..].iter().take_while(|b| matches!(b, b'0'..=b'9' | b'.')).count();
-                        let found = (digits > 0).then(|| (&text[..start], &text[start + digits..]))?;
-                        return Some(format!("{}{value}{}", found.0, found.1));
+                        return Some(skip_space(bytes, colon + 1));
                     }
                 }
                 at = end;
@@ -59,13 +71,23 @@ mod tests {
     fn only_the_number_at_the_top_level_changes() {
         let text = "{\"a\": {\"n\": 1}, \"s\": \"\\\"n\\\": 5\",\n  \"n\" : 64,\t\"b\": [\"n\", 3], \"eps\": 1e-05}\n";
         let expected = text.replace("64", "48");
-        assert_eq!(set_number(text, "n", 48).as_deref(), Some(expected.as_str()));
+        assert_eq!(set_number(text, None, "n", 48).as_deref(), Some(expected.as_str()));
     }
 
     #[test]
     fn absent_keys_and_other_types_are_refused() {
         for text in ["{}", "{\"n\": null}", "{\"n\": \"8\"}", "{\"m\": {\"n\": 8}}", "", "{\"n"] {
-            assert_eq!(set_number(text, "n", 4), None, "{text}");
+            assert_eq!(set_number(text, None, "n", 4), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn numbers_of_a_section() {
+        let text = r#"{"n": 1, "vision": {"n": 2}, "text": {"m": {"n": 3}, "n": 4, "k": [5]}, "after": 6}"#;
+        let expected = text.replace('4', "48");
+        assert_eq!(set_number(text, Some("text"), "n", 48).as_deref(), Some(expected.as_str()));
+        for (section, key) in [("text", "after"), ("text", "k"), ("n", "n"), ("none", "n"), ("vision", "k")] {
+            assert_eq!(set_number(text, Some(section), key, 4), None, "{section} {key}");
         }
     }
 }

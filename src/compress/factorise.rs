@@ -1,13 +1,13 @@
 //! One weight matrix into two thin ones.
 
 use crate::backend::Matrix as Form;
-use crate::checkpoint::{Dtype, Tensor};
+use crate::checkpoint::{Dtype, Tensor, Weight};
 use crate::linalg::{self, Matrix, refit_left, refit_right, truncated_svd, whitened_svd};
 
 /// How factors are stored.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FactorOptions {
-    /// Type of U and V; `None` for that of the matrix.
+    /// Type of U and V; `None` for that of the matrix, or bf16 where it is packed.
     pub dtype: Option<Dtype>,
     /// Whether to multiply the factors back into a matrix of the original shape.
     pub densify: bool,
@@ -29,16 +29,13 @@ pub enum Whitening<'a> {
 /// # Errors
 /// What the decomposition says.
 pub fn factorise(
-    weight: &Tensor,
+    weight: &Weight,
     rank: usize,
     whitening: Whitening<'_>,
     options: FactorOptions,
-) -> Result<Form<Tensor>, linalg::Error> {
-    let rows = weight.shape()[0];
-    let cols = weight.shape()[1..].iter().product();
-    let mut values = vec![0.0; rows * cols];
-    crate::checkpoint::decode_f32(weight.dtype(), weight.bytes(), &mut values);
-    let w = Matrix::from_f32(rows, cols, &values)?;
+) -> Result<Form<Weight>, linalg::Error> {
+    let (rows, cols) = (weight.rows(), weight.cols());
+    let w = Matrix::from_f32(rows, cols, &weight.to_f32())?;
     let gram = match whitening {
         Whitening::None => None,
         Whitening::Gram(values) => Some(Matrix::new(cols, cols, values.to_vec())?),
@@ -50,31 +47,28 @@ pub fn factorise(
     let stem = weight.name().strip_suffix(".weight").unwrap_or(weight.name());
     if options.densify {
         let product = factors.u.matmul(&factors.v)?;
-        let shape = vec![rows, cols];
-        return Ok(Form::Dense(Tensor::from_f32(weight.name(), weight.dtype(), shape, &product.to_f32())));
+        return Ok(Form::Dense(stored(weight.name(), weight.replacement_dtype(), &product)));
     }
-    let dtype = options.dtype.unwrap_or(weight.dtype());
-    let store = |suffix: &str, m: &Matrix| {
-        Tensor::from_f32(format!("{stem}.{suffix}"), dtype, vec![m.rows(), m.cols()], &m.to_f32())
-    };
-    let rounded = |t: &Tensor, m: &Matrix| -> Result<Matrix, linalg::Error> {
-        let mut values = vec![0.0; t.len()];
-        crate::checkpoint::decode_f32(dtype, t.bytes(), &mut values);
-        Matrix::from_f32(m.rows(), m.cols(), &values)
-    };
+    let dtype = options.dtype.unwrap_or(weight.replacement_dtype());
+    let store = |suffix: &str, m: &Matrix| stored(&format!("{stem}.{suffix}"), dtype, m);
     // Without a Gram matrix the orthonormal factor is on the short side; with one it is always U.
     let orthonormal_left = gram.is_some() || rows <= cols;
     if orthonormal_left {
         let u = store("u", &factors.u);
         if dtype != Dtype::F32 {
-            factors.v = refit_right(&rounded(&u, &factors.u)?, &w)?;
+            factors.v = refit_right(&Matrix::from_f32(rows, rank, &u.to_f32())?, &w)?;
         }
         Ok(Form::LowRank { u, v: store("v", &factors.v) })
     } else {
         let v = store("v", &factors.v);
         if dtype != Dtype::F32 {
-            factors.u = refit_left(&w, &rounded(&v, &factors.v)?, None)?;
+            factors.u = refit_left(&w, &Matrix::from_f32(rank, cols, &v.to_f32())?, None)?;
         }
         Ok(Form::LowRank { u: store("u", &factors.u), v })
     }
+}
+
+fn stored(name: &str, dtype: Dtype, m: &Matrix) -> Weight {
+    let tensor = Tensor::from_f32(name, dtype, vec![m.rows(), m.cols()], &m.to_f32());
+    Weight::plain(tensor).unwrap_or_else(|_| unreachable!("a matrix of plain numbers"))
 }

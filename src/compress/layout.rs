@@ -1,9 +1,9 @@
 //! Which layout the result has, and how its tensors are called in it.
 
-use super::{Error, Result, config};
-use crate::architecture::{Architecture, Names, Projection};
-use crate::backend::{Expert, Matrix};
-use crate::checkpoint::{Checkpoint, ExpertEntry, ExpertForm, LayerEntry, MatrixRanks, Tensor};
+use super::{Error, Result, config, fused};
+use crate::architecture::{Architecture, GroupScore, Names, Projection};
+use crate::backend::{Expert, Linear, Matrix, StoredExpert};
+use crate::checkpoint::{Checkpoint, ExpertEntry, ExpertForm, LayerEntry, MatrixRanks, Tensor, Weight};
 use crate::model::MoeSource;
 use crate::plan::{Action, Plan};
 
@@ -26,6 +26,9 @@ pub enum Layout {
     HuggingFace {
         /// The edited `config.json`.
         config: String,
+        /// Whether layers for multi-token prediction can stay: they have experts of their own, and a config holds one
+        /// number of experts. Where that changes they are left out, and `num_nextn_predict_layers` is set to 0.
+        keeps_multi_token: bool,
     },
     /// Tensors under their original numbers, `config.json` untouched, `moepress.json` beside.
     Moepress,
@@ -53,27 +56,38 @@ impl Layout {
     ) -> Result<Self> {
         match (choice, stock_config(checkpoint, architecture, plan, densify)) {
             (LayoutChoice::Moepress, _) | (LayoutChoice::Auto, Err(_)) => Ok(Layout::Moepress),
-            (_, Ok(config)) => Ok(Layout::HuggingFace { config }),
+            (_, Ok(layout)) => Ok(layout),
             (LayoutChoice::HuggingFace, Err(why)) => Err(Error::Layout(why)),
         }
     }
 
+    /// Whether the source's layers for multi-token prediction are copied.
+    pub(super) fn keeps_multi_token(&self) -> bool {
+        !matches!(self, Layout::HuggingFace { keeps_multi_token: false, .. })
+    }
+
     /// The MoE tensors of layer `l` under the names that they have in this layout.
     pub(super) fn tensors(&self, names: &Names, l: usize, moe: &MoeSource) -> Vec<Tensor> {
-        let mut tensors = vec![moe.router.clone().renamed(names.router(l))];
+        let mut tensors = router_tensors(names, l, moe);
+        let stock = matches!(self, Layout::HuggingFace { .. });
+        if stock && !moe.fused.is_empty() {
+            tensors.extend(fused::tensors(names, l, moe));
+            return tensors;
+        }
         for (slot, expert) in moe.experts.iter().enumerate() {
-            let number = if matches!(self, Layout::Moepress) { moe.numbers[slot] } else { slot };
+            let number = if stock { slot } else { moe.numbers[slot] };
             match expert {
                 Expert::Mlp(mlp) => {
-                    for (projection, matrix) in Projection::ALL.into_iter().zip(mlp.matrices()) {
+                    for (projection, map) in Projection::ALL.into_iter().zip(mlp.maps()) {
                         let stem = names.expert(l, number, projection);
-                        match matrix {
-                            Matrix::Dense(w) => tensors.push(w.clone().renamed(format!("{stem}.weight"))),
+                        match &map.weight {
+                            Matrix::Dense(w) => tensors.extend(w.tensors(&stem)),
                             Matrix::LowRank { u, v } => {
-                                tensors.push(u.clone().renamed(format!("{stem}.u")));
-                                tensors.push(v.clone().renamed(format!("{stem}.v")));
+                                tensors
+                                    .extend([factor(u, format!("{stem}.u")), factor(v, format!("{stem}.v"))]);
                             }
                         }
+                        tensors.extend(map.bias.iter().map(|b| b.clone().renamed(format!("{stem}.bias"))));
                     }
                 }
                 Expert::Constant(vector) => {
@@ -87,13 +101,31 @@ impl Layout {
     }
 }
 
+/// A factor under the name `name`; factors are always plain matrices.
+fn factor(weight: &Weight, name: String) -> Tensor {
+    weight.tensors("").swap_remove(0).renamed(name)
+}
+
+/// The router's tensors under their published names.
+fn router_tensors(names: &Names, l: usize, moe: &MoeSource) -> Vec<Tensor> {
+    let [router, _] = names.routers(l);
+    let mut tensors = vec![moe.router.weight.clone().renamed(format!("{router}.weight"))];
+    tensors.extend(moe.router.bias.iter().map(|b| b.clone().renamed(format!("{router}.bias"))));
+    if let Some(bias) = &moe.router.choice_bias {
+        let [name, _] = names.choice_biases(l);
+        let bias = bias.clone().renamed(name);
+        tensors.push(if names.choice_bias_is_row { bias.as_row() } else { bias });
+    }
+    tensors
+}
+
 /// The `config.json` of a stock checkpoint that holds the plan's result, or why there is none.
 fn stock_config(
     checkpoint: &Checkpoint,
     architecture: &Architecture,
     plan: &Plan,
     densify: bool,
-) -> std::result::Result<String, String> {
+) -> std::result::Result<Layout, String> {
     let stored = checkpoint.manifest().map_or(&[][..], |m| &m.layers);
     for expert in stored.iter().flat_map(|l| &l.experts) {
         if expert.form != ExpertForm::Dense {
@@ -117,6 +149,12 @@ fn stock_config(
             let (k, own) = (layer.top_k, moe.router.top_k);
             return Err(format!("layer {l} chooses {k} experts, config.json says {own} for every layer"));
         }
+        let factorised = layer.experts.iter().any(|e| matches!(e.action, Action::LowRank { .. }));
+        if factorised && architecture.packing.is_some() {
+            return Err(format!(
+                "layer {l}: factors multiplied back are not packed, but config.json says that weights are"
+            ));
+        }
         let routed = layer.routed();
         match kept {
             Some(n) if n != routed => {
@@ -138,31 +176,46 @@ fn stock_config(
                     "layer {l} keeps {sizes:?} experts of its groups; a stock router needs equal groups"
                 ));
             }
+            if limit.score == GroupScore::TwoLargest && sizes[0] < 2 {
+                return Err(format!(
+                    "layer {l} keeps {} expert in each group; a stock router scores groups by two",
+                    sizes[0]
+                ));
+            }
         }
     }
-    let Some(kept) = kept else { return Ok(checkpoint.config().into()) };
+    let source = checkpoint.config();
+    let Some(kept) = kept else {
+        return Ok(Layout::HuggingFace { config: source.into(), keeps_multi_token: true });
+    };
     let set = |text: String, key: &&str| {
-        config::set_number(&text, key, kept)
+        config::set_number(&text, architecture.config_section, key, kept)
             .ok_or_else(|| format!("config.json: {key} is not a plain number"))
     };
-    architecture.expert_count_keys.iter().try_fold(checkpoint.config().to_string(), set)
+    let config = architecture.expert_count_keys.iter().try_fold(source.to_string(), set)?;
+    let keeps_multi_token = architecture.moe_layers().all(|(_, moe)| moe.experts == kept);
+    if keeps_multi_token {
+        return Ok(Layout::HuggingFace { config, keeps_multi_token });
+    }
+    let without = config::set_number(&config, architecture.config_section, "num_nextn_predict_layers", 0);
+    Ok(Layout::HuggingFace { config: without.unwrap_or(config), keeps_multi_token })
 }
 
 /// The entry of layer `l` in `moepress.json`.
 pub(super) fn manifest_entry(l: usize, moe: &MoeSource) -> LayerEntry {
-    let rank = |m: &Matrix<Tensor>| match m {
+    let rank = |map: &Linear<Matrix<Weight>, Tensor>| match &map.weight {
         Matrix::Dense(_) => None,
-        Matrix::LowRank { v, .. } => Some(v.shape()[0]),
+        Matrix::LowRank { v, .. } => Some(v.rows()),
     };
-    let form = |expert: &Expert<Tensor>| match expert {
-        Expert::Mlp(mlp) => match mlp.matrices().map(rank) {
+    let form = |expert: &StoredExpert| match expert {
+        Expert::Mlp(mlp) => match mlp.maps().map(rank) {
             [None, None, None] => ExpertForm::Dense,
             [gate, up, down] => ExpertForm::LowRank { rank: MatrixRanks { gate, up, down } },
         },
         Expert::Alias(of) => ExpertForm::Alias { of: moe.numbers[*of] },
         Expert::Constant(_) | Expert::None => ExpertForm::Constant,
     };
-    let entry = |(&expert, form_of): (&usize, &Expert<Tensor>)| ExpertEntry { expert, form: form(form_of) };
+    let entry = |(&expert, form_of): (&usize, &StoredExpert)| ExpertEntry { expert, form: form(form_of) };
     let experts = moe.numbers.iter().zip(&moe.experts).map(entry).collect();
     LayerEntry { layer: l, top_k: moe.spec.top_k, experts }
 }

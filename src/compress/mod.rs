@@ -5,6 +5,7 @@ mod apply;
 mod config;
 mod error;
 mod factorise;
+mod fused;
 mod layout;
 mod measure;
 mod output;

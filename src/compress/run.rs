@@ -12,8 +12,8 @@ use super::layout::{Layout, LayoutChoice, manifest_entry};
 use super::measure::Follower;
 use super::output::Output;
 use super::{Error, Result};
-use crate::architecture::{Architecture, Names, Profile};
-use crate::backend::{Backend, Moment, Moments};
+use crate::architecture::{Architecture, Profile};
+use crate::backend::{Backend, Moment, Moments, StoredExpert};
 use crate::calibrate::{Residual, Statistics};
 use crate::checkpoint::{Checkpoint, Dtype, LayerEntry, Manifest, Tensor, write_atomic};
 use crate::model::{FeedForwardSource, LayerSource, Model, profile};
@@ -117,13 +117,13 @@ pub fn compress<B: Backend>(
         }
         progress.step(&detail);
     }
-    output.write_shard(layers, &job.tensors_outside_layers())?;
+    output.write_shard(layers, &job.tensors_outside_layers(&layout))?;
     let routed_parameters_after = records.iter().map(|r| r.routed_parameters).sum();
     let entries = records.into_iter().filter_map(|r| r.entry).collect();
     let manifest = Manifest { moepress: 1, origin: origin(plan), layers: entries };
     let manifest = (layout == Layout::Moepress).then(|| manifest.to_json());
     let config = match &layout {
-        Layout::HuggingFace { config } => config.as_str(),
+        Layout::HuggingFace { config, .. } => config.as_str(),
         Layout::Moepress => checkpoint.config(),
     };
     let bytes_after = output.finish(checkpoint, config, manifest.as_deref(), &plan.to_json())?;
@@ -263,26 +263,26 @@ impl<'a> Job<'a> {
 
     /// The tensors of a layer that are neither router nor routed experts, as stored.
     fn other_tensors(&self, source: &LayerSource) -> Vec<Tensor> {
-        let l = source.layer;
-        let prefix = Names::layer(l);
+        let (l, names) = (source.layer, &self.architecture.names);
         let routed: Vec<String> = match source.moe() {
             None => Vec::new(),
-            Some(moe) => vec![
-                moe.router.name().into(),
-                format!("{prefix}{}.experts.", self.architecture.names.moe),
-                Names::fused_gate_up(l),
-                Names::fused_down(l),
-            ],
+            Some(moe) => {
+                let router = moe.router.tensors().map(|t| t.name().to_string());
+                names.experts(l).into_iter().chain(router).collect()
+            }
         };
+        let prefix = names.layer(l);
         let own = |t: &&Tensor| t.name().starts_with(&prefix);
         let other = |t: &&Tensor| !routed.iter().any(|r| t.name().starts_with(r.as_str()));
         self.checkpoint.tensors().filter(own).filter(other).cloned().collect()
     }
 
-    fn tensors_outside_layers(&self) -> Vec<Tensor> {
-        let prefixes: Vec<String> = (0..self.architecture.layers.len()).map(Names::layer).collect();
+    fn tensors_outside_layers(&self, layout: &Layout) -> Vec<Tensor> {
+        let (names, layers) = (&self.architecture.names, self.architecture.layers.len());
+        let prefixes: Vec<String> = (0..layers).map(|l| names.layer(l)).collect();
         let outside = |t: &&Tensor| !prefixes.iter().any(|p| t.name().starts_with(p));
-        self.checkpoint.tensors().filter(outside).cloned().collect()
+        let wanted = |t: &&Tensor| layout.keeps_multi_token() || !names.is_multi_token(t.name(), layers);
+        self.checkpoint.tensors().filter(outside).filter(wanted).cloned().collect()
     }
 }
 
@@ -297,8 +297,8 @@ struct Record {
 
 impl Record {
     fn new(source: &LayerSource) -> Self {
-        let parts = source.moe().into_iter().flat_map(|moe| moe.experts.iter().flat_map(|e| e.parts()));
-        let routed_parameters = parts.map(|t| t.len() as u64).sum();
+        let experts = source.moe().into_iter().flat_map(|moe| &moe.experts);
+        let routed_parameters = experts.map(StoredExpert::parameters).sum();
         Record { entry: source.moe().map(|moe| manifest_entry(source.layer, moe)), routed_parameters }
     }
 

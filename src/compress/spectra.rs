@@ -35,13 +35,12 @@ impl SpectrumSource for WeightSpectra<'_> {
         let source = LayerSource::locate(self.checkpoint, self.architecture, layer).map_err(|e| text(&e))?;
         let slot = source.moe().and_then(|moe| moe.experts.get(expert)).ok_or("there is no such expert")?;
         let Expert::Mlp(mlp) = slot else { return Err(format!("is {} and has no matrices", slot.form())) };
-        let Form::Dense(weight) = mlp.matrices()[matrix as usize] else {
+        let Form::Dense(weight) = &mlp.maps()[matrix as usize].weight else {
             return Err("is low rank already".into());
         };
         weight.check_finite().map_err(|e| text(&e))?;
-        let (rows, cols) = (weight.shape()[0], weight.shape()[1]);
-        let w =
-            Matrix::from_f32(rows, cols, &weight.to_f32().map_err(|e| text(&e))?).map_err(|e| text(&e))?;
+        let (rows, cols) = (weight.rows(), weight.cols());
+        let w = Matrix::from_f32(rows, cols, &weight.to_f32()).map_err(|e| text(&e))?;
         let moment = if matrix == Projection::Down { Moment::HiddenGram } else { Moment::InputGram };
         let gram = match self.statistics {
             None => None,

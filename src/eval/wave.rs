@@ -1,7 +1,6 @@
 //! Windows that pass the model together, and the logits of some of their positions.
 
 use super::Result;
-use crate::architecture::Names;
 use crate::backend::Backend;
 use crate::model::{Chunk, Head, HeadScratch, LayerSource, Model, Stream};
 use crate::progress::Progress;
@@ -113,12 +112,17 @@ impl<'m, B: Backend> Wave<'m, B> {
     pub(super) fn end(self) {
         let (model, name) = (self.model, self.head_name());
         drop(self);
-        if let Some(table) = model.checkpoint().get(name) {
+        if let Some(table) = model.checkpoint().get(&name) {
             table.release();
         }
     }
 
-    fn head_name(&self) -> &'static str {
-        if self.model.architecture().tied_embeddings { Names::EMBEDDING } else { Names::HEAD }
+    fn head_name(&self) -> String {
+        let architecture = self.model.architecture();
+        if architecture.tied_embeddings {
+            architecture.names.embedding()
+        } else {
+            architecture.names.head_weight()
+        }
     }
 }

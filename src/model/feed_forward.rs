@@ -44,7 +44,7 @@ impl<B: Backend> FeedForward<B> {
         match self {
             FeedForward::Dense(mlp) => {
                 let Scratch { normed, gate, up, out, .. } = scratch;
-                Ok(swiglu(backend, mlp, normed, gate, up, out)?)
+                Ok(run(backend, mlp, normed, gate, up, out)?)
             }
             FeedForward::Moe(moe) => Ok(moe.apply(backend, batch, scratch, observe)?),
         }
@@ -86,7 +86,7 @@ impl<B: Backend> Moe<B> {
             }
         }
         if let Some(Shared { mlp, gate: scalar_gate }) = &self.shared {
-            swiglu(backend, mlp, normed, gate, up, shared)?;
+            run(backend, mlp, normed, gate, up, shared)?;
             if let Some(weight) = scalar_gate {
                 backend.linear(normed, weight, None, scalar)?;
                 backend.sigmoid_gate(shared, scalar)?;
@@ -97,8 +97,8 @@ impl<B: Backend> Moe<B> {
     }
 }
 
-/// out = W_down(silu(W_gate x) ∘ W_up x).
-fn swiglu<B: Backend>(
+/// out = down(activation(gate(x), up(x))).
+fn run<B: Backend>(
     backend: &B,
     mlp: &Mlp<Linear<B>>,
     x: &B::Buffer,
@@ -108,6 +108,6 @@ fn swiglu<B: Backend>(
 ) -> BackendResult<()> {
     mlp.gate.apply(backend, x, gate)?;
     mlp.up.apply(backend, x, up)?;
-    backend.swiglu(gate, up)?;
+    backend.activate(gate, up, mlp.activation)?;
     mlp.down.apply(backend, gate, out)
 }

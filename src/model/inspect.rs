@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::{LayerSource, MoeSource, Result, open_architecture};
-use crate::architecture::{Architecture, AttentionSpec, GroupLimit, Names, RouterSpec, WeightRule};
-use crate::backend::{Expert, Matrix};
-use crate::checkpoint::{Checkpoint, Tensor};
+use crate::architecture::{Architecture, AttentionSpec, GroupLimit, RouterSpec, Scoring, Span, WeightRule};
+use crate::backend::{Expert, Matrix, StoredExpert};
+use crate::checkpoint::{Checkpoint, Dtype, Tensor};
 
 /// A checkpoint in numbers. Serialises to the JSON that `moepress inspect --json` prints.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -54,6 +54,9 @@ pub enum AttentionSummary {
         window: Option<usize>,
         /// Number of layers with a sliding window.
         sliding_layers: usize,
+        /// Tokens of a chunk, where any layer attends within chunks.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        chunk: Option<usize>,
     },
     /// Multi-head latent attention.
     Latent {
@@ -138,11 +141,10 @@ pub struct ByteCounts {
 pub fn inspect(checkpoint: &Checkpoint) -> Result<Inspection> {
     let architecture = open_architecture(checkpoint)?;
     let table = [architecture.vocabulary, architecture.hidden_size];
-    checkpoint.tensor(Names::EMBEDDING)?.check_shape(&table)?;
-    if !architecture.tied_embeddings {
-        checkpoint.tensor(Names::HEAD)?.check_shape(&table)?;
-    }
-    checkpoint.tensor(Names::FINAL_NORM)?.check_shape(&[architecture.hidden_size])?;
+    checkpoint.tensor(&architecture.names.embedding())?.check_shape(&table)?;
+    checkpoint.tensor(&architecture.head_table())?.check_shape(&table)?;
+    let norm = format!("{}.weight", architecture.names.final_norm());
+    checkpoint.tensor(&norm)?.check_shape(&[architecture.hidden_size])?;
     let mut moe_layers = Vec::new();
     for l in 0..architecture.layers.len() {
         let source = LayerSource::locate(checkpoint, &architecture, l)?;
@@ -152,7 +154,10 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Inspection> {
     }
     let mut dtypes = BTreeMap::new();
     for tensor in checkpoint.tensors() {
-        *dtypes.entry(format!("{:?}", tensor.dtype())).or_default() += tensor.len() as u64;
+        match tensor.parameters() {
+            0 => {}
+            n => *dtypes.entry(dtype_name(tensor)).or_default() += n,
+        }
     }
     let total = dtypes.values().sum();
     let idle = |layer: &MoeSummary| {
@@ -185,17 +190,22 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Inspection> {
 
 impl AttentionSummary {
     fn new(architecture: &Architecture) -> Self {
-        let windows = architecture.layers.iter().filter_map(|layer| match &layer.attention {
-            AttentionSpec::Grouped(a) => a.window,
-            AttentionSpec::Latent(_) => None,
-        });
+        let spans = || {
+            architecture.layers.iter().filter_map(|layer| match &layer.attention {
+                AttentionSpec::Grouped(a) => Some(a.span),
+                AttentionSpec::Latent(_) => None,
+            })
+        };
+        let windows = || spans().filter_map(|s| if let Span::Window(w) = s { Some(w) } else { None });
+        let mut chunks = spans().filter_map(|s| if let Span::Chunk(c) = s { Some(c) } else { None });
         match &architecture.layers[0].attention {
             AttentionSpec::Grouped(a) => AttentionSummary::Grouped {
                 heads: a.heads,
                 kv_heads: a.kv_heads,
                 head_dim: a.head_dim,
-                window: windows.clone().next(),
-                sliding_layers: windows.count(),
+                window: windows().next(),
+                sliding_layers: windows().count(),
+                chunk: chunks.next(),
             },
             AttentionSpec::Latent(a) => AttentionSummary::Latent {
                 heads: a.heads,
@@ -212,10 +222,15 @@ impl RouterSummary {
     fn new(spec: &RouterSpec) -> Self {
         let (renormalised, scale) = match spec.weights {
             WeightRule::Scaled(scale) => (false, scale),
-            WeightRule::Renormalised => (true, 1.0),
+            WeightRule::Renormalised { scale, .. } => (true, scale),
         };
-        let groups = spec.groups.map(|GroupLimit { count, kept }| [count, kept]);
-        RouterSummary { scores: "softmax", renormalised, scale, groups }
+        let scores = match spec.scoring {
+            Scoring::Softmax => "softmax",
+            Scoring::Sigmoid => "sigmoid",
+            Scoring::SparseMixer { .. } => "sparsemixer",
+        };
+        let groups = spec.groups.map(|GroupLimit { count, kept, .. }| [count, kept]);
+        RouterSummary { scores, renormalised, scale, groups }
     }
 }
 
@@ -230,7 +245,6 @@ impl MoeSummary {
             None => Some([rank, rank]),
             Some([least, most]) => Some([rank.min(least), rank.max(most)]),
         });
-        let stored = || source.experts.iter().flat_map(Expert::parts);
         MoeSummary {
             layer,
             experts: source.experts.len(),
@@ -240,18 +254,26 @@ impl MoeSummary {
             shared_width,
             forms,
             ranks,
-            parameters: stored().map(|t| t.len() as u64).sum(),
-            bytes: stored().map(|t| t.bytes().len() as u64).sum(),
+            parameters: source.experts.iter().map(StoredExpert::parameters).sum(),
+            bytes: source.experts.iter().map(StoredExpert::bytes).sum(),
         }
     }
 }
 
+/// Stored type of a tensor's numbers.
+fn dtype_name(tensor: &Tensor) -> String {
+    match tensor.dtype() {
+        Dtype::U8 if tensor.name().ends_with("_blocks") => "MXFP4".into(),
+        dtype => format!("{dtype:?}"),
+    }
+}
+
 /// Ranks of the factored matrices of an expert.
-fn ranks(expert: &Expert<Tensor>) -> Vec<usize> {
+fn ranks(expert: &StoredExpert) -> Vec<usize> {
     let Expert::Mlp(mlp) = expert else { return Vec::new() };
-    let rank = |matrix: &Matrix<Tensor>| match matrix {
-        Matrix::LowRank { v, .. } => Some(v.shape()[0]),
+    let ranks = mlp.maps().into_iter().filter_map(|map| match &map.weight {
+        Matrix::LowRank { v, .. } => Some(v.rows()),
         Matrix::Dense(_) => None,
-    };
-    mlp.matrices().into_iter().filter_map(rank).collect()
+    });
+    ranks.collect()
 }

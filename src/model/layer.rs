@@ -2,18 +2,25 @@
 
 use super::Result;
 use super::feed_forward::FeedForward;
-use super::source::{AttentionSource, LayerSource, LinearSource};
-use crate::architecture::{Architecture, AttentionSpec, GroupedAttention, LatentAttention};
+use super::source::{AttentionSource, LayerSource, LinearSource, NormSource};
+use crate::architecture::{Architecture, AttentionSpec, GroupedAttention, LatentAttention, QkNorm, Span};
 use crate::backend::{AttentionShape, Backend, Batch, HeadLayout, Keys, Result as BackendResult};
+use crate::checkpoint::{Dtype, Tensor};
 
 /// A decoder layer prepared for a backend.
 pub struct Layer<B: Backend> {
-    input_norm: B::Vector,
-    post_attention_norm: B::Vector,
+    input_norm: Norm<B>,
+    post_attention_norm: Norm<B>,
     eps: f32,
     attention: Attention<B>,
-    rotation: B::Rotation,
+    rotation: Option<B::Rotation>,
     pub(super) feed_forward: FeedForward<B>,
+}
+
+/// A norm: RMS, or with a bias a layer norm.
+struct Norm<B: Backend> {
+    weight: B::Vector,
+    bias: Option<B::Vector>,
 }
 
 /// A linear map with an optional bias.
@@ -27,6 +34,7 @@ enum Attention<B: Backend> {
         spec: GroupedAttention,
         qkv: [Linear<B>; 3],
         norms: Option<[B::Vector; 2]>,
+        sinks: Option<B::Vector>,
         output: Linear<B>,
     },
     Latent {
@@ -95,6 +103,17 @@ impl<B: Backend> Linear<B> {
     }
 }
 
+impl<B: Backend> Norm<B> {
+    fn prepare(backend: &B, source: &NormSource) -> BackendResult<Self> {
+        let bias = source.bias.as_ref().map(|b| backend.vector(b)).transpose()?;
+        Ok(Norm { weight: backend.vector(&source.weight)?, bias })
+    }
+
+    fn apply(&self, backend: &B, x: &B::Buffer, eps: f32, out: &mut B::Buffer) -> BackendResult<()> {
+        backend.norm(x, &self.weight, self.bias.as_ref(), eps, out)
+    }
+}
+
 impl<B: Backend> Layer<B> {
     /// Prepares a layer for windows of up to `length` tokens.
     pub(super) fn prepare(
@@ -105,15 +124,15 @@ impl<B: Backend> Layer<B> {
     ) -> Result<Self> {
         let spec = &architecture.layers[source.layer].attention;
         let rope = match spec {
-            AttentionSpec::Grouped(a) => &a.rope,
-            AttentionSpec::Latent(a) => &a.rope,
+            AttentionSpec::Grouped(a) => a.rope.as_ref(),
+            AttentionSpec::Latent(a) => Some(&a.rope),
         };
         Ok(Layer {
-            input_norm: backend.vector(&source.input_norm)?,
-            post_attention_norm: backend.vector(&source.post_attention_norm)?,
+            input_norm: Norm::prepare(backend, &source.input_norm)?,
+            post_attention_norm: Norm::prepare(backend, &source.post_attention_norm)?,
             eps: architecture.norm_eps,
             attention: Attention::prepare(backend, spec, &source.attention)?,
-            rotation: backend.rotation(rope, length)?,
+            rotation: rope.map(|rope| backend.rotation(rope, length)).transpose()?,
             feed_forward: FeedForward::prepare(backend, source)?,
         })
     }
@@ -144,7 +163,7 @@ impl<B: Backend> Layer<B> {
         batch: &Batch,
         scratch: &mut Scratch<B>,
     ) -> Result<()> {
-        backend.rms_norm(x, &self.input_norm, self.eps, &mut scratch.normed)?;
+        self.input_norm.apply(backend, x, self.eps, &mut scratch.normed)?;
         match &self.attention {
             Attention::Grouped { .. } => self.grouped(backend, batch, scratch)?,
             Attention::Latent { .. } => self.latent(backend, batch, scratch)?,
@@ -161,21 +180,27 @@ impl<B: Backend> Layer<B> {
         scratch: &mut Scratch<B>,
         observe: Option<Observation<'_, B>>,
     ) -> Result<()> {
-        backend.rms_norm(x, &self.post_attention_norm, self.eps, &mut scratch.normed)?;
+        self.post_attention_norm.apply(backend, x, self.eps, &mut scratch.normed)?;
         self.feed_forward.apply(backend, batch, scratch, observe)?;
         Ok(backend.add(x, &scratch.out)?)
     }
 
     fn grouped(&self, backend: &B, batch: &Batch, s: &mut Scratch<B>) -> Result<()> {
-        let Attention::Grouped { spec, qkv: [q, k, v], norms, output } = &self.attention else {
+        let Attention::Grouped { spec, qkv: [q, k, v], norms, sinks, output } = &self.attention else {
             return Ok(());
         };
         q.apply(backend, &s.normed, &mut s.query)?;
         k.apply(backend, &s.normed, &mut s.key)?;
         v.apply(backend, &s.normed, &mut s.value)?;
-        if let Some([q_norm, k_norm]) = norms {
-            backend.rms_norm_heads(&mut s.query, q_norm, self.eps)?;
-            backend.rms_norm_heads(&mut s.key, k_norm, self.eps)?;
+        let norm = |s: &mut Scratch<B>| match norms {
+            None => Ok(()),
+            Some([q_norm, k_norm]) => {
+                backend.rms_norm_heads(&mut s.query, q_norm, self.eps)?;
+                backend.rms_norm_heads(&mut s.key, k_norm, self.eps)
+            }
+        };
+        if spec.qk_norm != QkNorm::Unweighted {
+            norm(s)?;
         }
         if let Some(limit) = spec.clip {
             for buffer in [&mut s.query, &mut s.key, &mut s.value] {
@@ -183,17 +208,23 @@ impl<B: Backend> Layer<B> {
             }
         }
         let heads = |heads: usize| HeadLayout { heads, stride: spec.head_dim, start: 0 };
-        backend.rotate(&mut s.query, &self.rotation, heads(spec.heads), batch)?;
-        backend.rotate(&mut s.key, &self.rotation, heads(spec.kv_heads), batch)?;
+        if let Some(rotation) = &self.rotation {
+            backend.rotate(&mut s.query, rotation, heads(spec.heads), batch)?;
+            backend.rotate(&mut s.key, rotation, heads(spec.kv_heads), batch)?;
+        }
+        if spec.qk_norm == QkNorm::Unweighted {
+            norm(s)?;
+        }
         let shape = AttentionShape {
             heads: spec.heads,
             query_dim: spec.head_dim,
             value_dim: spec.head_dim,
             scale: spec.scale,
-            window: spec.window,
+            temperature: spec.temperature,
+            span: spec.span,
         };
         let keys = Keys::Grouped { key: &s.key, value: &s.value, kv_heads: spec.kv_heads };
-        backend.attend(&s.query, keys, shape, batch, &mut s.attended)?;
+        backend.attend(&s.query, keys, sinks.as_ref(), shape, batch, &mut s.attended)?;
         Ok(output.apply(backend, &s.attended, &mut s.out)?)
     }
 
@@ -207,25 +238,28 @@ impl<B: Backend> Layer<B> {
             None => query.apply(backend, &s.normed, &mut s.query)?,
             Some((down, norm)) => {
                 down.apply(backend, &s.normed, &mut s.key)?;
-                backend.rms_norm(&s.key, norm, spec.latent_eps, &mut s.value)?;
+                backend.norm(&s.key, norm, None, spec.latent_eps, &mut s.value)?;
                 query.apply(backend, &s.value, &mut s.query)?;
             }
         }
         // `key`: the latent, then the shared rotated key. `value`: the latent alone, normed.
         latent.apply(backend, &s.normed, &mut s.key)?;
-        backend.rms_norm(&s.key, latent_norm, spec.latent_eps, &mut s.value)?;
+        backend.norm(&s.key, latent_norm, None, spec.latent_eps, &mut s.value)?;
         expand.apply(backend, &s.value, &mut s.up)?;
         let query_dim = spec.nope_dim + spec.rope_dim;
         let query_heads = HeadLayout { heads: spec.heads, stride: query_dim, start: spec.nope_dim };
-        backend.rotate(&mut s.query, &self.rotation, query_heads, batch)?;
         let shared = HeadLayout { heads: 1, stride: spec.rope_dim, start: spec.latent_dim };
-        backend.rotate(&mut s.key, &self.rotation, shared, batch)?;
+        if let Some(rotation) = &self.rotation {
+            backend.rotate(&mut s.query, rotation, query_heads, batch)?;
+            backend.rotate(&mut s.key, rotation, shared, batch)?;
+        }
         let shape = AttentionShape {
             heads: spec.heads,
             query_dim,
             value_dim: spec.value_dim,
             scale: spec.scale,
-            window: None,
+            temperature: None,
+            span: Span::Full,
         };
         let keys = Keys::Latent {
             expanded: &s.up,
@@ -233,7 +267,7 @@ impl<B: Backend> Layer<B> {
             rope_start: spec.latent_dim,
             nope_dim: spec.nope_dim,
         };
-        backend.attend(&s.query, keys, shape, batch, &mut s.attended)?;
+        backend.attend(&s.query, keys, None, shape, batch, &mut s.attended)?;
         Ok(output.apply(backend, &s.attended, &mut s.out)?)
     }
 }
@@ -242,13 +276,19 @@ impl<B: Backend> Attention<B> {
     fn prepare(backend: &B, spec: &AttentionSpec, source: &AttentionSource) -> BackendResult<Self> {
         let linear = |source: &LinearSource| Linear::prepare(backend, source);
         Ok(match (spec, source) {
-            (AttentionSpec::Grouped(spec), AttentionSource::Grouped { qkv: [q, k, v], norms, output }) => {
-                let norms = match norms {
-                    None => None,
-                    Some([q, k]) => Some([backend.vector(q)?, backend.vector(k)?]),
+            (
+                AttentionSpec::Grouped(spec),
+                AttentionSource::Grouped { qkv: [q, k, v], norms, sinks, output },
+            ) => {
+                let ones = Tensor::from_f32("", Dtype::F32, vec![spec.head_dim], &vec![1.0; spec.head_dim]);
+                let norms = match (norms, spec.qk_norm) {
+                    (Some([q, k]), _) => Some([backend.vector(q)?, backend.vector(k)?]),
+                    (None, QkNorm::Unweighted) => Some([backend.vector(&ones)?, backend.vector(&ones)?]),
+                    (None, _) => None,
                 };
                 let qkv = [linear(q)?, linear(k)?, linear(v)?];
-                Attention::Grouped { spec: spec.clone(), qkv, norms, output: linear(output)? }
+                let sinks = sinks.as_ref().map(|s| backend.vector(s)).transpose()?;
+                Attention::Grouped { spec: spec.clone(), qkv, norms, sinks, output: linear(output)? }
             }
             (
                 AttentionSpec::Latent(spec),

@@ -2,8 +2,11 @@
 
 mod error;
 mod feed_forward;
+mod find;
+mod find_experts;
 mod inspect;
 mod layer;
+mod profile;
 mod run;
 mod source;
 mod stream;
@@ -13,13 +16,14 @@ pub use inspect::{
     AttentionSummary, ByteCounts, Inspection, MoeSummary, ParameterCounts, RouterSummary, inspect,
 };
 pub use layer::{Layer, Observation, Scratch};
+pub use profile::profile;
 pub use run::{LayerTrace, RunOutput, RunSize, run};
-pub use source::{AttentionSource, FeedForwardSource, LayerSource, LinearSource, MoeSource, profile};
+pub use source::{AttentionSource, FeedForwardSource, LayerSource, LinearSource, MoeSource, NormSource};
 pub use stream::{Chunk, Stream, TOKENS_PER_CHUNK};
 
-use crate::architecture::{Architecture, Names};
+use crate::architecture::Architecture;
 use crate::backend::Backend;
-use crate::checkpoint::{Checkpoint, Tensor};
+use crate::checkpoint::{Checkpoint, Tensor, Weight};
 
 /// Result of this module.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -76,29 +80,36 @@ impl<'a, B: Backend> Model<'a, B> {
     }
 
     /// The embedding table `[vocabulary, hidden]`.
-    pub fn embedding(&self) -> Result<Tensor> {
-        self.table(Names::EMBEDDING)
+    pub fn embedding(&self) -> Result<Weight> {
+        self.table(&self.architecture.names.embedding())
     }
 
     /// The output head: final norm and projection.
     pub fn head(&self) -> Result<Head<B>> {
-        let name = if self.architecture.tied_embeddings { Names::EMBEDDING } else { Names::HEAD };
-        let table = self.table(name)?;
-        let norm = self.checkpoint.tensor(Names::FINAL_NORM)?;
-        norm.check_shape(&[self.architecture.hidden_size])?;
-        norm.check_finite()?;
+        let Architecture { hidden_size, vocabulary, norm_bias, head_bias, ref names, .. } = self.architecture;
+        let vector = |name: &str, length: usize| {
+            let tensor = self.checkpoint.tensor(name)?;
+            tensor.check_shape(&[length])?;
+            tensor.check_float()?;
+            tensor.check_finite()?;
+            Ok::<_, Error>(self.backend.vector(&tensor)?)
+        };
+        let norm = names.final_norm();
+        let norm_bias = norm_bias.then(|| vector(&format!("{norm}.bias"), hidden_size)).transpose()?;
         Ok(Head {
-            norm: self.backend.vector(&norm)?,
+            norm: vector(&format!("{norm}.weight"), hidden_size)?,
+            norm_bias,
             eps: self.architecture.norm_eps,
-            weight: self.backend.weight(&table)?,
-            vocabulary: self.architecture.vocabulary,
+            weight: self.backend.weight(&self.table(&self.architecture.head_table())?)?,
+            bias: head_bias.then(|| vector(&names.head_bias(), vocabulary)).transpose()?,
+            vocabulary,
         })
     }
 
-    fn table(&self, name: &str) -> Result<Tensor> {
-        let table = self.checkpoint.tensor(name)?;
+    fn table(&self, name: &str) -> Result<Weight> {
+        let table: Tensor = self.checkpoint.tensor(name)?;
         table.check_shape(&[self.architecture.vocabulary, self.architecture.hidden_size])?;
-        table.check_float()?;
+        let table = Weight::plain(table)?;
         table.check_finite()?;
         Ok(table)
     }
@@ -132,8 +143,10 @@ pub fn open_architecture(checkpoint: &Checkpoint) -> Result<Architecture> {
 /// Final norm and output projection.
 pub struct Head<B: Backend> {
     norm: B::Vector,
+    norm_bias: Option<B::Vector>,
     eps: f32,
     weight: B::Weight,
+    bias: Option<B::Vector>,
     vocabulary: usize,
 }
 
@@ -161,8 +174,9 @@ impl<B: Backend> Head<B> {
         work: &mut HeadScratch<B>,
     ) -> Result<Vec<f32>> {
         backend.copy_rows(x, start, count, &mut work.rows)?;
-        backend.rms_norm(&work.rows, &self.norm, self.eps, &mut work.normed)?;
-        backend.linear(&work.normed, &self.weight, None, &mut work.logits)?;
+        let Head { norm, norm_bias, eps, weight, bias, .. } = self;
+        backend.norm(&work.rows, norm, norm_bias.as_ref(), *eps, &mut work.normed)?;
+        backend.linear(&work.normed, weight, bias.as_ref(), &mut work.logits)?;
         Ok(backend.download(&work.logits)?)
     }
 }

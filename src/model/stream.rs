@@ -37,8 +37,8 @@ impl<'m, B: Backend> Stream<'m, B> {
         let architecture = model.architecture();
         windows.check(architecture.vocabulary, architecture.max_positions)?;
         let backend = model.backend();
-        let tensor = model.embedding()?;
-        let table = backend.weight(&tensor)?;
+        let stored = model.embedding()?;
+        let table = backend.weight(&stored)?;
         let chunks = batches(windows).into_iter().map(|(first_window, batch)| {
             let start = first_window * windows.length;
             let mut x = backend.buffer();
@@ -46,7 +46,7 @@ impl<'m, B: Backend> Stream<'m, B> {
             Ok(Chunk { first_window, batch, x })
         });
         let chunks = chunks.collect::<Result<_>>()?;
-        tensor.release();
+        stored.release();
         Ok(Stream { backend, chunks, scratch: Scratch::new(backend) })
     }
 

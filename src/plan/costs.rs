@@ -52,7 +52,7 @@ impl Expected {
 /// Number type of low-rank factors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FactorDtype {
-    /// As many bytes per value as the expert has on average.
+    /// As many bytes per value as the matrix has, or 2 where it is packed.
     #[default]
     Auto,
     /// 4 bytes.
@@ -137,12 +137,12 @@ impl<'a> Costs<'a> {
             Action::Constant => Sizes { parameters: d, bytes: stored(layer, d), tensors: 1 },
             Action::LowRank { rank } => {
                 let mut sizes = dense;
-                for matrix in Projection::ALL {
-                    let Some(r) = rank.get(matrix) else { continue };
+                for projection in Projection::ALL {
+                    let Some(r) = rank.get(projection) else { continue };
                     let values = r as u64 * (d + p);
                     sizes.parameters = sizes.parameters.saturating_sub(d * p) + values;
                     sizes.bytes =
-                        sizes.bytes.saturating_sub(stored(layer, d * p)) + self.factors(layer, values);
+                        sizes.bytes.saturating_sub(matrix(layer, d * p)) + self.factors(layer, values);
                     sizes.tensors = sizes.tensors.saturating_sub(self.expert_tensors / 3) + 2;
                 }
                 sizes
@@ -185,6 +185,7 @@ impl<'a> Costs<'a> {
     /// Bytes of `values` numbers of low-rank factors.
     fn factors(&self, layer: &MoeProfile, values: u64) -> u64 {
         match self.dtype {
+            FactorDtype::Auto if layer.factor_bytes > 0 => layer.factor_bytes * values,
             FactorDtype::Auto => stored(layer, values),
             FactorDtype::F32 => 4 * values,
             FactorDtype::Bf16 | FactorDtype::F16 => 2 * values,
@@ -205,6 +206,11 @@ impl<'a> Costs<'a> {
     pub(super) fn now(&self) -> u64 {
         self.on_disk(self.profile.bytes, self.profile.tensors)
     }
+}
+
+/// Bytes of one matrix of `values` numbers.
+fn matrix(layer: &MoeProfile, values: u64) -> u64 {
+    if layer.matrix_bytes > 0 { layer.matrix_bytes } else { stored(layer, values) }
 }
 
 /// Bytes of `values` numbers at the expert's average bytes per parameter.

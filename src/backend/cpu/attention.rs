@@ -10,32 +10,60 @@ use super::CpuBuffer;
 use crate::architecture::{Pairing, Rope};
 use crate::backend::{AttentionShape, Batch, HeadLayout, Keys};
 
-/// Cosines and sines, `[length, dim / 2]` each.
+/// Cosines and sines for every position.
 #[derive(Clone, Debug)]
 pub struct CpuRotation {
     pairing: Pairing,
     half: usize,
+    usual: Table,
+    /// For windows longer than this.
+    long: Option<(usize, Table)>,
+}
+
+/// `[length, dim / 2]` each.
+#[derive(Clone, Debug)]
+struct Table {
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
 
+impl Table {
+    fn new(inverse_frequencies: &[f32], magnitude: f32, length: usize) -> Self {
+        // Angles in f32, as the models were trained with.
+        let angles = (0..length).flat_map(|p| inverse_frequencies.iter().map(move |f| p as f32 * f));
+        let (sin, cos) = angles.map(|a| (a.sin() * magnitude, a.cos() * magnitude)).unzip();
+        Table { cos, sin }
+    }
+}
+
 impl CpuRotation {
     pub(super) fn new(rope: &Rope, length: usize) -> Self {
-        let half = rope.inverse_frequencies.len();
-        // Angles in f32, as the models were trained with.
-        let angles = (0..length).flat_map(|p| rope.inverse_frequencies.iter().map(move |f| p as f32 * f));
-        let (sin, cos) = angles.map(|a| (a.sin() * rope.magnitude, a.cos() * rope.magnitude)).unzip();
-        CpuRotation { pairing: rope.pairing, half, cos, sin }
+        let long = rope.long.as_ref().filter(|long| length > long.positions);
+        CpuRotation {
+            pairing: rope.pairing,
+            half: rope.inverse_frequencies.len(),
+            usual: Table::new(&rope.inverse_frequencies, rope.magnitude, length),
+            long: long.map(|l| (l.positions, Table::new(&l.inverse_frequencies, l.magnitude, length))),
+        }
+    }
+
+    /// The table for windows of `length` tokens.
+    fn table(&self, length: usize) -> &Table {
+        match &self.long {
+            Some((positions, table)) if length > *positions => table,
+            _ => &self.usual,
+        }
     }
 }
 
 pub(super) fn rotate(x: &mut CpuBuffer, rotation: &CpuRotation, heads: HeadLayout, batch: &Batch) {
     let half = rotation.half;
+    let table = rotation.table(batch.length);
     let rows = x.data.par_chunks_exact_mut(x.cols).enumerate().with_min_len(16);
     rows.for_each(|(t, row)| {
         let position = t % batch.length;
-        let cos = &rotation.cos[position * half..(position + 1) * half];
-        let sin = &rotation.sin[position * half..(position + 1) * half];
+        let cos = &table.cos[position * half..(position + 1) * half];
+        let sin = &table.sin[position * half..(position + 1) * half];
         for h in 0..heads.heads {
             let start = heads.start + h * heads.stride;
             let head = &mut row[start..start + 2 * half];
@@ -63,6 +91,7 @@ thread_local! {
 pub(super) fn attend(
     query: &CpuBuffer,
     keys: &Keys<'_, CpuBuffer>,
+    sinks: Option<&[f32]>,
     shape: AttentionShape,
     batch: &Batch,
     out: &mut CpuBuffer,
@@ -78,7 +107,8 @@ pub(super) fn attend(
             };
             SCORES.with_borrow_mut(|scores| {
                 for head in 0..shape.heads {
-                    block.attend_head(head, query, keys, shape, batch, scores, out);
+                    let sink = sinks.map(|s| s[head]);
+                    block.attend_head(head, query, keys, sink, shape, batch, scores, out);
                 }
             });
         });
@@ -100,6 +130,7 @@ impl Block {
         head: usize,
         query: &CpuBuffer,
         keys: &Keys<'_, CpuBuffer>,
+        sink: Option<f32>,
         shape: AttentionShape,
         batch: &Batch,
         scores: &mut Vec<f32>,
@@ -107,7 +138,7 @@ impl Block {
     ) {
         let Block { first_row, first_query, queries } = *self;
         // Keys that at least one query of the block sees.
-        let key_start = shape.window.map_or(0, |w| (first_query + 1).saturating_sub(w));
+        let key_start = shape.span.first(first_query);
         let key_count = first_query + queries - key_start;
         let key_row = first_row + key_start;
         scores.resize(queries * key_count, 0.0);
@@ -150,11 +181,15 @@ impl Block {
         };
         for (i, row) in scores.chunks_exact_mut(key_count).enumerate() {
             let position = first_query + i;
-            let first = shape.window.map_or(0, |w| (position + 1).saturating_sub(w)) - key_start;
+            let first = shape.span.first(position) - key_start;
             let end = position + 1 - key_start;
             row[..first].fill(0.0);
             row[end..].fill(0.0);
-            softmax(&mut row[first..end], |j| batch.is_real(key_row + first + j));
+            if let Some(temperature) = shape.temperature {
+                let factor = temperature.at(position);
+                row[first..end].iter_mut().for_each(|score| *score *= factor);
+            }
+            softmax(&mut row[first..end], sink, |j| batch.is_real(key_row + first + j));
         }
         let probabilities = MatRef::from_row_major_slice(scores, queries, key_count);
         let width = shape.value_dim;
@@ -172,9 +207,10 @@ fn matrix(data: &[f32], (start, rows, cols, stride): (usize, usize, usize, usize
     MatRef::from_row_major_slice_with_stride(&data[start..], rows, cols, stride)
 }
 
-/// In place; entries for which `visible` is false get probability 0, and so does everything where none is visible.
-fn softmax(scores: &mut [f32], visible: impl Fn(usize) -> bool) {
-    let mut max = f32::NEG_INFINITY;
+/// In place; entries for which `visible` is false get probability 0, and so does everything where none is visible. A
+/// sink takes part in the sum alone.
+fn softmax(scores: &mut [f32], sink: Option<f32>, visible: impl Fn(usize) -> bool) {
+    let mut max = sink.unwrap_or(f32::NEG_INFINITY);
     for (j, score) in scores.iter_mut().enumerate() {
         if !visible(j) {
             *score = f32::NEG_INFINITY;
@@ -185,7 +221,7 @@ fn softmax(scores: &mut [f32], visible: impl Fn(usize) -> bool) {
         scores.fill(0.0);
         return;
     }
-    let mut sum = 0.0;
+    let mut sum = sink.map_or(0.0, |sink| (sink - max).exp());
     for score in scores.iter_mut() {
         *score = (*score - max).exp();
         sum += *score;

@@ -3,10 +3,10 @@
 use rayon::prelude::*;
 
 use super::linear::{CpuWeight, linear};
-use super::pointwise::swiglu;
+use super::pointwise::{activate, add_bias};
 use super::{CpuBuffer, CpuRouting};
-use crate::backend::{Expert, Matrix, Mlp, Result};
-use crate::checkpoint::Tensor;
+use crate::backend::{Expert, Linear, Matrix, Mlp, Result, StoredExpert};
+use crate::checkpoint::{Tensor, Weight};
 
 /// The prepared experts of a layer, one per router row.
 #[derive(Clone, Debug)]
@@ -19,11 +19,13 @@ pub struct CpuExperts {
 #[derive(Clone, Debug)]
 #[expect(clippy::large_enum_variant, reason = "nearly all are the large one")]
 enum Prepared {
-    Mlp(Mlp<Matrix<CpuWeight>>),
+    Mlp(Mlp<CpuLinear>),
     Constant(Vec<f32>),
     /// An alias, or nothing: no token is ever sorted here.
     Idle,
 }
+
+type CpuLinear = Linear<Matrix<CpuWeight>, Vec<f32>>;
 
 /// Buffers of one expert computation. A *pair* is a token and one of its experts; pairs are sorted by expert, and by
 /// token within an expert.
@@ -35,6 +37,8 @@ pub(super) struct Workspace {
     pub(super) pair_token: Vec<u32>,
     /// Combine weight of each pair; those of duplicates are added up.
     pub(super) pair_weight: Vec<f32>,
+    /// Factor of each pair's input; empty where combine weights multiply outputs.
+    pub(super) pair_scale: Vec<f32>,
     /// Pair of each token and slot, `[tokens, top_k]`; [`Workspace::NO_PAIR`] for a duplicate.
     pub(super) slot_pair: Vec<u32>,
     /// Inputs, `[pairs, hidden]`.
@@ -53,10 +57,10 @@ impl Workspace {
 }
 
 impl CpuExperts {
-    pub(super) fn new(experts: &[Expert<Tensor>]) -> Result<Self> {
-        let prepare = |expert: &Expert<Tensor>| {
+    pub(super) fn new(experts: &[StoredExpert]) -> Result<Self> {
+        let prepare = |expert: &StoredExpert| {
             Ok(match expert {
-                Expert::Mlp(mlp) => Prepared::Mlp(mlp.try_map(prepare_matrix)?),
+                Expert::Mlp(mlp) => Prepared::Mlp(mlp.try_map(prepare_map)?),
                 Expert::Constant(vector) => Prepared::Constant(vector.to_f32()?),
                 Expert::Alias(_) | Expert::None => Prepared::Idle,
             })
@@ -83,7 +87,7 @@ impl CpuExperts {
     /// Width of expert `e`'s hidden vector; 0 where it has none.
     pub(super) fn width(&self, e: usize) -> usize {
         match &self.experts[e] {
-            Prepared::Mlp(mlp) => out_width(&mlp.gate),
+            Prepared::Mlp(mlp) => out_width(&mlp.gate.weight),
             _ => 0,
         }
     }
@@ -98,6 +102,8 @@ impl CpuExperts {
         work.output.resize(pairs * d, 0.0);
         let rows = work.input.par_chunks_exact_mut(d).zip(&work.pair_token);
         rows.with_min_len(16).for_each(|(row, &token)| row.copy_from_slice(x.row(token as usize)));
+        let scaled = work.input.par_chunks_exact_mut(d).zip(&work.pair_scale);
+        scaled.with_min_len(16).for_each(|(row, scale)| row.iter_mut().for_each(|v| *v *= scale));
 
         let count = |e: usize| work.offsets[e + 1] - work.offsets[e];
         let sizes: Vec<_> = (0..self.len()).map(|e| (count(e), self.width(e), self.rank(e))).collect();
@@ -126,22 +132,24 @@ impl CpuExperts {
     /// Largest rank among the expert's matrices.
     fn rank(&self, e: usize) -> usize {
         let Prepared::Mlp(mlp) = &self.experts[e] else { return 0 };
-        let rank = |m: &Matrix<CpuWeight>| if let Matrix::LowRank { v, .. } = m { v.rows() } else { 0 };
-        mlp.matrices().into_iter().map(rank).max().unwrap_or(0)
+        let rank = |m: &CpuLinear| if let Matrix::LowRank { v, .. } = &m.weight { v.rows() } else { 0 };
+        mlp.maps().into_iter().map(rank).max().unwrap_or(0)
     }
 
     /// Counting sort of the pairs by expert, stable in token order.
     fn sort(&self, routing: &mut CpuRouting) {
-        let CpuRouting { ids, weights, work, top_k, .. } = routing;
-        let Workspace { offsets, pair_token, pair_weight, slot_pair, .. } = work;
+        let CpuRouting { ids, weights, work, top_k, weighs_input, .. } = routing;
+        let Workspace { offsets, pair_token, pair_weight, pair_scale, slot_pair, .. } = work;
         offsets.clear();
         offsets.resize(self.len() + 1, 0);
         slot_pair.clear();
         slot_pair.resize(ids.len(), Workspace::NO_PAIR);
         let expert = |id: u32| self.canonical[id as usize];
-        // The earlier slot of the same token with the same weights, if any.
-        let earlier =
-            |ids: &[u32], slot: usize| ids[..slot].iter().position(|&id| expert(id) == expert(ids[slot]));
+        // The earlier slot of the same token with the same weights, if any; different inputs have to run on their own.
+        let earlier = |ids: &[u32], slot: usize| match *weighs_input {
+            false => ids[..slot].iter().position(|&id| expert(id) == expert(ids[slot])),
+            true => None,
+        };
         for ids in ids.chunks_exact(*top_k) {
             for slot in (0..*top_k).filter(|&slot| earlier(ids, slot).is_none()) {
                 offsets[expert(ids[slot]) as usize + 1] += 1;
@@ -153,6 +161,7 @@ impl CpuExperts {
         let pairs = offsets[self.len()];
         pair_token.resize(pairs, 0);
         pair_weight.resize(pairs, 0.0);
+        pair_scale.resize(if *weighs_input { pairs } else { 0 }, 0.0);
         let tokens = ids
             .chunks_exact(*top_k)
             .zip(weights.chunks_exact(*top_k))
@@ -167,7 +176,12 @@ impl CpuExperts {
                 let cursor = &mut offsets[expert(ids[slot]) as usize];
                 slot_pair[slot] = *cursor as u32;
                 pair_token[*cursor] = token as u32;
-                pair_weight[*cursor] = weights[slot];
+                if *weighs_input {
+                    pair_scale[*cursor] = weights[slot];
+                    pair_weight[*cursor] = 1.0;
+                } else {
+                    pair_weight[*cursor] = weights[slot];
+                }
                 *cursor += 1;
             }
         }
@@ -208,7 +222,7 @@ impl Job<'_> {
             Prepared::Mlp(mlp) => {
                 apply(&mlp.gate, self.input, self.rank, self.hidden);
                 apply(&mlp.up, self.input, self.rank, self.up);
-                swiglu(self.hidden, self.up);
+                activate(self.hidden, self.up, mlp.activation);
                 apply(&mlp.down, self.hidden, self.rank, self.output);
             }
             Prepared::Constant(vector) => {
@@ -219,9 +233,9 @@ impl Job<'_> {
     }
 }
 
-/// out = x Wᵀ, or (x Vᵀ) Uᵀ with the intermediate in `rank`.
-fn apply(matrix: &Matrix<CpuWeight>, x: &[f32], rank: &mut [f32], out: &mut [f32]) {
-    match matrix {
+/// out = x Wᵀ, or (x Vᵀ) Uᵀ with the intermediate in `rank`; plus the bias.
+fn apply(map: &CpuLinear, x: &[f32], rank: &mut [f32], out: &mut [f32]) {
+    match &map.weight {
         Matrix::Dense(w) => linear(x, w, out),
         Matrix::LowRank { u, v } => {
             let n = if v.cols() == 0 { 0 } else { x.len() / v.cols() };
@@ -229,6 +243,9 @@ fn apply(matrix: &Matrix<CpuWeight>, x: &[f32], rank: &mut [f32], out: &mut [f32
             linear(x, v, intermediate);
             linear(intermediate, u, out);
         }
+    }
+    if let Some(bias) = &map.bias {
+        add_bias(out, bias);
     }
 }
 
@@ -238,9 +255,10 @@ fn out_width(matrix: &Matrix<CpuWeight>) -> usize {
     }
 }
 
-fn prepare_matrix(matrix: &Matrix<Tensor>) -> Result<Matrix<CpuWeight>> {
-    Ok(match matrix {
-        Matrix::Dense(w) => Matrix::Dense(CpuWeight::new(w)?),
-        Matrix::LowRank { u, v } => Matrix::LowRank { u: CpuWeight::new(u)?, v: CpuWeight::new(v)? },
-    })
+fn prepare_map(map: &Linear<Matrix<Weight>, Tensor>) -> Result<CpuLinear> {
+    let weight = match &map.weight {
+        Matrix::Dense(w) => Matrix::Dense(CpuWeight::new(w)),
+        Matrix::LowRank { u, v } => Matrix::LowRank { u: CpuWeight::new(u), v: CpuWeight::new(v) },
+    };
+    Ok(Linear { weight, bias: map.bias.as_ref().map(Tensor::to_f32).transpose()? })
 }

@@ -1,19 +1,17 @@
 //! x Wᵀ with W mapped in its stored type: tiles of W are widened to f32 and multiplied by the library GEMM.
 
-use std::borrow::Cow;
 use std::cell::RefCell;
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
-use crate::backend::Result;
-use crate::checkpoint::{Dtype, Tensor, decode_f32};
+use crate::checkpoint::{Dtype, Storage, Weight};
 
-/// A weight matrix `[rows, cols]` = `[out, in]` in its stored type.
+/// A weight matrix `[rows, cols]` = `[out, in]` as stored.
 #[derive(Clone, Debug)]
 pub struct CpuWeight {
-    tensor: Tensor,
+    weight: Weight,
     rows: usize,
     cols: usize,
 }
@@ -22,18 +20,8 @@ impl CpuWeight {
     /// Elements of W that are widened at a time: half a MiB of f32, so that tile and activations share the cache.
     const TILE: usize = 1 << 17;
 
-    pub(super) fn new(tensor: &Tensor) -> Result<Self> {
-        tensor.check_float()?;
-        let &[rows, cols] = tensor.shape() else {
-            let expected = vec![0, 0];
-            return Err(crate::checkpoint::Error::Shape {
-                name: tensor.name().into(),
-                found: tensor.shape().to_vec(),
-                expected,
-            }
-            .into());
-        };
-        Ok(CpuWeight { tensor: tensor.clone(), rows, cols })
+    pub(super) fn new(weight: &Weight) -> Self {
+        CpuWeight { weight: weight.clone(), rows: weight.rows(), cols: weight.cols() }
     }
 
     /// Output width.
@@ -46,29 +34,18 @@ impl CpuWeight {
         self.cols
     }
 
-    /// Widens the row `row` into `out`.
+    /// Widens the rows from `row` on into `out`.
     pub(super) fn decode_rows(&self, row: usize, out: &mut [f32]) {
-        let width = self.tensor.dtype().bitsize() / 8;
-        let start = row * self.cols * width;
-        decode_f32(self.tensor.dtype(), &self.tensor.bytes()[start..start + out.len() * width], out);
-    }
-
-    /// All values as f32, borrowed where they are stored so.
-    pub(super) fn to_f32(&self) -> Cow<'_, [f32]> {
-        if let Some(values) = self.as_f32() {
-            return Cow::Borrowed(values);
-        }
-        let mut out = vec![0.0; self.rows * self.cols];
-        self.decode_rows(0, &mut out);
-        Cow::Owned(out)
+        self.weight.decode_rows(row, out);
     }
 
     /// The stored values, where they are aligned f32.
     fn as_f32(&self) -> Option<&[f32]> {
-        if self.tensor.dtype() == Dtype::F32 && cfg!(target_endian = "little") {
-            bytemuck::try_cast_slice(self.tensor.bytes()).ok()
-        } else {
-            None
+        match self.weight.storage() {
+            Storage::Plain(tensor) if tensor.dtype() == Dtype::F32 && cfg!(target_endian = "little") => {
+                bytemuck::try_cast_slice(tensor.bytes()).ok()
+            }
+            _ => None,
         }
     }
 
@@ -120,6 +97,7 @@ fn multiply(x: MatRef<'_, f32>, tile: &[f32], out: MatMut<'_, f32>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::Tensor;
 
     /// Every stored type, widths around the tile size, one row and many.
     #[test]
@@ -130,7 +108,8 @@ mod tests {
                 let value = |i: usize| ((i * 7 + 3) % 11) as f32 / 4.0 - 1.25;
                 let w: Vec<f32> = (0..rows * cols).map(value).collect();
                 let x: Vec<f32> = (0..n * cols).map(|i| value(i + 5)).collect();
-                let weight = CpuWeight::new(&Tensor::from_f32("w", dtype, vec![rows, cols], &w)).unwrap();
+                let stored = Weight::plain(Tensor::from_f32("w", dtype, vec![rows, cols], &w)).unwrap();
+                let weight = CpuWeight::new(&stored);
                 let mut out = vec![f32::NAN; n * rows];
                 linear(&x, &weight, &mut out);
                 for (i, row) in out.chunks_exact(rows).enumerate() {

@@ -10,12 +10,12 @@ mod observe;
 mod pointwise;
 mod route;
 
-use crate::architecture::Rope;
-use crate::checkpoint::Tensor;
+use crate::architecture::{Activation, Rope};
+use crate::checkpoint::{Tensor, Weight};
 
 use super::{
-    AttentionShape, Backend, Batch, Expert, HeadLayout, Keys, Moment, MomentDims, Moments, Result,
-    RouterRule, Routes,
+    AttentionShape, Backend, Batch, HeadLayout, Keys, Moment, MomentDims, Moments, Result, RouterRule,
+    RouterWeights, Routes, StoredExpert,
 };
 pub use attention::CpuRotation;
 pub use experts::CpuExperts;
@@ -100,8 +100,8 @@ impl Backend for Cpu {
         Ok(buffer.data.clone())
     }
 
-    fn weight(&self, tensor: &Tensor) -> Result<CpuWeight> {
-        CpuWeight::new(tensor)
+    fn weight(&self, weight: &Weight) -> Result<CpuWeight> {
+        Ok(CpuWeight::new(weight))
     }
 
     fn vector(&self, tensor: &Tensor) -> Result<Vec<f32>> {
@@ -112,11 +112,11 @@ impl Backend for Cpu {
         Ok(CpuRotation::new(rope, length))
     }
 
-    fn router(&self, weight: &Tensor, rule: RouterRule) -> Result<CpuRouter> {
-        CpuRouter::new(weight, rule)
+    fn router(&self, weights: &RouterWeights, rule: RouterRule) -> Result<CpuRouter> {
+        CpuRouter::new(weights, rule)
     }
 
-    fn experts(&self, experts: &[Expert<Tensor>]) -> Result<CpuExperts> {
+    fn experts(&self, experts: &[StoredExpert]) -> Result<CpuExperts> {
         CpuExperts::new(experts)
     }
 
@@ -136,9 +136,16 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn rms_norm(&self, x: &CpuBuffer, weight: &Vec<f32>, eps: f32, out: &mut CpuBuffer) -> Result<()> {
+    fn norm(
+        &self,
+        x: &CpuBuffer,
+        weight: &Vec<f32>,
+        bias: Option<&Vec<f32>>,
+        eps: f32,
+        out: &mut CpuBuffer,
+    ) -> Result<()> {
         out.reshape(x.rows, weight.len());
-        pointwise::rms_norm(x, weight, eps, out);
+        pointwise::norm(x, weight, bias.map(Vec::as_slice), eps, out);
         Ok(())
     }
 
@@ -157,7 +164,7 @@ impl Backend for Cpu {
         out.reshape(x.rows, weight.rows());
         linear::linear(&x.data, weight, &mut out.data);
         if let Some(bias) = bias {
-            pointwise::add_bias(out, bias);
+            pointwise::add_bias(&mut out.data, bias);
         }
         Ok(())
     }
@@ -182,17 +189,18 @@ impl Backend for Cpu {
         &self,
         query: &CpuBuffer,
         keys: Keys<'_, CpuBuffer>,
+        sinks: Option<&Vec<f32>>,
         shape: AttentionShape,
         batch: &Batch,
         out: &mut CpuBuffer,
     ) -> Result<()> {
         out.reshape(query.rows, shape.heads * shape.value_dim);
-        attention::attend(query, &keys, shape, batch, out);
+        attention::attend(query, &keys, sinks.map(Vec::as_slice), shape, batch, out);
         Ok(())
     }
 
-    fn swiglu(&self, gate: &mut CpuBuffer, up: &CpuBuffer) -> Result<()> {
-        pointwise::swiglu(&mut gate.data, &up.data);
+    fn activate(&self, gate: &mut CpuBuffer, up: &CpuBuffer, activation: Activation) -> Result<()> {
+        pointwise::activate(&mut gate.data, &up.data, activation);
         Ok(())
     }
 
@@ -241,7 +249,7 @@ impl Backend for Cpu {
         for (to, &from) in sample.data.chunks_exact_mut(x.cols).zip(rows) {
             to.copy_from_slice(x.row(from));
         }
-        routing.choose_all(rows.len(), experts.len());
+        routing.choose_all(rows, experts.len());
         experts.run(&sample, routing);
         observe::sampled(observer, routing, experts, x.cols, rows.len());
         Ok(())

@@ -22,7 +22,8 @@ pub(super) fn routed(
     let work = &routing.work;
     let pairs = |e: usize| work.offsets[e]..work.offsets[e + 1];
     let width = moments.dims().width;
-    let input_row = |_e: usize, pair: usize| x.row(work.pair_token[pair] as usize);
+    let input_row = |pair: usize| x.row(work.pair_token[pair] as usize);
+    let input_factor = |pair: usize| work.pair_scale.get(pair).map_or(1.0, |&scale| f64::from(scale));
     let starts = hidden_starts(experts, &work.offsets);
     let hidden_row = |e: usize, pair: usize| {
         let w = experts.width(e);
@@ -31,12 +32,14 @@ pub(super) fn routed(
     };
     let real = |pair: &usize| batch.is_real(work.pair_token[*pair] as usize);
     for (moment, gated) in [(Moment::InputGram, false), (Moment::GateInputGram, true)] {
-        let rows = |e: usize| pairs(e).filter(real).map(move |p| (input_row(e, p), work.pair_weight[p]));
-        add_grams(moments, moment, x.cols, gated, rows);
+        let factor = |p: usize| input_factor(p) * if gated { f64::from(work.pair_weight[p]) } else { 1.0 };
+        let rows = |e: usize| pairs(e).filter(real).map(move |p| (input_row(p), factor(p)));
+        add_grams(moments, moment, x.cols, rows);
     }
     for (moment, gated) in [(Moment::HiddenGram, false), (Moment::GateHiddenGram, true)] {
-        let rows = |e: usize| pairs(e).filter(real).map(move |p| (hidden_row(e, p), work.pair_weight[p]));
-        add_grams(moments, moment, width, gated, rows);
+        let factor = |p: usize| if gated { f64::from(work.pair_weight[p]) } else { 1.0 };
+        let rows = |e: usize| pairs(e).filter(real).map(move |p| (hidden_row(e, p), factor(p)));
+        add_grams(moments, moment, width, rows);
     }
 }
 
@@ -199,22 +202,16 @@ fn hidden_starts(experts: &CpuExperts, offsets: &[usize]) -> Vec<usize> {
 /// Rows that are widened to f64 and multiplied at a time.
 const GRAM_ROWS: usize = 256;
 
-/// gram[e] += Σ rᵀr over the rows of expert e, each multiplied by its gate where `gated`. Rows may be narrower than
-/// `width`: an expert's own width.
-fn add_grams<'a, I>(
-    moments: &mut Moments,
-    moment: Moment,
-    width: usize,
-    gated: bool,
-    rows: impl Fn(usize) -> I + Sync,
-) where
-    I: Iterator<Item = (&'a [f32], f32)>,
+/// gram[e] += Σ rᵀr over the rows of expert e, each multiplied by its factor. Rows may be narrower than `width`: an
+/// expert's own width.
+fn add_grams<'a, I>(moments: &mut Moments, moment: Moment, width: usize, rows: impl Fn(usize) -> I + Sync)
+where
+    I: Iterator<Item = (&'a [f32], f64)>,
 {
     let Some(grams) = moments.get_mut(moment) else { return };
     grams.par_chunks_exact_mut(width * width).enumerate().for_each(|(e, gram)| {
         let mut block = Vec::with_capacity(GRAM_ROWS * width);
-        for (row, gate) in rows(e) {
-            let factor = if gated { f64::from(gate) } else { 1.0 };
+        for (row, factor) in rows(e) {
             block.extend(row.iter().map(|&v| factor * f64::from(v)));
             block.resize(block.len().next_multiple_of(width), 0.0);
             if block.len() == GRAM_ROWS * width {

@@ -4,6 +4,7 @@ use rayon::prelude::*;
 
 use super::CpuBuffer;
 use super::math::{sigmoid, silu};
+use crate::architecture::Activation;
 
 /// Values per parallel piece.
 const PIECE: usize = 1 << 14;
@@ -17,11 +18,25 @@ fn normalise(x: &mut [f32], weight: &[f32], eps: f32) {
     }
 }
 
-pub(super) fn rms_norm(x: &CpuBuffer, weight: &[f32], eps: f32, out: &mut CpuBuffer) {
+/// The layer norm: f64 sums for the same reason.
+fn normalise_with_mean(x: &mut [f32], weight: &[f32], bias: &[f32], eps: f32) {
+    let count = x.len() as f64;
+    let mean = x.iter().map(|&v| f64::from(v)).sum::<f64>() / count;
+    let variance = x.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum::<f64>() / count;
+    let inverse = 1.0 / (variance + f64::from(eps)).sqrt();
+    for (v, (w, b)) in x.iter_mut().zip(weight.iter().zip(bias)) {
+        *v = ((f64::from(*v) - mean) * inverse) as f32 * w + b;
+    }
+}
+
+pub(super) fn norm(x: &CpuBuffer, weight: &[f32], bias: Option<&[f32]>, eps: f32, out: &mut CpuBuffer) {
     let rows = out.data.par_chunks_exact_mut(weight.len()).zip(x.data.par_chunks_exact(x.cols));
     rows.with_min_len(16).for_each(|(out, x)| {
         out.copy_from_slice(&x[..weight.len()]);
-        normalise(out, weight, eps);
+        match bias {
+            None => normalise(out, weight, eps),
+            Some(bias) => normalise_with_mean(out, weight, bias, eps),
+        }
     });
 }
 
@@ -29,8 +44,8 @@ pub(super) fn rms_norm_heads(x: &mut CpuBuffer, weight: &[f32], eps: f32) {
     x.data.par_chunks_exact_mut(weight.len()).with_min_len(64).for_each(|head| normalise(head, weight, eps));
 }
 
-pub(super) fn add_bias(x: &mut CpuBuffer, bias: &[f32]) {
-    x.data.par_chunks_exact_mut(bias.len()).with_min_len(16).for_each(|row| {
+pub(super) fn add_bias(x: &mut [f32], bias: &[f32]) {
+    x.par_chunks_exact_mut(bias.len()).with_min_len(16).for_each(|row| {
         for (v, b) in row.iter_mut().zip(bias) {
             *v += b;
         }
@@ -45,10 +60,19 @@ pub(super) fn clamp(x: &mut CpuBuffer, limit: f32) {
     });
 }
 
-pub(super) fn swiglu(gate: &mut [f32], up: &[f32]) {
-    gate.par_chunks_mut(PIECE).zip(up.par_chunks(PIECE)).for_each(|(gate, up)| {
-        for (g, u) in gate.iter_mut().zip(up) {
-            *g = silu(*g) * u;
+pub(super) fn activate(gate: &mut [f32], up: &[f32], activation: Activation) {
+    gate.par_chunks_mut(PIECE).zip(up.par_chunks(PIECE)).for_each(|(gate, up)| match activation {
+        Activation::SwiGlu => {
+            for (g, u) in gate.iter_mut().zip(up) {
+                *g = silu(*g) * u;
+            }
+        }
+        Activation::ClampedSwiGlu { limit, slope } => {
+            for (g, u) in gate.iter_mut().zip(up) {
+                // Unlike `min`, lets NaN through.
+                let clamped = if *g > limit { limit } else { *g };
+                *g = clamped * sigmoid(slope * clamped) * (u.clamp(-limit, limit) + 1.0);
+            }
         }
     });
 }
@@ -70,4 +94,38 @@ pub(super) fn sigmoid_gate(x: &mut CpuBuffer, gate: &CpuBuffer) {
             }
         },
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn buffer(data: &[f32], cols: usize) -> CpuBuffer {
+        CpuBuffer { rows: data.len() / cols, cols, data: data.to_vec() }
+    }
+
+    #[test]
+    fn both_norms_by_hand() {
+        let x = buffer(&[1.0, 3.0, 5.0, 7.0], 2);
+        let mut out = buffer(&[0.0; 4], 2);
+        norm(&x, &[1.0, 2.0], None, 0.0, &mut out);
+        let expected = [1.0 / 5f32.sqrt(), 6.0 / 5f32.sqrt(), 5.0 / 37f32.sqrt(), 14.0 / 37f32.sqrt()];
+        assert!(out.data.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6), "{out:?}");
+        norm(&x, &[1.0, 2.0], Some(&[0.5, -0.5]), 0.0, &mut out);
+        assert_eq!(out.data, [-0.5, 1.5, -0.5, 1.5]);
+    }
+
+    #[test]
+    fn clamped_swiglu_by_hand() {
+        let (slope, sigmoid) = (1.702f32, |x: f32| 1.0 / (1.0 + (-x).exp()));
+        let mut gate = [1.0, 9.0, -9.0, 2.0];
+        activate(&mut gate, &[0.5, 9.0, -9.0, 0.0], Activation::ClampedSwiGlu { limit: 7.0, slope });
+        let expected = [
+            sigmoid(slope) * 1.5,
+            7.0 * sigmoid(7.0 * slope) * 8.0,
+            -9.0 * sigmoid(-9.0 * slope) * -6.0,
+            2.0 * sigmoid(2.0 * slope),
+        ];
+        assert!(gate.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6), "{gate:?} {expected:?}");
+    }
 }

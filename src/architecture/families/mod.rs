@@ -1,0 +1,246 @@
+//! The families: one function each, from config keys to [`Architecture`].
+
+mod deepseek;
+mod ernie4_5_moe;
+mod glm4_moe;
+mod gpt_oss;
+mod llama4;
+mod mixtral;
+mod olmoe;
+mod phimoe;
+mod qwen;
+
+use super::config::Config;
+use super::rope::{RopeConfig, RopeDefaults};
+use super::{
+    Activation, Architecture, AttentionSpec, Choice, Error, FeedForwardSpec, GroupLimit, GroupScore,
+    GroupedAttention, LayerSpec, MoeSpec, Names, Pairing, QkNorm, Result, RouterSpec, Scoring, SharedSpec,
+    Span, WeightRule,
+};
+
+type Read = fn(&Config) -> Result<Architecture>;
+
+pub(super) const FAMILIES: [(&str, Read); 12] = [
+    ("deepseek_v2", deepseek::v2),
+    ("deepseek_v3", deepseek::v3),
+    ("ernie4_5_moe", ernie4_5_moe::read),
+    ("glm4_moe", glm4_moe::read),
+    ("gpt_oss", gpt_oss::read),
+    ("llama4", llama4::published),
+    ("llama4_text", llama4::text),
+    ("mixtral", mixtral::read),
+    ("olmoe", olmoe::read),
+    ("phimoe", phimoe::read),
+    ("qwen2_moe", qwen::qwen2),
+    ("qwen3_moe", qwen::qwen3),
+];
+
+const EXPERT_COUNTS: [&str; 4] = ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"];
+const CHOICE_COUNTS: [&str; 2] = ["num_experts_per_tok", "moe_k"];
+
+/// What an absent key means; silent in transformers, and different from family to family.
+#[derive(Clone, Copy)]
+struct Defaults {
+    rope_theta: f64,
+    /// Share of a head that is rotated.
+    rotated: f64,
+    /// Text of the rotary section.
+    rope_section: Option<&'static str>,
+    norm_eps: f64,
+    max_positions: usize,
+    kv_heads: KvHeads,
+    /// Where it is not hidden_size / num_attention_heads.
+    head_dim: Option<usize>,
+    tied: bool,
+}
+
+/// What an absent `num_key_value_heads` means.
+#[derive(Clone, Copy)]
+enum KvHeads {
+    AsHeads,
+    Fixed(usize),
+}
+
+impl Defaults {
+    const USUAL: Defaults = Defaults {
+        rope_theta: 1e4,
+        rotated: 1.0,
+        rope_section: None,
+        norm_eps: 1e-5,
+        max_positions: 131_072,
+        kv_heads: KvHeads::AsHeads,
+        head_dim: None,
+        tied: false,
+    };
+}
+
+/// Keys that every family has, with the family's silent defaults.
+struct Common<'c> {
+    config: &'c Config,
+    family: &'static str,
+    defaults: Defaults,
+    hidden_size: usize,
+    layers: usize,
+    heads: usize,
+    max_positions: usize,
+    rope: RopeConfig,
+    names: Names,
+    expert_count_keys: Vec<&'static str>,
+    experts: usize,
+    top_k: usize,
+    norm_eps: f64,
+}
+
+impl<'c> Common<'c> {
+    fn read(config: &'c Config, family: &'static str, names: Names, defaults: Defaults) -> Result<Self> {
+        config.require("hidden_act", "silu")?;
+        let max_positions = config.size_or("max_position_embeddings", defaults.max_positions)?;
+        let present = |key: &&str| config.get(key).is_some();
+        let expert_count_keys: Vec<_> = EXPERT_COUNTS.into_iter().filter(present).collect();
+        let count_key =
+            expert_count_keys.first().ok_or_else(|| Error::invalid("num_experts", "is missing"))?;
+        let top_k_key = config.first(&CHOICE_COUNTS).unwrap_or(CHOICE_COUNTS[0]);
+        let Defaults { rope_theta: theta, rotated: partial, rope_section: section, .. } = defaults;
+        Ok(Common {
+            family,
+            defaults,
+            hidden_size: config.positive("hidden_size")?,
+            layers: config.positive("num_hidden_layers")?,
+            heads: config.positive("num_attention_heads")?,
+            max_positions,
+            rope: RopeConfig::read(config, RopeDefaults { theta, partial, section }, max_positions)?,
+            names,
+            experts: config.positive(count_key)?,
+            top_k: config.positive(top_k_key)?,
+            norm_eps: config.float_or("rms_norm_eps", defaults.norm_eps)?,
+            expert_count_keys,
+            config,
+        })
+    }
+
+    fn head_dim(&self) -> Result<usize> {
+        let Common { config, heads, hidden_size, .. } = *self;
+        match (config.size_opt("head_dim")?, self.defaults.head_dim) {
+            (Some(0), _) => Err(Error::invalid("head_dim", "is 0, expected at least 2")),
+            (Some(dim), _) => Ok(dim),
+            // A `null` means the quotient even where an absent key does not.
+            (None, Some(dim)) if !config.mentions("head_dim") => Ok(dim),
+            _ if hidden_size.is_multiple_of(heads) => Ok(hidden_size / heads),
+            _ => {
+                let what = format!("is {heads}, expected a divisor of hidden_size = {hidden_size}");
+                Err(Error::invalid("num_attention_heads", what))
+            }
+        }
+    }
+
+    /// Plain grouped-query attention without biases or norms, rotated in halves; families change what they have
+    /// otherwise.
+    fn grouped(&self) -> Result<GroupedAttention> {
+        let head_dim = self.head_dim()?;
+        let kv_heads = match self.defaults.kv_heads {
+            KvHeads::AsHeads => self.heads,
+            KvHeads::Fixed(heads) => heads,
+        };
+        Ok(GroupedAttention {
+            heads: self.heads,
+            kv_heads: self.config.size_or("num_key_value_heads", kv_heads)?,
+            head_dim,
+            qkv_bias: false,
+            output_bias: false,
+            qk_norm: QkNorm::None,
+            clip: None,
+            rope: Some(self.rope.of_head(head_dim, Pairing::Halves)?),
+            span: Span::Full,
+            sinks: false,
+            scale: (head_dim as f64).powf(-0.5) as f32,
+            temperature: None,
+        })
+    }
+
+    /// Experts of this width behind a softmax router, without a shared expert.
+    fn moe(&self, width: usize, weights: WeightRule) -> MoeSpec {
+        MoeSpec {
+            experts: self.experts,
+            width,
+            activation: Activation::SwiGlu,
+            expert_bias: false,
+            router: RouterSpec::softmax(self.top_k, weights),
+            shared: None,
+        }
+    }
+
+    /// The router of DeepSeek-V3 and GLM-4.5: sigmoid scores; a bias that only choices see; the groups with the largest
+    /// sums of two choice values (DeepSeek-V3, arXiv 2412.19437, §2.1.2). The defaults are those of `n_group`,
+    /// `topk_group` and `routed_scaling_factor`.
+    fn biased_sigmoid(&self, [groups, kept]: [usize; 2], scale: f64) -> Result<RouterSpec> {
+        let config = self.config;
+        config.require("scoring_func", "sigmoid")?;
+        config.require("topk_method", "noaux_tc")?;
+        let scale = config.float_or("routed_scaling_factor", scale)? as f32;
+        let count = config.size_or("n_group", groups)?;
+        let limit =
+            GroupLimit { count, kept: config.size_or("topk_group", kept)?, score: GroupScore::TwoLargest };
+        let weights = if config.flag_or("norm_topk_prob", true)? {
+            WeightRule::Renormalised { added: 1e-20, least: 0.0, scale }
+        } else {
+            WeightRule::Scaled(scale)
+        };
+        Ok(RouterSpec {
+            scoring: Scoring::Sigmoid,
+            choice: Choice::BiasedScore,
+            groups: (count != 1).then_some(limit),
+            ..RouterSpec::softmax(self.top_k, weights)
+        })
+    }
+
+    /// A shared expert as wide as the number of routed ones that `key` says; one MLP, however many that are.
+    fn shared(&self, key: &str, default: usize, width: usize) -> Result<Option<SharedSpec>> {
+        let count = self.config.size_or(key, default)?;
+        Ok((count > 0).then_some(SharedSpec { width: count * width, gated: false }))
+    }
+
+    fn architecture(self, layer: impl Fn(usize) -> LayerSpec) -> Result<Architecture> {
+        Ok(Architecture {
+            family: self.family,
+            vocabulary: self.config.positive("vocab_size")?,
+            hidden_size: self.hidden_size,
+            max_positions: self.max_positions,
+            norm_eps: self.norm_eps as f32,
+            norm_bias: false,
+            mlp_bias: false,
+            tied_embeddings: self.config.flag_or("tie_word_embeddings", self.defaults.tied)?,
+            head_bias: false,
+            layers: (0..self.layers).map(layer).collect(),
+            names: self.names,
+            config_section: None,
+            expert_count_keys: self.expert_count_keys,
+            packing: None,
+        })
+    }
+}
+
+/// Renormalised where `norm_topk_prob` says so; absent means no.
+fn weight_rule(config: &Config) -> Result<WeightRule> {
+    let renormalise = config.flag_or("norm_topk_prob", false)?;
+    Ok(if renormalise { WeightRule::RENORMALISED } else { WeightRule::Scaled(1.0) })
+}
+
+/// The window that `sliding_window` says, if it says one.
+fn window(config: &Config) -> Result<Span> {
+    Ok(match config.size_opt("sliding_window")? {
+        None | Some(0) => Span::Full,
+        Some(window) => Span::Window(window),
+    })
+}
+
+fn feed_forward(sparse: bool, moe: &MoeSpec, dense_width: usize) -> FeedForwardSpec {
+    if sparse { FeedForwardSpec::Moe(moe.clone()) } else { FeedForwardSpec::Dense { width: dense_width } }
+}
+
+/// A layer of grouped-query attention and experts.
+fn moe_layer(attention: &GroupedAttention, moe: &MoeSpec) -> LayerSpec {
+    LayerSpec {
+        attention: AttentionSpec::Grouped(attention.clone()),
+        feed_forward: FeedForwardSpec::Moe(moe.clone()),
+    }
+}

@@ -1,0 +1,70 @@
+use super::{
+    Architecture, AttentionSpec, Common, Config, Defaults, GroupedAttention, KvHeads, LayerSpec, MoeSpec,
+    Names, QkNorm, Result, SharedSpec, Span,
+};
+use super::{feed_forward, weight_rule, window};
+
+const DEFAULTS: Defaults = Defaults { norm_eps: 1e-6, max_positions: 32768, ..Defaults::USUAL };
+
+/// Which layers of a Qwen model have experts: not in `mlp_only_layers`, and every `decoder_sparse_step`-th.
+fn sparse_layers(config: &Config) -> Result<impl Fn(usize) -> bool + use<>> {
+    let dense = config.sizes("mlp_only_layers")?.unwrap_or_default();
+    let step = config.size_or("decoder_sparse_step", 1)?.max(1);
+    Ok(move |l: usize| !dense.contains(&l) && (l + 1).is_multiple_of(step))
+}
+
+/// The window of a Qwen model, where it is switched on.
+fn sliding_window(config: &Config) -> Result<Span> {
+    if config.flag_or("use_sliding_window", false)? { window(config) } else { Ok(Span::Full) }
+}
+
+/// Qwen1.5-MoE and Qwen2-57B-A14B (arXiv 2407.10671).
+pub(super) fn qwen2(config: &Config) -> Result<Architecture> {
+    let names = Names { shared: "shared_expert", ..Names::default() };
+    let defaults = Defaults { kv_heads: KvHeads::Fixed(16), ..DEFAULTS };
+    let common = Common::read(config, "qwen2_moe", names, defaults)?;
+    let attention = GroupedAttention { qkv_bias: config.flag_or("qkv_bias", true)?, ..common.grouped()? };
+    let window = sliding_window(config)?;
+    let first_full = config.size_or("max_window_layers", 28)?;
+    let layer_types = config.strings("layer_types")?;
+    let slides = |l: usize| match &layer_types {
+        Some(types) => types.get(l).is_some_and(|t| t == "sliding_attention"),
+        // As transformers 5 fills in the types that a config leaves out.
+        None => l.is_multiple_of(2) && l < first_full,
+    };
+    let shared_width = config.positive("shared_expert_intermediate_size")?;
+    let moe = MoeSpec {
+        shared: Some(SharedSpec { width: shared_width, gated: true }),
+        ..common.moe(config.positive("moe_intermediate_size")?, weight_rule(config)?)
+    };
+    let sparse = sparse_layers(config)?;
+    let width = config.positive("intermediate_size")?;
+    common.architecture(|l| LayerSpec {
+        attention: AttentionSpec::Grouped(GroupedAttention {
+            span: if slides(l) { window } else { Span::Full },
+            ..attention.clone()
+        }),
+        feed_forward: feed_forward(sparse(l), &moe, width),
+    })
+}
+
+/// Qwen3 MoE (arXiv 2505.09388).
+pub(super) fn qwen3(config: &Config) -> Result<Architecture> {
+    let defaults = Defaults { kv_heads: KvHeads::Fixed(4), ..DEFAULTS };
+    let common = Common::read(config, "qwen3_moe", Names::default(), defaults)?;
+    let bias = config.flag_or("attention_bias", false)?;
+    let attention = GroupedAttention {
+        qkv_bias: bias,
+        output_bias: bias,
+        qk_norm: QkNorm::PerHead,
+        span: sliding_window(config)?,
+        ..common.grouped()?
+    };
+    let moe = common.moe(config.positive("moe_intermediate_size")?, weight_rule(config)?);
+    let sparse = sparse_layers(config)?;
+    let width = config.positive("intermediate_size")?;
+    common.architecture(|l| LayerSpec {
+        attention: AttentionSpec::Grouped(attention.clone()),
+        feed_forward: feed_forward(sparse(l), &moe, width),
+    })
+}

@@ -1,0 +1,453 @@
+//! A weight matrix in whatever form the checkpoint holds it.
+
+use std::sync::Arc;
+
+use super::packed::{E4M3, E8M0_LARGEST, MX_BLOCK, decode_mxfp4};
+use super::{Dtype, Error, Result, Tensor, decode_f32};
+
+/// A weight matrix W `[rows, cols]` = `[out, in]` as stored. Cheap to clone; nothing is read until it is decoded.
+#[derive(Clone, Debug)]
+pub struct Weight {
+    name: Arc<str>,
+    rows: usize,
+    cols: usize,
+    storage: Storage,
+}
+
+/// How the values of a [`Weight`] are stored.
+#[derive(Clone, Debug)]
+pub enum Storage {
+    /// f32, f16 or bf16, `[rows, cols]`.
+    Plain(Tensor),
+    /// f32, f16 or bf16, transposed: W[r, c] is at row c of a tensor `[cols, width]`, in column [`Stride::at`] r.
+    InputMajor(Tensor, Stride),
+    /// FP8 e4m3 `[rows, cols]`, times a scale per block, `[⌈rows / block₀⌉, ⌈cols / block₁⌉]` (DeepSeek-V3, arXiv
+    /// 2412.19437, §3.3.2).
+    Fp8 {
+        /// The FP8 codes.
+        values: Tensor,
+        /// The scales.
+        scales: Tensor,
+        /// Rows and columns of a block.
+        block: [usize; 2],
+    },
+    /// MXFP4: row r of W is row [`Stride::at`] r of these tensors.
+    Mxfp4 {
+        /// Two codes a byte, `[stored rows, cols / 32, 16]`.
+        blocks: Tensor,
+        /// E8M0 scales, `[stored rows, cols / 32]`.
+        scales: Tensor,
+        /// Which stored rows are W's.
+        rows: Stride,
+    },
+}
+
+/// Evenly spaced indices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stride {
+    /// The first index.
+    pub first: usize,
+    /// Distance between indices.
+    pub step: usize,
+}
+
+impl Stride {
+    /// 0, 1, 2, …
+    pub const ALL: Stride = Stride { first: 0, step: 1 };
+
+    /// Index number `i`.
+    pub fn at(self, i: usize) -> usize {
+        self.first + i * self.step
+    }
+
+    /// The first `count` indices.
+    pub fn indices(self, count: usize) -> Vec<usize> {
+        (0..count).map(|i| self.at(i)).collect()
+    }
+}
+
+impl Weight {
+    /// A matrix of plain numbers.
+    ///
+    /// # Errors
+    /// Names the tensor that has another type or is no matrix.
+    pub fn plain(tensor: Tensor) -> Result<Self> {
+        tensor.check_float()?;
+        let &[rows, cols] = tensor.shape() else {
+            let (name, found) = (tensor.name().into(), tensor.shape().to_vec());
+            return Err(Error::Shape { name, found, expected: vec![0, 0] });
+        };
+        Ok(Weight { name: tensor.name().into(), rows, cols, storage: Storage::Plain(tensor) })
+    }
+
+    /// The matrix whose row r is column `columns.at(r)` of `tensor` `[cols, width]`.
+    ///
+    /// # Errors
+    /// Names the tensor that has another type or too few columns.
+    pub fn input_major(tensor: Tensor, columns: Stride, rows: usize) -> Result<Self> {
+        tensor.check_float()?;
+        let cols = tensor.shape().first().copied().unwrap_or(0);
+        let least = if rows == 0 { 0 } else { columns.at(rows - 1) + 1 };
+        match tensor.shape() {
+            [_, width] if *width >= least => {}
+            found => {
+                let (name, found) = (tensor.name().into(), found.to_vec());
+                return Err(Error::Shape { name, found, expected: vec![cols, least] });
+            }
+        }
+        Ok(Weight { name: tensor.name().into(), rows, cols, storage: Storage::InputMajor(tensor, columns) })
+    }
+
+    /// A matrix of FP8 values with one scale per block.
+    ///
+    /// # Errors
+    /// Names the tensor that has another type or shape.
+    pub fn fp8(values: Tensor, scales: Tensor, block: [usize; 2]) -> Result<Self> {
+        check_dtype(&values, Dtype::F8_E4M3, "F8_E4M3")?;
+        scales.check_float()?;
+        let &[rows, cols] = values.shape() else {
+            let (name, found) = (values.name().into(), values.shape().to_vec());
+            return Err(Error::Shape { name, found, expected: vec![0, 0] });
+        };
+        let block = block.map(|b| b.max(1));
+        scales.check_shape(&[rows.div_ceil(block[0]), cols.div_ceil(block[1])])?;
+        Ok(Weight { name: values.name().into(), rows, cols, storage: Storage::Fp8 { values, scales, block } })
+    }
+
+    /// The MXFP4 matrix of `count` rows whose row r is row `rows.at(r)` of `blocks` `[stored rows, cols / 32, 16]` and
+    /// of `scales` `[stored rows, cols / 32]`.
+    ///
+    /// # Errors
+    /// Names the tensor that has another type or shape.
+    pub fn mxfp4(blocks: Tensor, scales: Tensor, rows: Stride, count: usize) -> Result<Self> {
+        check_dtype(&blocks, Dtype::U8, "U8")?;
+        check_dtype(&scales, Dtype::U8, "U8")?;
+        let &[stored, per_row] = scales.shape() else {
+            let (name, found) = (scales.name().into(), scales.shape().to_vec());
+            return Err(Error::Shape { name, found, expected: vec![count, 0] });
+        };
+        blocks.check_shape(&[stored, per_row, MX_BLOCK / 2])?;
+        if count > 0 && rows.at(count - 1) >= stored {
+            let (name, found) = (scales.name().into(), scales.shape().to_vec());
+            return Err(Error::Shape { name, found, expected: vec![rows.at(count - 1) + 1, per_row] });
+        }
+        let (name, cols) = (blocks.name().into(), per_row * MX_BLOCK);
+        Ok(Weight { name, rows: count, cols, storage: Storage::Mxfp4 { blocks, scales, rows } })
+    }
+
+    /// Name in messages: that of the tensor, unless [`Weight::renamed`].
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The same matrix under another name.
+    #[must_use]
+    pub fn renamed(mut self, name: impl Into<Arc<str>>) -> Self {
+        self.name = name.into();
+        self
+    }
+
+    /// Output width.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input width.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Number of values.
+    pub fn len(&self) -> usize {
+        self.rows * self.cols
+    }
+
+    /// Whether it has no values.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// How the values are stored.
+    pub fn storage(&self) -> &Storage {
+        &self.storage
+    }
+
+    /// Stored bytes, scales included.
+    pub fn bytes(&self) -> u64 {
+        let bytes = match &self.storage {
+            Storage::Plain(tensor) => tensor.bytes().len(),
+            Storage::InputMajor(tensor, _) => self.len() * tensor.dtype().bitsize() / 8,
+            Storage::Fp8 { values, scales, .. } => values.bytes().len() + scales.bytes().len(),
+            Storage::Mxfp4 { .. } => self.len() / 2 + self.len() / MX_BLOCK,
+        };
+        bytes as u64
+    }
+
+    /// Whether values are stored in fewer than 16 bits, with scales.
+    pub fn is_packed(&self) -> bool {
+        matches!(self.storage, Storage::Fp8 { .. } | Storage::Mxfp4 { .. })
+    }
+
+    /// Whether the values are part of a larger tensor, or stand in another order than W's.
+    pub fn is_view(&self) -> bool {
+        matches!(self.storage, Storage::InputMajor(..) | Storage::Mxfp4 { .. })
+    }
+
+    /// Type for numbers that replace this matrix, such as its factors: its own, or bf16 where it is packed.
+    pub fn replacement_dtype(&self) -> Dtype {
+        match &self.storage {
+            Storage::Plain(tensor) | Storage::InputMajor(tensor, _) => tensor.dtype(),
+            Storage::Fp8 { .. } | Storage::Mxfp4 { .. } => Dtype::BF16,
+        }
+    }
+
+    /// Errors unless the matrix is `[rows, cols]`.
+    pub fn check_shape(&self, rows: usize, cols: usize) -> Result<()> {
+        if (self.rows, self.cols) == (rows, cols) {
+            return Ok(());
+        }
+        let (name, found) = (self.name().into(), vec![self.rows, self.cols]);
+        Err(Error::Shape { name, found, expected: vec![rows, cols] })
+    }
+
+    /// Errors where a value is NaN or infinite.
+    pub fn check_finite(&self) -> Result<()> {
+        let first = |tensor: &Tensor, value: f32, bad: fn(u8) -> bool| {
+            let name = tensor.name().into();
+            match tensor.bytes().iter().position(|&b| bad(b)) {
+                Some(index) => Err(Error::NonFinite { name, index, value }),
+                None => Ok(()),
+            }
+        };
+        match &self.storage {
+            Storage::Plain(tensor) | Storage::InputMajor(tensor, _) => tensor.check_finite(),
+            Storage::Fp8 { values, scales, .. } => {
+                scales.check_finite()?;
+                first(values, f32::NAN, |code| code & 0x7f == 0x7f)
+            }
+            Storage::Mxfp4 { scales, .. } => first(scales, f32::INFINITY, |code| code > E8M0_LARGEST),
+        }
+    }
+
+    /// Lets the operating system drop the pages.
+    pub fn release(&self) {
+        match &self.storage {
+            Storage::Plain(tensor) | Storage::InputMajor(tensor, _) => tensor.release(),
+            Storage::Fp8 { values, scales, .. } => [values, scales].into_iter().for_each(Tensor::release),
+            Storage::Mxfp4 { blocks, scales, .. } => [blocks, scales].into_iter().for_each(Tensor::release),
+        }
+    }
+
+    /// Decodes the rows from `first` on into `out`, as many as it holds. Exact, but for FP8 values, where the product
+    /// with the scale is rounded to f32.
+    pub fn decode_rows(&self, first: usize, out: &mut [f32]) {
+        if out.is_empty() {
+            return;
+        }
+        let cols = self.cols;
+        match &self.storage {
+            Storage::Plain(tensor) => {
+                let width = tensor.dtype().bitsize() / 8;
+                let start = first * cols * width;
+                decode_f32(tensor.dtype(), &tensor.bytes()[start..start + out.len() * width], out);
+            }
+            Storage::InputMajor(tensor, columns) => {
+                let columns = Stride { first: columns.at(first), ..*columns };
+                match tensor.dtype() {
+                    Dtype::F32 => gather(tensor, columns, cols, out, f32::from_le_bytes),
+                    Dtype::F16 => {
+                        gather(tensor, columns, cols, out, |b| half::f16::from_le_bytes(b).to_f32());
+                    }
+                    _ => gather(tensor, columns, cols, out, |b| half::bf16::from_le_bytes(b).to_f32()),
+                }
+            }
+            Storage::Fp8 { values, scales, block } => {
+                let per_row = cols.div_ceil(block[1]);
+                let mut factors = vec![0.0; per_row];
+                let size = scales.dtype().bitsize() / 8 * per_row;
+                for (r, row) in (first..).zip(out.chunks_exact_mut(cols)) {
+                    let at = r / block[0] * size;
+                    decode_f32(scales.dtype(), &scales.bytes()[at..at + size], &mut factors);
+                    let codes = values.bytes()[r * cols..(r + 1) * cols].chunks(block[1]);
+                    for ((out, codes), factor) in row.chunks_mut(block[1]).zip(codes).zip(&factors) {
+                        for (o, &code) in out.iter_mut().zip(codes) {
+                            *o = E4M3[usize::from(code)] * factor;
+                        }
+                    }
+                }
+            }
+            Storage::Mxfp4 { blocks, scales, rows } => {
+                let per_row = cols / MX_BLOCK;
+                let (blocks, _) = blocks.bytes().as_chunks::<{ MX_BLOCK / 2 }>();
+                for (r, row) in (first..).zip(out.chunks_exact_mut(cols)) {
+                    let stored = rows.at(r) * per_row..(rows.at(r) + 1) * per_row;
+                    let packed = blocks[stored.clone()].iter().zip(&scales.bytes()[stored]);
+                    for (out, (block, &scale)) in row.as_chunks_mut().0.iter_mut().zip(packed) {
+                        decode_mxfp4(block, scale, out);
+                    }
+                }
+            }
+        }
+    }
+
+    /// All values, row-major.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut values = vec![0.0; self.len()];
+        self.decode_rows(0, &mut values);
+        values
+    }
+
+    /// The tensors that hold this matrix alone: `{stem}.weight` `[rows, cols]`, with `{stem}.weight_scale_inv` where it
+    /// is FP8; `{stem}.weight_blocks` `[rows, cols / 32, 16]` and `{stem}.weight_scales` `[rows, cols / 32]` where it is
+    /// MXFP4. Values and scales are copied as they are.
+    pub fn tensors(&self, stem: &str) -> Vec<Tensor> {
+        let named = |tensor: Tensor, what: &str| tensor.renamed(format!("{stem}.{what}"));
+        let select = |tensor: &Tensor, rows: Stride| {
+            if rows == Stride::ALL && tensor.shape()[0] == self.rows {
+                tensor.clone()
+            } else {
+                tensor.select_rows(&rows.indices(self.rows))
+            }
+        };
+        match &self.storage {
+            Storage::Plain(tensor) => vec![named(tensor.clone(), "weight")],
+            Storage::InputMajor(tensor, columns) => {
+                let bytes = match tensor.dtype() {
+                    Dtype::F32 => transpose::<4>(tensor, *columns, self.rows),
+                    _ => transpose::<2>(tensor, *columns, self.rows),
+                };
+                let shape = vec![self.rows, self.cols];
+                vec![Tensor::owned(format!("{stem}.weight"), tensor.dtype(), shape, bytes)]
+            }
+            Storage::Fp8 { values, scales, .. } => {
+                vec![named(values.clone(), "weight"), named(scales.clone(), "weight_scale_inv")]
+            }
+            Storage::Mxfp4 { blocks, scales, rows } => vec![
+                named(select(blocks, *rows), "weight_blocks"),
+                named(select(scales, *rows), "weight_scales"),
+            ],
+        }
+    }
+}
+
+fn check_dtype(tensor: &Tensor, dtype: Dtype, expected: &'static str) -> Result<()> {
+    if tensor.dtype() == dtype {
+        return Ok(());
+    }
+    let (name, found) = (tensor.name().into(), format!("{:?}", tensor.dtype()));
+    Err(Error::Dtype { name, found, expected })
+}
+
+/// out[r, c] = tensor[c, columns.at(r)], for a tensor of N-byte numbers.
+fn gather<const N: usize>(
+    tensor: &Tensor,
+    columns: Stride,
+    cols: usize,
+    out: &mut [f32],
+    value: impl Fn([u8; N]) -> f32,
+) {
+    let width = tensor.shape()[1];
+    let (numbers, _) = tensor.bytes().as_chunks::<N>();
+    let rows = out.len() / cols;
+    for (c, stored) in numbers.chunks_exact(width).enumerate() {
+        for r in 0..rows {
+            out[r * cols + c] = value(stored[columns.at(r)]);
+        }
+    }
+}
+
+/// The bytes of rows `columns.at(0)` … of the transposed tensor of N-byte numbers.
+fn transpose<const N: usize>(tensor: &Tensor, columns: Stride, rows: usize) -> Vec<u8> {
+    let width = tensor.shape()[1];
+    let (numbers, _) = tensor.bytes().as_chunks::<N>();
+    let row = |r: usize| numbers.chunks_exact(width).flat_map(move |stored| stored[columns.at(r)]);
+    (0..rows).flat_map(row).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decoded(weight: &Weight, first: usize, rows: usize) -> Vec<f32> {
+        let mut out = vec![f32::NAN; rows * weight.cols()];
+        weight.decode_rows(first, &mut out);
+        out
+    }
+
+    /// Every second column of a transposed matrix, in every type, and the tensor that holds it alone.
+    #[test]
+    fn input_major_columns() {
+        let values: Vec<f32> = (0..24).map(|i| i as f32 / 4.0).collect();
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+            let stored = Tensor::from_f32("w", dtype, vec![4, 6], &values);
+            let weight = Weight::input_major(stored, Stride { first: 1, step: 2 }, 3).unwrap();
+            assert_eq!((weight.rows(), weight.cols()), (3, 4));
+            let expected: Vec<f32> =
+                (0..3).flat_map(|r| (0..4).map(move |c| (c * 6 + 1 + 2 * r) as f32 / 4.0)).collect();
+            assert_eq!(weight.to_f32(), expected);
+            assert_eq!(decoded(&weight, 1, 2), expected[4..]);
+            let alone = &weight.tensors("e")[0];
+            assert_eq!((alone.name(), alone.to_f32().unwrap()), ("e.weight", expected));
+            assert_eq!(weight.bytes(), alone.bytes().len() as u64);
+        }
+        let stored = Tensor::from_f32("w", Dtype::F32, vec![4, 6], &values);
+        let error = Weight::input_major(stored, Stride { first: 1, step: 2 }, 4).unwrap_err().to_string();
+        assert_eq!(error, "w has shape [4, 6], expected [4, 8]");
+    }
+
+    /// Blocks that do not divide the matrix; the product with the scale is what f32 gives.
+    #[test]
+    fn fp8_blocks() {
+        let codes: Vec<u8> = (0..5 * 7).map(|i| (i * 37 % 256) as u8).map(|c| c & !0x08).collect();
+        let values = Tensor::owned("w.weight", Dtype::F8_E4M3, vec![5, 7], codes.clone());
+        let factors = [0.1, 3.0e-5, 7.0, 1.0, 0.3, 12345.678];
+        let scales = Tensor::from_f32("w.weight_scale_inv", Dtype::F32, vec![2, 3], &factors);
+        let weight = Weight::fp8(values, scales, [3, 3]).unwrap();
+        let value = |i: usize| E4M3[usize::from(codes[i])] * factors[i / 7 / 3 * 3 + i % 7 / 3];
+        let expected: Vec<f32> = (0..35).map(value).collect();
+        assert_eq!(weight.to_f32(), expected);
+        assert_eq!(decoded(&weight, 3, 2), expected[21..]);
+        assert_eq!((weight.bytes(), weight.replacement_dtype()), (35 + 24, Dtype::BF16));
+        assert!(weight.check_finite().is_ok());
+        let names: Vec<_> = weight.tensors("e").iter().map(|t| t.name().to_string()).collect();
+        assert_eq!(names, ["e.weight", "e.weight_scale_inv"]);
+        assert_eq!(weight.tensors("e").iter().map(Tensor::parameters).sum::<u64>(), 35);
+    }
+
+    #[test]
+    fn fp8_that_is_not_finite_or_does_not_fit() {
+        let values = |code: u8| Tensor::owned("w", Dtype::F8_E4M3, vec![1, 2], vec![0, code]);
+        let scales = |shape: Vec<usize>| {
+            let n: usize = shape.iter().product();
+            Tensor::from_f32("s", Dtype::F32, shape, &vec![1.0; n])
+        };
+        let error = Weight::fp8(values(0xff), scales(vec![1, 1]), [128, 128]).unwrap().check_finite();
+        assert_eq!(error.unwrap_err().to_string(), "w holds NaN at flat index 1; weights must be finite");
+        let error = Weight::fp8(values(0), scales(vec![1, 2]), [128, 128]).unwrap_err().to_string();
+        assert_eq!(error, "s has shape [1, 2], expected [1, 1]");
+        let error = Weight::fp8(scales(vec![1, 1]), scales(vec![1, 1]), [128, 128]).unwrap_err().to_string();
+        assert_eq!(error, "s has dtype F32, expected F8_E4M3");
+    }
+
+    /// Odd rows of a packed matrix, decoded and copied.
+    #[test]
+    fn mxfp4_rows() {
+        let bytes: Vec<u8> = (0..4 * 2 * 16).map(|i| (i * 29 % 256) as u8).collect();
+        let blocks = Tensor::owned("w_blocks", Dtype::U8, vec![4, 2, 16], bytes.clone());
+        let scales = Tensor::owned("w_scales", Dtype::U8, vec![4, 2], (120..128).collect());
+        let all = Weight::mxfp4(blocks.clone(), scales.clone(), Stride::ALL, 4).unwrap();
+        let odd = Weight::mxfp4(blocks, scales, Stride { first: 1, step: 2 }, 2).unwrap();
+        let everything = all.to_f32();
+        assert_eq!(odd.to_f32(), [&everything[64..128], &everything[192..]].concat());
+        assert_eq!(decoded(&odd, 1, 1), everything[192..]);
+        // Value 3 of row 1: high half of byte 1 of block 2, scale 2^(122 − 127).
+        let code = usize::from(bytes[2 * 16 + 1] >> 4);
+        assert_eq!(everything[64 + 3], crate::checkpoint::E2M1[code] / 32.0);
+        let alone = odd.tensors("e");
+        assert_eq!(alone[0].name(), "e.weight_blocks");
+        assert_eq!(alone[0].bytes(), [&bytes[32..64], &bytes[96..]].concat());
+        assert_eq!(alone[1].bytes(), [122, 123, 126, 127]);
+        assert_eq!(alone.iter().map(|t| t.bytes().len() as u64).sum::<u64>(), odd.bytes());
+        assert_eq!(alone.iter().map(Tensor::parameters).sum::<u64>(), 128);
+    }
+}

@@ -1,0 +1,170 @@
+//! Finding the tensors of a layer, whichever way the checkpoint stores them.
+
+use super::source::{AttentionSource, FeedForwardSource, LayerSource, LinearSource, NormSource};
+use super::{Error, Result};
+use crate::architecture::{
+    Activation, Architecture, AttentionSpec, FeedForwardSpec, LatentAttention, Packing, Projection, QkNorm,
+};
+use crate::backend::Mlp;
+use crate::checkpoint::{Checkpoint, Dtype, Error as CheckpointError, Stride, Tensor, Weight};
+
+/// Finds tensors of one layer.
+pub(super) struct Finder<'a> {
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) architecture: &'a Architecture,
+    pub(super) l: usize,
+}
+
+impl Finder<'_> {
+    pub(super) fn error(&self, source: CheckpointError) -> Error {
+        Error::Layer { layer: self.l, source }
+    }
+
+    pub(super) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let tensor = self.checkpoint.tensor(name).map_err(|e| self.error(e))?;
+        tensor.check_shape(shape).map_err(|e| self.error(e))?;
+        Ok(tensor)
+    }
+
+    /// A tensor of plain numbers.
+    pub(super) fn numbers(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let tensor = self.tensor(name, shape)?;
+        tensor.check_float().map_err(|e| self.error(e))?;
+        Ok(tensor)
+    }
+
+    /// The first of two names that the checkpoint has; the first of all where it has neither.
+    pub(super) fn either<'n>(&self, names: &'n [String; 2], suffix: &str) -> &'n str {
+        let present = |name: &&String| self.checkpoint.get(&format!("{name}{suffix}")).is_some();
+        names.iter().find(present).unwrap_or(&names[0])
+    }
+
+    /// The matrix `[out, input]` stored as `{stem}.weight`, with `{stem}.weight_scale_inv` where it is FP8, or as
+    /// `{stem}.weight_blocks` and `{stem}.weight_scales` where it is MXFP4.
+    pub(super) fn weight(&self, stem: &str, out: usize, input: usize) -> Result<Weight> {
+        let named = |what: &str| format!("{stem}.weight{what}");
+        let weight = if let Some(blocks) = self.checkpoint.get(&named("_blocks")) {
+            let scales = self.checkpoint.tensor(&named("_scales")).map_err(|e| self.error(e))?;
+            Weight::mxfp4(blocks.clone(), scales, Stride::ALL, out)
+        } else {
+            let tensor = self.tensor(&named(""), &[out, input])?;
+            if tensor.dtype() == Dtype::F8_E4M3 {
+                let scales = self.checkpoint.tensor(&named("_scale_inv")).map_err(|e| self.error(e))?;
+                let block = match self.architecture.packing {
+                    Some(Packing::Fp8 { block }) => block,
+                    _ => Packing::USUAL_FP8_BLOCK,
+                };
+                Weight::fp8(tensor, scales, block)
+            } else {
+                Weight::plain(tensor)
+            }
+        };
+        let weight = weight.map_err(|e| self.error(e))?;
+        weight.check_shape(out, input).map_err(|e| self.error(e))?;
+        Ok(weight)
+    }
+
+    /// `{prefix}.weight` and, where there is one, `{prefix}.bias`.
+    fn linear(&self, prefix: &str, out: usize, input: usize, bias: bool) -> Result<LinearSource> {
+        let weight = self.weight(prefix, out, input)?;
+        Ok(LinearSource { weight, bias: self.bias(prefix, out, bias)? })
+    }
+
+    /// `{prefix}.bias`, where there is one.
+    pub(super) fn bias(&self, prefix: &str, out: usize, bias: bool) -> Result<Option<Tensor>> {
+        bias.then(|| self.numbers(&format!("{prefix}.bias"), &[out])).transpose()
+    }
+
+    fn attention_linear(&self, name: &str, out: usize, input: usize, bias: bool) -> Result<LinearSource> {
+        self.linear(&self.architecture.names.attention(self.l, name), out, input, bias)
+    }
+
+    fn attention_vector(&self, name: &str, length: usize) -> Result<Tensor> {
+        self.numbers(&self.architecture.names.attention(self.l, name), &[length])
+    }
+
+    fn norm(&self, prefix: &str) -> Result<NormSource> {
+        let Architecture { hidden_size, norm_bias, .. } = *self.architecture;
+        Ok(NormSource {
+            weight: self.numbers(&format!("{prefix}.weight"), &[hidden_size])?,
+            bias: self.bias(prefix, hidden_size, norm_bias)?,
+        })
+    }
+
+    pub(super) fn layer(&self) -> Result<LayerSource> {
+        let (l, names) = (self.l, &self.architecture.names);
+        let spec = &self.architecture.layers[l];
+        Ok(LayerSource {
+            layer: l,
+            input_norm: self.norm(&names.input_norm(l))?,
+            post_attention_norm: self.norm(&names.post_attention_norm(l))?,
+            attention: self.attention(&spec.attention)?,
+            feed_forward: match &spec.feed_forward {
+                FeedForwardSpec::Dense { width } => {
+                    FeedForwardSource::Dense(self.mlp(*width, |p| names.dense(l, p))?)
+                }
+                FeedForwardSpec::Moe(moe) => FeedForwardSource::Moe(self.moe(moe)?),
+            },
+        })
+    }
+
+    fn attention(&self, spec: &AttentionSpec) -> Result<AttentionSource> {
+        let d = self.architecture.hidden_size;
+        match spec {
+            AttentionSpec::Grouped(a) => {
+                let (q, kv) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
+                let norm = |name: &str, whole: usize| {
+                    let width = if a.qk_norm == QkNorm::Whole { whole } else { a.head_dim };
+                    self.attention_vector(name, width)
+                };
+                Ok(AttentionSource::Grouped {
+                    qkv: [
+                        self.attention_linear("q_proj", q, d, a.qkv_bias)?,
+                        self.attention_linear("k_proj", kv, d, a.qkv_bias)?,
+                        self.attention_linear("v_proj", kv, d, a.qkv_bias)?,
+                    ],
+                    norms: match a.qk_norm {
+                        QkNorm::None | QkNorm::Unweighted => None,
+                        QkNorm::PerHead | QkNorm::Whole => {
+                            Some([norm("q_norm.weight", q)?, norm("k_norm.weight", kv)?])
+                        }
+                    },
+                    sinks: a.sinks.then(|| self.attention_vector("sinks", a.heads)).transpose()?,
+                    output: self.attention_linear("o_proj", d, q, a.output_bias)?,
+                })
+            }
+            AttentionSpec::Latent(a) => self.latent_attention(a, d),
+        }
+    }
+
+    fn latent_attention(&self, a: &LatentAttention, d: usize) -> Result<AttentionSource> {
+        let q = a.heads * (a.nope_dim + a.rope_dim);
+        let (query, query_latent) = match a.query_rank {
+            None => (self.attention_linear("q_proj", q, d, false)?, None),
+            Some(rank) => {
+                let down = self.attention_linear("q_a_proj", rank, d, a.bias)?;
+                let norm = self.attention_vector("q_a_layernorm.weight", rank)?;
+                (self.attention_linear("q_b_proj", q, rank, false)?, Some((down, norm)))
+            }
+        };
+        let expanded = a.heads * (a.nope_dim + a.value_dim);
+        Ok(AttentionSource::Latent {
+            query,
+            query_latent,
+            latent: self.attention_linear("kv_a_proj_with_mqa", a.latent_dim + a.rope_dim, d, a.bias)?,
+            latent_norm: self.attention_vector("kv_a_layernorm.weight", a.latent_dim)?,
+            expand: self.attention_linear("kv_b_proj", expanded, a.latent_dim, false)?,
+            output: self.attention_linear("o_proj", d, a.heads * a.value_dim, a.bias)?,
+        })
+    }
+
+    pub(super) fn mlp(&self, width: usize, name: impl Fn(Projection) -> String) -> Result<Mlp<LinearSource>> {
+        let (d, bias) = (self.architecture.hidden_size, self.architecture.mlp_bias);
+        Ok(Mlp {
+            gate: self.linear(&name(Projection::Gate), width, d, bias)?,
+            up: self.linear(&name(Projection::Up), width, d, bias)?,
+            down: self.linear(&name(Projection::Down), d, width, bias)?,
+            activation: Activation::SwiGlu,
+        })
+    }
+}

@@ -1,0 +1,252 @@
+//! Finding router and experts of a layer: separate or fused, plain or packed, stock or in the moepress layout.
+
+use super::find::Finder;
+use super::source::MoeSource;
+use super::{Error, Result};
+use crate::architecture::{Choice, ExpertStorage, MoeSpec, Projection};
+use crate::backend::{Expert, Linear, Matrix, Mlp, RouterWeights, StoredExpert};
+use crate::checkpoint::{ExpertForm, LayerEntry, Stride, Tensor, Weight};
+
+impl Finder<'_> {
+    pub(super) fn moe(&self, moe: &MoeSpec) -> Result<MoeSource> {
+        let (l, d) = (self.l, self.architecture.hidden_size);
+        let names = &self.architecture.names;
+        let entry = self.checkpoint.manifest().and_then(|m| m.layers.iter().find(|entry| entry.layer == l));
+        let mut spec = moe.router.clone();
+        let (experts, fused, numbers) = match entry {
+            Some(entry) => {
+                spec.top_k = entry.top_k;
+                let numbers: Vec<usize> = entry.experts.iter().map(|e| e.expert).collect();
+                (self.listed_experts(entry, moe, &numbers)?, Vec::new(), numbers)
+            }
+            None => {
+                let (experts, fused) = self.all_experts(moe)?;
+                (experts, fused, (0..moe.experts).collect())
+            }
+        };
+        let shared = match moe.shared {
+            None => None,
+            Some(shared) => {
+                let gate = || {
+                    let gate = self.numbers(&names.shared_gate(l), &[1, d])?;
+                    Weight::plain(gate).map_err(|e| self.error(e))
+                };
+                let gate = shared.gated.then(gate).transpose()?;
+                Some((self.mlp(shared.width, |p| names.shared(l, p))?, gate))
+            }
+        };
+        let source = MoeSource {
+            router: self.router(moe, experts.len())?,
+            spec,
+            experts,
+            numbers,
+            original_experts: moe.experts,
+            shared,
+            fused,
+        };
+        source.check_choices(l)?;
+        Ok(source)
+    }
+
+    fn router(&self, moe: &MoeSpec, experts: usize) -> Result<RouterWeights> {
+        let (l, names) = (self.l, &self.architecture.names);
+        let routers = names.routers(l);
+        let router = self.either(&routers, ".weight");
+        let choice_bias = || {
+            let stored = names.choice_biases(l);
+            let name = self.either(&stored, "");
+            if names.choice_bias_is_row {
+                Ok(self.numbers(name, &[1, experts])?.entry(0))
+            } else {
+                self.numbers(name, &[experts])
+            }
+        };
+        Ok(RouterWeights {
+            weight: self.numbers(&format!("{router}.weight"), &[experts, self.architecture.hidden_size])?,
+            bias: self.bias(router, experts, moe.router.bias)?,
+            choice_bias: (moe.router.choice == Choice::BiasedScore).then(choice_bias).transpose()?,
+        })
+    }
+
+    /// The experts of a stock checkpoint, and the tensors that hold them together where the family's own layout does.
+    fn all_experts(&self, moe: &MoeSpec) -> Result<(Vec<StoredExpert>, Vec<Tensor>)> {
+        let [gate_up, down] = [false, true].map(|down| self.architecture.names.fused(self.l, down));
+        match self.architecture.names.storage {
+            // Only the layout that transformers 5 can write has tensors of these names.
+            ExpertStorage::Separate if self.checkpoint.get(&gate_up[1]).is_some() => {
+                Ok((self.rewritten(moe, &gate_up[1], &down[1])?, Vec::new()))
+            }
+            ExpertStorage::Separate => {
+                let experts = (0..moe.experts).map(|e| self.expert(e, moe, [None; 3]));
+                Ok((experts.collect::<Result<_>>()?, Vec::new()))
+            }
+            ExpertStorage::Fused { interleaved } => self.fused(moe, &gate_up[0], &down[0], interleaved),
+        }
+    }
+
+    /// Experts that transformers 5 fused: gate rows, then up rows.
+    fn rewritten(&self, moe: &MoeSpec, gate_up: &str, down: &str) -> Result<Vec<StoredExpert>> {
+        let (d, width) = (self.architecture.hidden_size, moe.width);
+        let gate_up = self.tensor(gate_up, &[moe.experts, 2 * width, d])?;
+        let down = self.tensor(down, &[moe.experts, d, width])?;
+        let experts = (0..moe.experts).map(|e| {
+            let map = |p: Projection| {
+                let rows = match p {
+                    Projection::Gate => gate_up.entry(e).rows(0, width),
+                    Projection::Up => gate_up.entry(e).rows(width, width),
+                    Projection::Down => down.entry(e),
+                };
+                let weight = Weight::plain(rows).map_err(|e| self.error(e))?;
+                Ok(Linear { weight: Matrix::Dense(weight.renamed(self.weight_name(e, p))), bias: None })
+            };
+            self.assemble(moe, map)
+        });
+        experts.collect()
+    }
+
+    /// Experts of a family that publishes them fused: input-major, or packed and output-major.
+    fn fused(
+        &self,
+        moe: &MoeSpec,
+        gate_up: &str,
+        down: &str,
+        interleaved: bool,
+    ) -> Result<(Vec<StoredExpert>, Vec<Tensor>)> {
+        let (n, d, width) = (moe.experts, self.architecture.hidden_size, moe.width);
+        let stacks = [self.stack(gate_up, [n, 2 * width, d])?, self.stack(down, [n, d, width])?];
+        let biases = match moe.expert_bias {
+            false => None,
+            true => Some([
+                self.numbers(&format!("{gate_up}_bias"), &[n, 2 * width])?,
+                self.numbers(&format!("{down}_bias"), &[n, d])?,
+            ]),
+        };
+        let step = if interleaved { 2 } else { 1 };
+        let experts = (0..n).map(|e| {
+            let map = |p: Projection| {
+                let (which, out, rows) = match p {
+                    Projection::Gate => (0, width, Stride { first: 0, step }),
+                    Projection::Up => (0, width, Stride { first: if interleaved { 1 } else { width }, step }),
+                    Projection::Down => (1, d, Stride::ALL),
+                };
+                let weight = stacks[which].weight(e, rows, out).map_err(|e| self.error(e))?;
+                let bias = |tensors: &[Tensor; 2]| {
+                    let name = self.weight_name(e, p).replace(".weight", ".bias");
+                    tensors[which].entry(e).select_rows(&rows.indices(out)).renamed(name)
+                };
+                Ok(Linear {
+                    weight: Matrix::Dense(weight.renamed(self.weight_name(e, p))),
+                    bias: biases.as_ref().map(bias),
+                })
+            };
+            self.assemble(moe, map)
+        });
+        let experts = experts.collect::<Result<_>>()?;
+        let stored = stacks.into_iter().flat_map(Stack::tensors);
+        Ok((experts, stored.chain(biases.into_iter().flatten()).collect()))
+    }
+
+    /// The matrices of all experts under one name: `[experts, out, input]` once they are decoded.
+    fn stack(&self, name: &str, [experts, out, input]: [usize; 3]) -> Result<Stack> {
+        let blocks = format!("{name}_blocks");
+        if self.checkpoint.get(&blocks).is_none() {
+            return Ok(Stack::InputMajor(self.numbers(name, &[experts, input, out])?));
+        }
+        if !input.is_multiple_of(32) {
+            let what = format!("{blocks}: rows of {input} values cannot be MXFP4, whose blocks have 32");
+            return Err(Error::Inconsistent { layer: self.l, what });
+        }
+        Ok(Stack::Mxfp4 {
+            blocks: self.tensor(&blocks, &[experts, out, input / 32, 16])?,
+            scales: self.tensor(&format!("{name}_scales"), &[experts, out, input / 32])?,
+        })
+    }
+
+    fn weight_name(&self, e: usize, p: Projection) -> String {
+        format!("{}.weight", self.architecture.names.expert(self.l, e, p))
+    }
+
+    fn assemble(
+        &self,
+        moe: &MoeSpec,
+        map: impl Fn(Projection) -> Result<Linear<Matrix<Weight>, Tensor>>,
+    ) -> Result<StoredExpert> {
+        let [gate, up, down] = Projection::ALL;
+        Ok(Expert::Mlp(Mlp { gate: map(gate)?, up: map(up)?, down: map(down)?, activation: moe.activation }))
+    }
+
+    /// The experts of a checkpoint in the moepress layout.
+    fn listed_experts(
+        &self,
+        entry: &LayerEntry,
+        moe: &MoeSpec,
+        numbers: &[usize],
+    ) -> Result<Vec<StoredExpert>> {
+        let expert = |e: usize, form: &ExpertForm| match form {
+            ExpertForm::Dense => self.expert(e, moe, [None; 3]),
+            ExpertForm::LowRank { rank } => self.expert(e, moe, [rank.gate, rank.up, rank.down]),
+            ExpertForm::Alias { of } => match numbers.iter().position(|n| n == of) {
+                Some(slot) => Ok(Expert::Alias(slot)),
+                None => Err(Error::Inconsistent {
+                    layer: self.l,
+                    what: format!("expert {e} is an alias of nothing"),
+                }),
+            },
+            ExpertForm::Constant => {
+                let name = format!("{}constant", self.architecture.names.expert_prefix(self.l, e));
+                Ok(Expert::Constant(self.numbers(&name, &[self.architecture.hidden_size])?))
+            }
+        };
+        entry.experts.iter().map(|e| expert(e.expert, &e.form)).collect()
+    }
+
+    /// Expert `e`, its tensors on their own; matrices with a rank are stored as factors.
+    fn expert(&self, e: usize, moe: &MoeSpec, ranks: [Option<usize>; 3]) -> Result<StoredExpert> {
+        let (d, width) = (self.architecture.hidden_size, moe.width);
+        let map = |p: Projection| -> Result<_> {
+            let stem = self.architecture.names.expert(self.l, e, p);
+            let (out, input) = if p == Projection::Down { (d, width) } else { (width, d) };
+            let factor = |name: &str, shape: [usize; 2]| {
+                let tensor = self.numbers(&format!("{stem}.{name}"), &shape)?;
+                Weight::plain(tensor).map_err(|e| self.error(e))
+            };
+            let weight = match ranks[p as usize] {
+                None => Matrix::Dense(self.weight(&stem, out, input)?),
+                Some(rank) => {
+                    Matrix::LowRank { u: factor("u", [out, rank])?, v: factor("v", [rank, input])? }
+                }
+            };
+            Ok(Linear { weight, bias: self.bias(&stem, out, moe.expert_bias)? })
+        };
+        self.assemble(moe, map)
+    }
+}
+
+/// The matrices of all experts in one tensor, or one and its scales.
+enum Stack {
+    /// `[experts, in, out]`.
+    InputMajor(Tensor),
+    Mxfp4 {
+        /// `[experts, out, in / 32, 16]`.
+        blocks: Tensor,
+        /// `[experts, out, in / 32]`.
+        scales: Tensor,
+    },
+}
+
+impl Stack {
+    /// `count` output rows of expert `e`.
+    fn weight(&self, e: usize, rows: Stride, count: usize) -> crate::checkpoint::Result<Weight> {
+        match self {
+            Stack::InputMajor(tensor) => Weight::input_major(tensor.entry(e), rows, count),
+            Stack::Mxfp4 { blocks, scales } => Weight::mxfp4(blocks.entry(e), scales.entry(e), rows, count),
+        }
+    }
+
+    fn tensors(self) -> Vec<Tensor> {
+        match self {
+            Stack::InputMajor(tensor) => vec![tensor],
+            Stack::Mxfp4 { blocks, scales } => vec![blocks, scales],
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! The sizes of a checkpoint.
+
+use super::Result;
+use super::find::Finder;
+use super::source::MoeSource;
+use crate::architecture::{Architecture, MoeProfile, MoeSpec, Profile};
+use crate::backend::{Expert, Matrix, StoredExpert};
+use crate::checkpoint::{Checkpoint, Tensor, Weight};
+
+/// Sizes of a checkpoint, for planning.
+///
+/// # Errors
+/// What is wrong with the first layer that does not fit its config.
+pub fn profile(checkpoint: &Checkpoint, architecture: &Architecture) -> Result<Profile> {
+    let layer = |(l, moe): (usize, &MoeSpec)| {
+        let source = Finder { checkpoint, architecture, l }.moe(moe)?;
+        Ok(moe_profile(l, moe, &source))
+    };
+    Ok(Profile {
+        family: architecture.family.into(),
+        identity: checkpoint.identity(),
+        layers: architecture.layers.len(),
+        hidden_size: architecture.hidden_size,
+        parameters: checkpoint.tensors().map(Tensor::parameters).sum(),
+        bytes: checkpoint.bytes(),
+        header_bytes: checkpoint.header_bytes(),
+        tensors: checkpoint.tensor_count() as u64,
+        moe_layers: architecture.moe_layers().map(layer).collect::<Result<_>>()?,
+    })
+}
+
+fn moe_profile(layer: usize, spec: &MoeSpec, source: &MoeSource) -> MoeProfile {
+    let n = source.experts.len() as u64;
+    let router = || source.router.tensors();
+    let matrices: Vec<&Weight> = source.experts.iter().flat_map(dense_matrices).collect();
+    let number_bytes = |w: &Weight| w.replacement_dtype().bitsize() as u64 / 8;
+    MoeProfile {
+        layer,
+        experts: source.experts.len(),
+        top_k: source.spec.top_k,
+        width: spec.width,
+        groups: source.spec.groups.map_or(1, |g| g.count),
+        top_groups: source.spec.groups.map_or(1, |g| g.kept),
+        expert_parameters: source.experts.iter().map(StoredExpert::parameters).sum::<u64>() / n,
+        expert_bytes: source.experts.iter().map(StoredExpert::bytes).sum::<u64>() / n,
+        matrix_bytes: common(matrices.iter().map(|w| w.bytes())),
+        factor_bytes: common(matrices.iter().map(|w| number_bytes(w))),
+        router_parameters: router().map(|t| t.len() as u64).sum::<u64>() / n,
+        router_bytes: router().map(|t| t.bytes().len() as u64).sum::<u64>() / n,
+    }
+}
+
+fn dense_matrices(expert: &StoredExpert) -> Vec<&Weight> {
+    let Expert::Mlp(mlp) = expert else { return Vec::new() };
+    let dense = |matrix: &'_ Matrix<Weight>| matches!(matrix, Matrix::Dense(_));
+    let matrices = mlp.maps().into_iter().map(|map| &map.weight);
+    matrices.filter(|m| dense(m)).flat_map(Matrix::parts).collect()
+}
+
+/// The value that all have, or 0.
+fn common(mut values: impl Iterator<Item = u64>) -> u64 {
+    let first = values.next().unwrap_or(0);
+    if values.all(|v| v == first) { first } else { 0 }
+}
