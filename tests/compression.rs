@@ -312,6 +312,24 @@ fn a_stopped_compression_resumes_to_the_same_bytes() {
     assert!(left.iter().all(|n| !n.to_string_lossy().ends_with(".partial")), "{left:?}");
 }
 
+/// The same command again finds its work done; another one is refused.
+#[test]
+fn a_finished_compression_is_found_done() {
+    let out = tempfile::tempdir().unwrap();
+    let target = out.path().join("small");
+    let model = data("mixtral");
+    let three = plan(&model, "reap", Some(Budget::Experts(3)), &[]);
+    let first = apply(&model, &three, &Options::default(), &target).unwrap();
+    let before = files(&target);
+    let second = apply(&model, &three, &Options::default(), &target).unwrap();
+    assert_eq!(Report { seconds: 0.0, ..first }, Report { seconds: 0.0, ..second });
+    assert!(files(&target) == before);
+    let four = plan(&model, "reap", Some(Budget::Experts(4)), &[]);
+    let error = apply(&model, &four, &Options::default(), &target).unwrap_err();
+    assert!(error.contains("exists already"), "{error}");
+    assert!(files(&target) == before);
+}
+
 #[test]
 fn the_bytes_do_not_depend_on_the_number_of_threads() {
     let out = tempfile::tempdir().unwrap();

@@ -16,6 +16,11 @@ use crate::checkpoint::{
 /// Checkpoints up to this size are one file, as people expect of small ones.
 const SINGLE_FILE_BYTES: u64 = 2 << 30;
 
+/// The plan that made the folder.
+const PLAN_FILE: &str = "moepress-plan.json";
+/// Names the work that the folder is the result of, so that the same command finds it done.
+const ORIGIN_FILE: &str = "moepress-origin.json";
+
 /// Weights in other formats, which would contradict the new ones.
 const WEIGHT_EXTENSIONS: [&str; 9] =
     ["safetensors", "bin", "pt", "pth", "gguf", "onnx", "h5", "msgpack", "ot"];
@@ -33,6 +38,11 @@ impl Output {
     pub(super) fn create(target: &Path, partial: PathBuf, shards: usize) -> Result<Self> {
         fs::create_dir_all(&partial).map_err(|source| FileError::Io { path: partial.clone(), source })?;
         Ok(Output { target: target.into(), partial, shards })
+    }
+
+    /// Whether `target` is the finished result of the work that `mark` names.
+    pub(super) fn is_complete(target: &Path, mark: &str) -> bool {
+        fs::read(target.join(ORIGIN_FILE)).is_ok_and(|found| found == mark.as_bytes())
     }
 
     /// Errors unless `target` can become a new folder.
@@ -78,7 +88,7 @@ impl Output {
         Ok(shard.tensors().collect())
     }
 
-    /// Writes config, index and layout file, copies what else the source folder holds, and puts the folder in its
+    /// Writes config, plan, mark and layout file, copies what else the source folder holds, and puts the folder in its
     /// place. Returns the bytes of all tensors.
     pub(super) fn finish(
         self,
@@ -86,10 +96,12 @@ impl Output {
         config: &str,
         manifest: Option<&str>,
         plan: &str,
+        mark: &str,
     ) -> Result<u64> {
         self.copy_companions(source)?;
         write_atomic(&self.partial.join("config.json"), config.as_bytes())?;
-        write_atomic(&self.partial.join("moepress-plan.json"), plan.as_bytes())?;
+        write_atomic(&self.partial.join(PLAN_FILE), plan.as_bytes())?;
+        write_atomic(&self.partial.join(ORIGIN_FILE), mark.as_bytes())?;
         if let Some(manifest) = manifest {
             write_atomic(&self.partial.join(MANIFEST_FILE), manifest.as_bytes())?;
         }
@@ -141,7 +153,7 @@ impl Output {
             let path = entry.map_err(io(source.dir()))?.path();
             let Some(name) = path.file_name().and_then(|n| n.to_str()) else { continue };
             let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-            let replaced = ["config.json", MANIFEST_FILE, "moepress-plan.json"].contains(&name)
+            let replaced = ["config.json", MANIFEST_FILE, PLAN_FILE, ORIGIN_FILE].contains(&name)
                 || WEIGHT_EXTENSIONS.contains(&extension)
                 || name.ends_with(".index.json");
             if path.is_file() && !replaced {

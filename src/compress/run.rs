@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use super::apply::apply_layer;
 use super::factorise::FactorOptions;
@@ -15,8 +16,8 @@ use super::{Error, Result};
 use crate::architecture::{Architecture, Profile};
 use crate::backend::{Backend, Moment, Moments, StoredExpert};
 use crate::calibrate::{Residual, Statistics};
-use crate::checkpoint::{Checkpoint, Dtype, LayerEntry, Manifest, Tensor, write_atomic};
-use crate::model::{FeedForwardSource, LayerSource, Model, profile};
+use crate::checkpoint::{Checkpoint, Dtype, LayerEntry, Manifest, Tensor, hex, write_atomic};
+use crate::model::{FeedForwardSource, LayerSource, Model, open_architecture, profile};
 use crate::plan::{Action, LayerPlan, Plan, rescore_layer};
 use crate::progress::Progress;
 use crate::tokens::Windows;
@@ -69,12 +70,20 @@ pub fn compress<B: Backend>(
     let architecture = model.architecture();
     let profile = profile(checkpoint, architecture)?;
     plan.check(&profile)?;
-    Output::check(out)?;
     let layout = Layout::choose(options.layout, checkpoint, architecture, plan, options.densify)?;
     let job = Job::new(checkpoint, architecture, &profile, plan, options)?;
 
     let layers = architecture.layers.len();
-    let work = Residual::open(out, &job.key(&layout))?;
+    let key = job.key(&layout);
+    let mark = origin_mark(&key);
+    if Output::is_complete(out, &mark) {
+        // A run that was killed between its last two steps: what is left is to tidy up.
+        Residual::open(out, &key)?.remove()?;
+        let (bytes, routed_parameters) = sizes(out)?;
+        return Ok(job.report(bytes, routed_parameters, &layout, start));
+    }
+    Output::check(out)?;
+    let work = Residual::open(out, &key)?;
     let output = Output::create(out, work.path("result"), layers + 1)?;
     let mut follower = match (job.follow, options.tokens) {
         (false, _) => None,
@@ -126,17 +135,23 @@ pub fn compress<B: Backend>(
         Layout::HuggingFace { config, .. } => config.as_str(),
         Layout::Moepress => checkpoint.config(),
     };
-    let bytes_after = output.finish(checkpoint, config, manifest.as_deref(), &plan.to_json())?;
+    let bytes_after = output.finish(checkpoint, config, manifest.as_deref(), &plan.to_json(), &mark)?;
     work.remove()?;
     progress.end();
-    Ok(Report {
-        bytes_before: profile.bytes,
-        bytes_after,
-        routed_parameters_before: profile.routed_parameters(),
-        routed_parameters_after,
-        layout: layout.name(),
-        seconds: start.elapsed().as_secs_f64(),
-    })
+    Ok(job.report(bytes_after, routed_parameters_after, &layout, start))
+}
+
+/// Bytes and routed parameters of the checkpoint in `dir`.
+fn sizes(dir: &Path) -> Result<(u64, u64)> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let profile = profile(&checkpoint, &open_architecture(&checkpoint)?)?;
+    Ok((profile.bytes, profile.routed_parameters()))
+}
+
+/// Names the work that a folder is the result of.
+fn origin_mark(key: &str) -> String {
+    let job = hex(&Sha256::digest(key.as_bytes()));
+    json!({ "moepress": env!("CARGO_PKG_VERSION"), "job": job }).to_string() + "\n"
 }
 
 /// Where a checkpoint in the moepress layout came from.
@@ -191,6 +206,23 @@ impl<'a> Job<'a> {
         let follow = propagate || (whiten && !options.statistics.is_some_and(measured));
         let factors = FactorOptions { dtype, densify: options.densify };
         Ok(Job { checkpoint, architecture, profile, plan, options, factors, whiten, propagate, follow })
+    }
+
+    fn report(
+        &self,
+        bytes_after: u64,
+        routed_parameters_after: u64,
+        layout: &Layout,
+        start: Instant,
+    ) -> Report {
+        Report {
+            bytes_before: self.profile.bytes,
+            bytes_after,
+            routed_parameters_before: self.profile.routed_parameters(),
+            routed_parameters_after,
+            layout: layout.name(),
+            seconds: start.elapsed().as_secs_f64(),
+        }
     }
 
     fn missing_tokens(&self) -> Error {
