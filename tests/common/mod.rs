@@ -7,6 +7,8 @@
     reason = "every test file uses another part of this"
 )]
 
+pub mod compress;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
