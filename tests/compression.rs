@@ -12,7 +12,7 @@ use common::{Trace, data, run};
 use moepress::backend::Moment;
 use moepress::backend::cpu::Cpu;
 use moepress::calibrate::{Options as CalibrateOptions, calibrate};
-use moepress::checkpoint::{Checkpoint, Dtype, Tensor, Weight};
+use moepress::checkpoint::{Checkpoint, Dtype, Weight};
 use moepress::compress::{FactorOptions, LayoutChoice, Options, Whitening, compress, factorise};
 use moepress::model::{Model, profile};
 use moepress::plan::{Action, Budget};
@@ -85,8 +85,11 @@ fn a_uniform_plan_gives_a_stock_checkpoint() {
         let lines = before.config().lines().zip(after.config().lines()).filter(|(a, b)| a != b).count();
         assert_eq!(before.config().lines().count(), after.config().lines().count());
         assert!((1..=2).contains(&lines), "{name}: {lines} lines of config.json changed");
-        let experts: Vec<&str> =
-            after.tensors().map(Tensor::name).filter(|n| n.contains(".experts.")).collect();
+        let experts: Vec<&str> = after
+            .tensors()
+            .map(moepress::checkpoint::Tensor::name)
+            .filter(|n| n.contains(".experts."))
+            .collect();
         let layers = plan.layers.len();
         assert_eq!(experts.len(), layers * 3 * 3, "{name}");
         assert!(experts.iter().all(|n| !n.contains("gate_up_proj")));

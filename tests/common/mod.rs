@@ -7,8 +7,6 @@
     reason = "every test file uses another part of this"
 )]
 
-pub mod compress;
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,6 +16,8 @@ use moepress::backend::cpu::Cpu;
 use moepress::checkpoint::{Checkpoint, Dtype, Entry, Shard, Tensor, write_safetensors};
 use moepress::model::{HeadScratch, Model, Stream};
 use moepress::tokens::{SourceFile, Windows};
+
+pub mod compress;
 
 /// A small checkpoint kept in the repository.
 pub fn data(name: &str) -> PathBuf {
