@@ -56,6 +56,14 @@ repository_goldens!(
     olmoe_clip,
     deepseek_v2,
     deepseek_v2_lite_sharded_bf16,
+    deepseek_v3,
+    deepseek_v3_fp8,
+    glm4_moe,
+    gpt_oss,
+    gpt_oss_mxfp4,
+    phimoe,
+    ernie4_5_moe,
+    llama4_text,
 );
 
 /// The larger fixtures, where they are.

@@ -22,6 +22,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// A decoder-only MoE language model: everything that its forward pass depends on, except the weights.
 #[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each says whether a checkpoint has tensors of one kind")]
 pub struct Architecture {
     /// Family, as in `model_type`.
     pub family: &'static str,

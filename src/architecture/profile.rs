@@ -45,9 +45,9 @@ pub struct MoeProfile {
     pub expert_parameters: u64,
     /// Stored bytes of one routed expert, scales of packed weights included.
     pub expert_bytes: u64,
-    /// Stored bytes of one of its dense matrices; 0 where that is not known, or not the same for all.
+    /// Stored bytes of its gate, up and down matrix; 0 where that is not known, or not the same in all experts.
     #[serde(default)]
-    pub matrix_bytes: u64,
+    pub matrix_bytes: [u64; 3],
     /// Bytes per number of what replaces a matrix, such as its factors, where no other type is asked for: as the
     /// matrix has, but 2 where it is packed. 0 where that is not known, or not the same for all.
     #[serde(default)]

@@ -160,6 +160,10 @@ impl RopeConfig {
     /// training's. Phi-3.5-MoE gives a magnitude for each length, and transformers never takes its long divisors.
     fn longrope(&self, section: &Config, base: &[f64], pairing: Pairing) -> Result<Rope> {
         let original = self.original(section)?;
+        if original <= 1.0 {
+            let what = format!("is {original}, expected more than 1");
+            return Err(Error::invalid("original_max_position_embeddings", what));
+        }
         let divided = |key: &str| -> Result<Vec<f32>> {
             let name = format!("rope_scaling.{key}");
             let factors = section.floats(key)?.ok_or_else(|| Error::invalid(&name, "is missing"))?;
@@ -170,21 +174,17 @@ impl RopeConfig {
             Ok(base.iter().zip(factors).map(|(b, f)| (b / f) as f32).collect())
         };
         let short = divided("short_factor")?;
-        let (long, magnitudes) = match (section.float_opt("short_mscale")?, section.float_opt("long_mscale")?)
-        {
-            (Some(short_mscale), Some(long_mscale)) => (short.clone(), [short_mscale, long_mscale]),
-            _ => {
-                let ratio = match section.float_opt("factor")? {
-                    Some(factor) => factor,
-                    None => self.max_positions as f64 / original,
-                };
-                let magnitude = match section.float_opt("attention_factor")? {
-                    Some(given) => given,
-                    None if ratio <= 1.0 => 1.0,
-                    None => (1.0 + ratio.ln() / original.ln()).sqrt(),
-                };
-                (divided("long_factor")?, [magnitude; 2])
-            }
+        let mscales = [section.float_opt("short_mscale")?, section.float_opt("long_mscale")?];
+        let (long, magnitudes) = if let [Some(short_mscale), Some(long_mscale)] = mscales {
+            (short.clone(), [short_mscale, long_mscale])
+        } else {
+            let ratio = section.float_opt("factor")?.unwrap_or(self.max_positions as f64 / original);
+            let magnitude = match section.float_opt("attention_factor")? {
+                Some(given) => given,
+                None if ratio <= 1.0 => 1.0,
+                None => (1.0 + ratio.ln() / original.ln()).sqrt(),
+            };
+            (divided("long_factor")?, [magnitude; 2])
         };
         let [magnitude, long_magnitude] = magnitudes.map(|m| m as f32);
         let positions = original as usize;

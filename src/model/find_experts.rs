@@ -13,16 +13,13 @@ impl Finder<'_> {
         let names = &self.architecture.names;
         let entry = self.checkpoint.manifest().and_then(|m| m.layers.iter().find(|entry| entry.layer == l));
         let mut spec = moe.router.clone();
-        let (experts, fused, numbers) = match entry {
-            Some(entry) => {
-                spec.top_k = entry.top_k;
-                let numbers: Vec<usize> = entry.experts.iter().map(|e| e.expert).collect();
-                (self.listed_experts(entry, moe, &numbers)?, Vec::new(), numbers)
-            }
-            None => {
-                let (experts, fused) = self.all_experts(moe)?;
-                (experts, fused, (0..moe.experts).collect())
-            }
+        let (experts, fused, numbers) = if let Some(entry) = entry {
+            spec.top_k = entry.top_k;
+            let numbers: Vec<usize> = entry.experts.iter().map(|e| e.expert).collect();
+            (self.listed_experts(entry, moe, &numbers)?, Vec::new(), numbers)
+        } else {
+            let (experts, fused) = self.all_experts(moe)?;
+            (experts, fused, (0..moe.experts).collect())
         };
         let shared = match moe.shared {
             None => None,
@@ -99,7 +96,7 @@ impl Finder<'_> {
                 let weight = Weight::plain(rows).map_err(|e| self.error(e))?;
                 Ok(Linear { weight: Matrix::Dense(weight.renamed(self.weight_name(e, p))), bias: None })
             };
-            self.assemble(moe, map)
+            assemble(moe, map)
         });
         experts.collect()
     }
@@ -114,12 +111,11 @@ impl Finder<'_> {
     ) -> Result<(Vec<StoredExpert>, Vec<Tensor>)> {
         let (n, d, width) = (moe.experts, self.architecture.hidden_size, moe.width);
         let stacks = [self.stack(gate_up, [n, 2 * width, d])?, self.stack(down, [n, d, width])?];
-        let biases = match moe.expert_bias {
-            false => None,
-            true => Some([
-                self.numbers(&format!("{gate_up}_bias"), &[n, 2 * width])?,
-                self.numbers(&format!("{down}_bias"), &[n, d])?,
-            ]),
+        let biases = if moe.expert_bias {
+            let gate_up = self.numbers(&format!("{gate_up}_bias"), &[n, 2 * width])?;
+            Some([gate_up, self.numbers(&format!("{down}_bias"), &[n, d])?])
+        } else {
+            None
         };
         let step = if interleaved { 2 } else { 1 };
         let experts = (0..n).map(|e| {
@@ -139,7 +135,7 @@ impl Finder<'_> {
                     bias: biases.as_ref().map(bias),
                 })
             };
-            self.assemble(moe, map)
+            assemble(moe, map)
         });
         let experts = experts.collect::<Result<_>>()?;
         let stored = stacks.into_iter().flat_map(Stack::tensors);
@@ -164,15 +160,6 @@ impl Finder<'_> {
 
     fn weight_name(&self, e: usize, p: Projection) -> String {
         format!("{}.weight", self.architecture.names.expert(self.l, e, p))
-    }
-
-    fn assemble(
-        &self,
-        moe: &MoeSpec,
-        map: impl Fn(Projection) -> Result<Linear<Matrix<Weight>, Tensor>>,
-    ) -> Result<StoredExpert> {
-        let [gate, up, down] = Projection::ALL;
-        Ok(Expert::Mlp(Mlp { gate: map(gate)?, up: map(up)?, down: map(down)?, activation: moe.activation }))
     }
 
     /// The experts of a checkpoint in the moepress layout.
@@ -218,8 +205,17 @@ impl Finder<'_> {
             };
             Ok(Linear { weight, bias: self.bias(&stem, out, moe.expert_bias)? })
         };
-        self.assemble(moe, map)
+        assemble(moe, map)
     }
+}
+
+/// The expert whose linear maps are these.
+fn assemble(
+    moe: &MoeSpec,
+    map: impl Fn(Projection) -> Result<Linear<Matrix<Weight>, Tensor>>,
+) -> Result<StoredExpert> {
+    let [gate, up, down] = Projection::ALL;
+    Ok(Expert::Mlp(Mlp { gate: map(gate)?, up: map(up)?, down: map(down)?, activation: moe.activation }))
 }
 
 /// The matrices of all experts in one tensor, or one and its scales.

@@ -3,7 +3,7 @@
 use super::Result;
 use super::find::Finder;
 use super::source::MoeSource;
-use crate::architecture::{Architecture, MoeProfile, MoeSpec, Profile};
+use crate::architecture::{Architecture, MoeProfile, MoeSpec, Profile, Projection};
 use crate::backend::{Expert, Matrix, StoredExpert};
 use crate::checkpoint::{Checkpoint, Tensor, Weight};
 
@@ -32,8 +32,8 @@ pub fn profile(checkpoint: &Checkpoint, architecture: &Architecture) -> Result<P
 fn moe_profile(layer: usize, spec: &MoeSpec, source: &MoeSource) -> MoeProfile {
     let n = source.experts.len() as u64;
     let router = || source.router.tensors();
-    let matrices: Vec<&Weight> = source.experts.iter().flat_map(dense_matrices).collect();
-    let number_bytes = |w: &Weight| w.replacement_dtype().bitsize() as u64 / 8;
+    let matrices = Projection::ALL.map(|p| dense_matrices(&source.experts, p));
+    let number_bytes = |w: &&Weight| w.replacement_dtype().bitsize() as u64 / 8;
     MoeProfile {
         layer,
         experts: source.experts.len(),
@@ -43,18 +43,23 @@ fn moe_profile(layer: usize, spec: &MoeSpec, source: &MoeSource) -> MoeProfile {
         top_groups: source.spec.groups.map_or(1, |g| g.kept),
         expert_parameters: source.experts.iter().map(StoredExpert::parameters).sum::<u64>() / n,
         expert_bytes: source.experts.iter().map(StoredExpert::bytes).sum::<u64>() / n,
-        matrix_bytes: common(matrices.iter().map(|w| w.bytes())),
-        factor_bytes: common(matrices.iter().map(|w| number_bytes(w))),
+        matrix_bytes: matrices.each_ref().map(|all| common(all.iter().map(|w| w.bytes()))),
+        factor_bytes: common(matrices.iter().flatten().map(number_bytes)),
         router_parameters: router().map(|t| t.len() as u64).sum::<u64>() / n,
         router_bytes: router().map(|t| t.bytes().len() as u64).sum::<u64>() / n,
     }
 }
 
-fn dense_matrices(expert: &StoredExpert) -> Vec<&Weight> {
-    let Expert::Mlp(mlp) = expert else { return Vec::new() };
-    let dense = |matrix: &'_ Matrix<Weight>| matches!(matrix, Matrix::Dense(_));
-    let matrices = mlp.maps().into_iter().map(|map| &map.weight);
-    matrices.filter(|m| dense(m)).flat_map(Matrix::parts).collect()
+/// The dense ones among the experts' matrices of one kind.
+fn dense_matrices<'e>(experts: &'e [StoredExpert], projection: Projection) -> Vec<&'e Weight> {
+    let matrix = |expert: &'e StoredExpert| match expert {
+        Expert::Mlp(mlp) => match &mlp.maps()[projection as usize].weight {
+            Matrix::Dense(weight) => Some(weight),
+            Matrix::LowRank { .. } => None,
+        },
+        _ => None,
+    };
+    experts.iter().filter_map(matrix).collect()
 }
 
 /// The value that all have, or 0.

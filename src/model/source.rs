@@ -37,6 +37,7 @@ pub struct NormSource {
 
 /// The attention's tensors.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one per layer")]
 pub enum AttentionSource {
     /// Multi-head or grouped-query attention.
     Grouped {

@@ -141,8 +141,8 @@ impl<'a> Costs<'a> {
                     let Some(r) = rank.get(projection) else { continue };
                     let values = r as u64 * (d + p);
                     sizes.parameters = sizes.parameters.saturating_sub(d * p) + values;
-                    sizes.bytes =
-                        sizes.bytes.saturating_sub(matrix(layer, d * p)) + self.factors(layer, values);
+                    sizes.bytes = sizes.bytes.saturating_sub(matrix(layer, projection, d * p))
+                        + self.factors(layer, values);
                     sizes.tensors = sizes.tensors.saturating_sub(self.expert_tensors / 3) + 2;
                 }
                 sizes
@@ -209,8 +209,11 @@ impl<'a> Costs<'a> {
 }
 
 /// Bytes of one matrix of `values` numbers.
-fn matrix(layer: &MoeProfile, values: u64) -> u64 {
-    if layer.matrix_bytes > 0 { layer.matrix_bytes } else { stored(layer, values) }
+fn matrix(layer: &MoeProfile, projection: Projection, values: u64) -> u64 {
+    match layer.matrix_bytes[projection as usize] {
+        0 => stored(layer, values),
+        bytes => bytes,
+    }
 }
 
 /// Bytes of `values` numbers at the expert's average bytes per parameter.

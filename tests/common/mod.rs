@@ -19,6 +19,8 @@ use moepress::checkpoint::{Checkpoint, Dtype, Entry, Shard, Tensor, write_safete
 use moepress::model::{HeadScratch, Model, Stream};
 use moepress::tokens::{SourceFile, Windows};
 
+pub mod compress;
+
 /// A small checkpoint kept in the repository.
 pub fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)

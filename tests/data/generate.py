@@ -14,7 +14,7 @@ Each fixture is one flat folder:
                           logits     f32 [2, 24, vocabulary]
 
 The outputs come from the folder as written (not from the model in memory), in float32 with eager
-attention; weights stored in bfloat16 are widened first.  Every tensor is drawn from its own generator,
+attention; weights stored in bfloat16 or packed are widened first.  Every tensor is drawn from its own generator,
 seeded with the fixture's name, a retry number and the tensor's name, so the weights do not depend on the
 order in which a library happens to list its parameters.  A draw in which a router decides by less than
 2e-5 is thrown away and the next retry number taken, so that rounding cannot change which experts run.
@@ -41,6 +41,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import FP4_VALUES, convert_moe_packed_tensors
 
 MADE_WITH = "5.17.0"
 CLOSEST_CALL = 2e-5  # least difference between the last expert taken and the first one left out
@@ -185,6 +186,150 @@ DEEPSEEK_V2_LITE = DEEPSEEK_V2 | {
     "rope_scaling": DEEPSEEK_V2["rope_scaling"] | {"mscale": 0.707},
 }
 
+# Groups scored by two experts each, a bias that only choices see, q_lora, and a scale other than 1.
+DEEPSEEK_V3 = DEEPSEEK_V2 | {
+    "model_type": "deepseek_v3",
+    "torch_dtype": "bfloat16",
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "n_routed_experts": 6,
+    "n_shared_experts": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 1,
+    "rope_scaling": DEEPSEEK_V2["rope_scaling"] | {"mscale": 1.0, "mscale_all_dim": 1.0},
+}
+
+GLM4_MOE = COMMON | {
+    "model_type": "glm4_moe",
+    "torch_dtype": "bfloat16",
+    "architectures": ["Glm4MoeForCausalLM"],
+    "head_dim": 12,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 5,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+    "use_qk_norm": True,
+    "attention_bias": True,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 1000000,
+    "rope_scaling": None,
+    "rms_norm_eps": 1e-05,
+    "num_nextn_predict_layers": 1,
+}
+
+GPT_OSS = COMMON | {
+    "model_type": "gpt_oss",
+    "architectures": ["GptOssForCausalLM"],
+    "torch_dtype": "bfloat16",
+    "head_dim": 12,
+    "intermediate_size": 32,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "experts_per_token": 2,
+    "swiglu_limit": 7.0,
+    "initial_context_length": 16,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 150000,
+    "sliding_window": 8,
+    "attention_bias": True,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 16,
+    },
+}
+
+# Windows are longer than the original length, so the long magnitude counts; the long factors never do.
+PHIMOE = COMMON | {
+    "model_type": "phimoe",
+    "torch_dtype": "bfloat16",
+    "architectures": ["PhiMoEForCausalLM"],
+    "intermediate_size": 16,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "router_jitter_noise": 0.1,
+    "input_jitter_noise": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "attention_bias": True,
+    "lm_head_bias": True,
+    "sliding_window": 511,
+    "original_max_position_embeddings": 16,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [1.0, 2.0, 3.0, 4.0],
+        "short_mscale": 1.1,
+        "long_mscale": 1.3,
+        "original_max_position_embeddings": 16,
+    },
+}
+
+ERNIE4_5_MOE = COMMON | {
+    "model_type": "ernie4_5_moe",
+    "torch_dtype": "bfloat16",
+    "architectures": ["Ernie4_5_MoeForCausalLM"],
+    "tie_word_embeddings": True,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 16,
+    "moe_num_experts": 5,
+    "moe_k": 2,
+    "moe_num_shared_experts": 2,
+    "moe_layer_start_index": 1,
+    "moe_layer_end_index": -1,
+    "moe_layer_interval": 1,
+    "use_bias": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+}
+
+# Layer 0 attends within chunks and rotates, layer 1 does neither and has growing scores.
+LLAMA4_TEXT = COMMON | {
+    "model_type": "llama4_text",
+    "torch_dtype": "bfloat16",
+    "architectures": ["Llama4ForCausalLM"],
+    "head_dim": 12,
+    "intermediate_size": 16,
+    "intermediate_size_mlp": 24,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 1,
+    "use_qk_norm": True,
+    "attention_chunk_size": 8,
+    "no_rope_layer_interval": 2,
+    "attn_temperature_tuning": True,
+    "floor_scale": 8,
+    "attn_scale": 0.3,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"]}
+# Real checkpoints have blocks of 128 x 128; these do not divide the small matrices either.
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [12, 20]}
+
 # name -> the configuration and how it is stored:
 #   dtype           of the stored weights (default float32)
 #   shard           largest shard, as save_pretrained's max_shard_size
@@ -192,6 +337,8 @@ DEEPSEEK_V2_LITE = DEEPSEEK_V2 | {
 #   fused           keep transformers 5's fused [experts, ...] tensors instead of one per expert
 #   embedding       standard deviation of the embeddings (default 1, tied 0.2); small ones let rms_norm_eps show
 #   written_config  keep the configuration transformers 5 writes instead of the one given here
+#   multi_token     add some tensors of a layer for multi-token prediction, which transformers does not load
+# A configuration with a quantization_config is stored packed, as it says.
 FIXTURES = {
     "mixtral": {"config": MIXTRAL},
     "mixtral_sliding_window": {"config": MIXTRAL | {"sliding_window": 8, "num_local_experts": 4}},
@@ -206,6 +353,17 @@ FIXTURES = {
         "shard": "12KB",
         "six_digits": True,
     },
+    "deepseek_v3": {"config": DEEPSEEK_V3, "dtype": torch.bfloat16, "embedding": 0.02, "multi_token": True},
+    "deepseek_v3_fp8": {
+        "config": DEEPSEEK_V3 | {"n_group": 1, "topk_group": 1, "quantization_config": FP8},
+        "dtype": torch.bfloat16,
+    },
+    "glm4_moe": {"config": GLM4_MOE, "dtype": torch.bfloat16},
+    "gpt_oss": {"config": GPT_OSS | {"num_local_experts": 4}, "dtype": torch.bfloat16},
+    "gpt_oss_mxfp4": {"config": GPT_OSS | {"quantization_config": MXFP4}, "dtype": torch.bfloat16},
+    "phimoe": {"config": PHIMOE, "dtype": torch.bfloat16},
+    "ernie4_5_moe": {"config": ERNIE4_5_MOE, "dtype": torch.bfloat16},
+    "llama4_text": {"config": LLAMA4_TEXT, "dtype": torch.bfloat16},
 }
 
 # ------------------------------------------------------------------------------------------- weights
@@ -245,6 +403,88 @@ def randomise(model, words, dtype, embedding):
             tensor.copy_(torch.from_numpy(value).to(torch.float32).to(keep))
 
 
+# -------------------------------------------------------------------------------------- packed storage
+
+
+def pack_mxfp4(weight):
+    """[experts, in, out] into blocks of 32 inputs: two 4-bit codes a byte, and a power of two per block."""
+    values = weight.float().transpose(1, 2)
+    values = values.reshape(*values.shape[:2], -1, 32)
+    largest = values.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    exponent = (largest.log2().floor() - 2).clamp(-127, 127)
+    codes = (values[..., None] / exponent[..., None].exp2() - torch.tensor(FP4_VALUES)).abs().argmin(-1)
+    blocks = codes[..., 0::2] | codes[..., 1::2] << 4
+    return blocks.to(torch.uint8), (exponent[..., 0] + 127).to(torch.uint8)
+
+
+def block_scales(scales, shape, block):
+    """One scale per element."""
+    return scales.repeat_interleave(block[0], 0)[: shape[0]].repeat_interleave(block[1], 1)[:, : shape[1]]
+
+
+def pack_fp8(weight, block):
+    rows, cols = (-(-n // b) for n, b in zip(weight.shape, block))
+    scales = torch.ones(rows, cols)
+    for i in range(rows):
+        for j in range(cols):
+            part = weight[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]]
+            scales[i, j] = part.float().abs().max() / 448
+    return (weight.float() / block_scales(scales, weight.shape, block)).to(torch.float8_e4m3fn), scales
+
+
+def pack(folder, quantization):
+    """Replaces the weights that such checkpoints have packed."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in list(tensors.items()):
+        if quantization["quant_method"] == "mxfp4" and name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            tensors[name + "_blocks"], tensors[name + "_scales"] = map(torch.Tensor.contiguous, pack_mxfp4(tensor))
+            del tensors[name]
+        elif quantization["quant_method"] == "fp8" and name.endswith(("_proj.weight", "_with_mqa.weight")):
+            block = quantization["weight_block_size"]
+            tensors[name], tensors[name + "_scale_inv"] = pack_fp8(tensor, block)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def add_multi_token(folder, name, layer, hidden):
+    """Some tensors of a layer behind the last one."""
+    tensors = load_file(folder / "model.safetensors")
+    prefix = f"model.layers.{layer}."
+    for leaf, shape in {
+        "enorm.weight": [hidden],
+        "eh_proj.weight": [hidden, 2 * hidden],
+        "mlp.experts.0.up_proj.weight": [4, hidden],
+    }.items():
+        noise = generator(name, prefix + leaf).standard_normal(shape)
+        tensors[prefix + leaf] = torch.from_numpy(noise).to(torch.float32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def plain(folder, scratch):
+    """The folder, or where transformers cannot load it as it is, a copy that it can: widened by transformers' own
+    function (MXFP4) and by torch (FP8), and without the layers behind the last one."""
+    config = json.loads((folder / "config.json").read_text())
+    quantization = config.pop("quantization_config", None)
+    if not (folder / "model.safetensors").exists():
+        return folder
+    tensors = load_file(folder / "model.safetensors")
+    behind = [n for n in tensors if n.startswith(f"model.layers.{config['num_hidden_layers']}.")]
+    if not quantization and not behind:
+        return folder
+    for name in behind:
+        del tensors[name]
+    for name in [n for n in tensors if n.endswith("_blocks")]:
+        stem = name.removesuffix("_blocks")
+        blocks, scales = tensors.pop(name), tensors.pop(stem + "_scales")
+        tensors[stem] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
+    for name in [n for n in tensors if n.endswith("_scale_inv")]:
+        stem = name.removesuffix("_scale_inv")
+        values = tensors[stem].float()
+        tensors[stem] = values * block_scales(tensors.pop(name), values.shape, quantization["weight_block_size"])
+    (scratch / "config.json").write_text(json.dumps(config))
+    save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+    return scratch
+
+
 # ------------------------------------------------------------------------------------------- outputs
 
 
@@ -273,6 +513,11 @@ class Margin:
 
 def load(folder, dtype=torch.float32):
     """The model in a folder, or an error if any weight is missing, left over or of another shape."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return load_plain(plain(folder, pathlib.Path(scratch)), dtype)
+
+
+def load_plain(folder, dtype):
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )
@@ -312,7 +557,9 @@ def write_checkpoint(folder, name, recipe, attempt):
     """Config and weights into an empty folder."""
     dtype = recipe.get("dtype", torch.float32)
     text = json.dumps(recipe["config"], indent=1) + "\n"
-    (folder / "config.json").write_text(text)
+    quantization = recipe["config"].get("quantization_config")
+    without = {k: v for k, v in recipe["config"].items() if k != "quantization_config"}
+    (folder / "config.json").write_text(json.dumps(without))
     config = transformers.AutoConfig.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     tied = recipe["config"]["tie_word_embeddings"]
@@ -329,6 +576,10 @@ def write_checkpoint(folder, name, recipe, attempt):
     (folder / "generation_config.json").unlink(missing_ok=True)
     if not recipe.get("written_config"):
         (folder / "config.json").write_text(text)
+    if quantization:
+        pack(folder, quantization)
+    if recipe.get("multi_token"):
+        add_multi_token(folder, name, config.num_hidden_layers, config.hidden_size)
     if recipe.get("six_digits"):
         index = folder / "model.safetensors.index.json"
         content = json.loads(index.read_text())

@@ -146,9 +146,9 @@ impl CpuExperts {
         slot_pair.resize(ids.len(), Workspace::NO_PAIR);
         let expert = |id: u32| self.canonical[id as usize];
         // The earlier slot of the same token with the same weights, if any; different inputs have to run on their own.
-        let earlier = |ids: &[u32], slot: usize| match *weighs_input {
-            false => ids[..slot].iter().position(|&id| expert(id) == expert(ids[slot])),
-            true => None,
+        let earlier = |ids: &[u32], slot: usize| {
+            let same = |&id: &u32| expert(id) == expert(ids[slot]);
+            if *weighs_input { None } else { ids[..slot].iter().position(same) }
         };
         for ids in ids.chunks_exact(*top_k) {
             for slot in (0..*top_k).filter(|&slot| earlier(ids, slot).is_none()) {

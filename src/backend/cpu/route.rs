@@ -190,7 +190,7 @@ impl RouterRule {
 
     /// One choice after the other, see [`Scoring::SparseMixer`].
     fn sparse_mixer(&self, logits: &[f32], threshold: f32, ids: &mut [u32], weights: &mut [f32]) {
-        for slot in 0..ids.len() {
+        for (slot, weight) in weights.iter_mut().enumerate() {
             let (before, rest) = ids.split_at_mut(slot);
             let open = |i: &usize| self.live[*i] && !before.contains(&(*i as u32));
             let ahead = |best: usize, i: usize| if order(logits[i]) > order(logits[best]) { i } else { best };
@@ -202,7 +202,7 @@ impl RouterRule {
                 sum += if far { 0.0 } else { (z - max).exp() };
             }
             rest[0] = best as u32;
-            weights[slot] = 1.0 / sum;
+            *weight = 1.0 / sum;
         }
     }
 }
@@ -231,9 +231,9 @@ impl KeptGroups {
             _ => best[g][0],
         };
         let mut kept = [false; GroupLimit::MAX_GROUPS];
-        for g in 0..limit.count {
+        for (g, kept) in kept.iter_mut().enumerate().take(limit.count) {
             let before = |h: usize| score(h) > score(g) || (score(h) == score(g) && h < g);
-            kept[g] = (0..limit.count).filter(|&h| before(h)).count() < limit.kept;
+            *kept = (0..limit.count).filter(|&h| before(h)).count() < limit.kept;
         }
         KeptGroups { kept }
     }

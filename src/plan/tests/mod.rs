@@ -23,7 +23,7 @@ pub(super) fn layer(layer: usize, experts: usize, top_k: usize) -> MoeProfile {
         top_groups: 1,
         expert_parameters: 3 * 8 * 12,
         expert_bytes: 2 * 3 * 8 * 12,
-        matrix_bytes: 0,
+        matrix_bytes: [0; 3],
         factor_bytes: 0,
         router_parameters: 9,
         router_bytes: 2 * 8 + 4,

@@ -38,7 +38,7 @@ impl Reference {
             top_groups: 1,
             expert_parameters: number("parameters_per_expert"),
             expert_bytes: 2 * number("parameters_per_expert"),
-            matrix_bytes: 0,
+            matrix_bytes: [0; 3],
             factor_bytes: 0,
             router_parameters: hidden,
             router_bytes: 2 * hidden,

@@ -1,0 +1,305 @@
+//! Fused and packed experts through compression, layers behind the last one, and what contradicts itself.
+
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+mod common;
+
+use std::path::Path;
+
+use common::compress::{apply, bits, masked, plan, tokens};
+use common::{Mutant, data, run};
+use moepress::architecture::Projection;
+use moepress::backend::cpu::Cpu;
+use moepress::backend::{Expert, Matrix};
+use moepress::checkpoint::{Checkpoint, Dtype, Tensor};
+use moepress::compress::{LayoutChoice, Options};
+use moepress::model::{LayerSource, Model, inspect, open_architecture, profile};
+use moepress::plan::{Action, Budget, Plan};
+use serde_json::{Value, json};
+
+const MOEPRESS: Options<'_> =
+    Options { layout: LayoutChoice::Moepress, densify: false, tokens: None, statistics: None };
+const STOCK: Options<'_> =
+    Options { layout: LayoutChoice::HuggingFace, densify: false, tokens: None, statistics: None };
+
+/// Experts that each layer of a plan keeps.
+fn kept(plan: &Plan) -> Vec<(usize, Vec<usize>)> {
+    let kept = |l: &moepress::plan::LayerPlan| {
+        l.experts.iter().filter(|e| e.action != Action::Drop).map(|e| e.expert).collect()
+    };
+    plan.layers.iter().map(|l| (l.layer, kept(l))).collect()
+}
+
+fn tensor(dir: &Path, name: &str) -> Tensor {
+    Checkpoint::open(dir).unwrap().tensor(name).unwrap()
+}
+
+/// Dropping copies codes and scales as they are, in both layouts.
+#[test]
+fn packed_experts_are_copied_not_packed_anew() {
+    let out = tempfile::tempdir().unwrap();
+    let model = data("gpt_oss_mxfp4");
+    let plan = plan(&model, "reap", Some(Budget::Experts(3)), &[]);
+    let (stock, own) = (out.path().join("stock"), out.path().join("own"));
+    assert_eq!(apply(&model, &plan, &STOCK, &stock).unwrap().layout, "hf");
+    apply(&model, &plan, &MOEPRESS, &own).unwrap();
+    for (l, experts) in kept(&plan) {
+        let prefix = format!("model.layers.{l}.mlp.experts.");
+        for part in [
+            "gate_up_proj_blocks",
+            "gate_up_proj_scales",
+            "gate_up_proj_bias",
+            "down_proj_blocks",
+            "down_proj_scales",
+            "down_proj_bias",
+        ] {
+            let name = format!("{prefix}{part}");
+            let expected = tensor(&model, &name).select_rows(&experts);
+            let found = tensor(&stock, &name);
+            assert_eq!((found.shape(), found.bytes()), (expected.shape(), expected.bytes()), "{name}");
+        }
+        // Up is every second row.
+        for &e in &experts {
+            for part in ["blocks", "scales"] {
+                let all = tensor(&model, &format!("{prefix}gate_up_proj_{part}")).entry(e);
+                let rows: Vec<usize> = (0..all.shape()[0] / 2).map(|r| 2 * r + 1).collect();
+                let found = tensor(&own, &format!("{prefix}{e}.up_proj.weight_{part}"));
+                assert_eq!(found.bytes(), all.select_rows(&rows).bytes());
+            }
+        }
+    }
+    let model = data("deepseek_v3_fp8");
+    let plan = common::compress::plan(&model, "reap", Some(Budget::Experts(4)), &[]);
+    let dir = out.path().join("fp8");
+    assert_eq!(apply(&model, &plan, &STOCK, &dir).unwrap().layout, "hf");
+    for (l, experts) in kept(&plan) {
+        for (new, old) in experts.iter().enumerate() {
+            for part in ["up_proj.weight", "down_proj.weight", "down_proj.weight_scale_inv"] {
+                let name = |e: usize| format!("model.layers.{l}.mlp.experts.{e}.{part}");
+                let (found, expected) = (tensor(&dir, &name(new)), tensor(&model, &name(*old)));
+                assert_eq!((found.dtype(), found.bytes()), (expected.dtype(), expected.bytes()), "{part}");
+            }
+        }
+    }
+}
+
+/// Every parameter once, whatever the storage: biases count, scales do not.
+#[test]
+fn sizes_of_packed_experts() {
+    let sizes = |name: &str| {
+        let checkpoint = Checkpoint::open(data(name)).unwrap();
+        profile(&checkpoint, &open_architecture(&checkpoint).unwrap()).unwrap()
+    };
+    let packed = sizes("gpt_oss_mxfp4");
+    let layer = &packed.moe_layers[0];
+    // Three matrices of 32 × 32 in blocks of 17 bytes for 32 values, and 32 + 32 + 32 biases of 2 bytes.
+    assert_eq!((layer.expert_parameters, layer.expert_bytes), (3 * 1024 + 96, 3 * 1024 / 32 * 17 + 192));
+    assert_eq!((layer.matrix_bytes, layer.factor_bytes), ([1024 / 32 * 17; 3], 2));
+    assert_eq!((layer.router_parameters, layer.router_bytes), (33, 66));
+    // The other fixture has the same sizes, but one expert less in each of two layers.
+    let plain = sizes("gpt_oss");
+    assert_eq!(packed.parameters, plain.parameters + 2 * (layer.expert_parameters + layer.router_parameters));
+    let plain = &plain.moe_layers[0];
+    assert_eq!(
+        (plain.matrix_bytes, plain.factor_bytes, plain.expert_bytes),
+        ([2048; 3], 2, 2 * (3 * 1024 + 96))
+    );
+
+    let fp8 = &sizes("deepseek_v3_fp8").moe_layers[0];
+    // 16 × 32 in blocks of 12 × 20 has four scales, 32 × 16 three.
+    assert_eq!((fp8.expert_parameters, fp8.matrix_bytes), (1536, [528, 528, 524]));
+    assert_eq!((fp8.expert_bytes, fp8.factor_bytes), (2 * 528 + 524, 2));
+    // A row of 32 bf16 weights and an f32 bias.
+    assert_eq!((fp8.router_parameters, fp8.router_bytes), (33, 68));
+
+    let seen = inspect(&Checkpoint::open(data("gpt_oss_mxfp4")).unwrap()).unwrap();
+    assert_eq!(seen.dtypes["MXFP4"], 2 * 5 * 3 * 1024);
+    assert_eq!(seen.parameters.total, packed.parameters);
+}
+
+/// Factors of packed matrices are bf16; biases stay; the result is as large as planned.
+#[test]
+fn low_rank_keeps_biases_and_unpacks() {
+    let out = tempfile::tempdir().unwrap();
+    let Ok(budget) = Budget::remove(0.5) else { unreachable!() };
+    for name in ["gpt_oss", "gpt_oss_mxfp4", "deepseek_v3_fp8", "llama4_text"] {
+        let model = data(name);
+        let plan = plan(&model, "low-rank", Some(budget), &[("whiten", "false")]);
+        let dir = out.path().join(name);
+        let report = apply(&model, &plan, &Options::default(), &dir).unwrap();
+        assert_eq!((report.layout, report.bytes_after), ("moepress", plan.expected.bytes), "{name}");
+        assert_eq!(report.routed_parameters_after, plan.expected.routed_parameters, "{name}");
+        let experts = |dir: &Path| {
+            let checkpoint = Checkpoint::open(dir).unwrap();
+            let architecture = open_architecture(&checkpoint).unwrap();
+            let layer = LayerSource::open(&checkpoint, &architecture, 1).unwrap();
+            layer.moe().unwrap().experts.clone()
+        };
+        for (before, after) in experts(&model).iter().zip(experts(&dir)) {
+            let (Expert::Mlp(before), Expert::Mlp(after)) = (before, after) else { unreachable!() };
+            assert_eq!(before.activation, after.activation);
+            for (before, after) in before.maps().into_iter().zip(after.maps()) {
+                let bias = |b: &Option<Tensor>| b.as_ref().map(|b| b.bytes().to_vec());
+                assert_eq!(bias(&before.bias), bias(&after.bias));
+                let Matrix::LowRank { u, v } = &after.weight else { panic!("{name}: not low rank") };
+                assert_eq!([u, v].map(|w| (w.is_packed(), w.replacement_dtype())), [(false, Dtype::BF16); 2]);
+            }
+        }
+        assert!(run(&dir, &tokens()).logits.iter().all(|v| v.is_finite()));
+    }
+}
+
+/// Factors multiplied back are the same numbers in the fused stock layout and one by one; packed checkpoints cannot
+/// take them.
+#[test]
+fn multiplied_back_into_fused_tensors() {
+    let out = tempfile::tempdir().unwrap();
+    let Ok(budget) = Budget::remove(0.5) else { unreachable!() };
+    for name in ["gpt_oss", "llama4_text"] {
+        let model = data(name);
+        let mut plan = plan(&model, "low-rank", Some(budget), &[("whiten", "false")]);
+        plan.layers[0].experts[1].action = Action::Keep;
+        let at = |kind: &str| out.path().join(format!("{name} {kind}"));
+        apply(&model, &plan, &Options { densify: true, ..STOCK }, &at("stock")).unwrap();
+        apply(&model, &plan, &Options { densify: true, ..MOEPRESS }, &at("own")).unwrap();
+        let logits = bits(&run(&at("stock"), &tokens()).logits);
+        assert!(logits == bits(&run(&at("own"), &tokens()).logits), "{name}");
+        assert!(logits != bits(&run(&model, &tokens()).logits), "{name}");
+        let shapes = |dir: &Path| -> Vec<_> {
+            let checkpoint = Checkpoint::open(dir).unwrap();
+            checkpoint.tensors().map(|t| (t.name().to_string(), t.shape().to_vec(), t.dtype())).collect()
+        };
+        assert_eq!(shapes(&at("stock")), shapes(&model));
+    }
+    for name in ["gpt_oss_mxfp4", "deepseek_v3_fp8"] {
+        let plan = plan(&data(name), "low-rank", Some(budget), &[("whiten", "false")]);
+        let options = Options { densify: true, ..STOCK };
+        let error = apply(&data(name), &plan, &options, &out.path().join("no")).unwrap_err();
+        assert!(error.contains("packed") && error.contains("--layout moepress"), "{error}");
+        let dir = out.path().join(name);
+        assert_eq!(
+            apply(&data(name), &plan, &Options { densify: true, ..Options::default() }, &dir).unwrap().layout,
+            "moepress"
+        );
+        assert!(run(&dir, &tokens()).logits.iter().all(|v| v.is_finite()));
+    }
+}
+
+/// They stay where nothing contradicts them, and go where the config could not describe them.
+#[test]
+fn layers_for_multi_token_prediction() {
+    let out = tempfile::tempdir().unwrap();
+    let model = data("deepseek_v3");
+    let behind = |dir: &Path| {
+        let checkpoint = Checkpoint::open(dir).unwrap();
+        let config: Value = serde_json::from_str(checkpoint.config()).unwrap();
+        let count = checkpoint.tensors().filter(|t| t.name().starts_with("model.layers.2.")).count();
+        (count, config["num_nextn_predict_layers"].as_u64().unwrap())
+    };
+    assert_eq!(behind(&model), (3, 1));
+    let drop = plan(&model, "reap", Some(Budget::Experts(4)), &[]);
+    let Ok(budget) = Budget::remove(0.5) else { unreachable!() };
+    let factors = plan(&model, "low-rank", Some(budget), &[("whiten", "false")]);
+    let at = |name: &str| out.path().join(name);
+    apply(&model, &drop, &STOCK, &at("stock")).unwrap();
+    apply(&model, &drop, &MOEPRESS, &at("own")).unwrap();
+    apply(&model, &factors, &Options { densify: true, ..STOCK }, &at("dense")).unwrap();
+    assert_eq!(behind(&at("stock")), (0, 0));
+    assert_eq!(behind(&at("own")), (3, 1));
+    assert_eq!(behind(&at("dense")), (3, 1));
+}
+
+/// A stock router scores groups by two experts each.
+#[test]
+fn groups_of_one_need_the_other_layout() {
+    let out = tempfile::tempdir().unwrap();
+    let mutant = Mutant::of("deepseek_v3");
+    mutant.set_config("topk_group", json!(2));
+    let mut plan = plan(mutant.path(), "reap", Some(Budget::Experts(4)), &[]);
+    for expert in &mut plan.layers[0].experts {
+        expert.action = if expert.expert % 3 == 0 { Action::Keep } else { Action::Drop };
+    }
+    let error = apply(mutant.path(), &plan, &STOCK, &out.path().join("stock")).unwrap_err();
+    assert!(error.contains("1 expert in each group"), "{error}");
+    let dir = out.path().join("own");
+    apply(mutant.path(), &plan, &MOEPRESS, &dir).unwrap();
+    assert!(bits(&run(&dir, &tokens()).logits) == bits(&masked(mutant.path(), &plan, &tokens())));
+}
+
+/// The language model inside a model of text and images: the same numbers under longer names, and its own section of
+/// the config.
+#[test]
+fn llama4_as_published() {
+    let out = tempfile::tempdir().unwrap();
+    let mutant = Mutant::of("llama4_text");
+    mutant.edit_text("config.json", |text| {
+        let mut section: Value = serde_json::from_str(&text).unwrap();
+        section["tie_word_embeddings"] = json!(false);
+        json!({ "model_type": "llama4", "num_local_experts": 99, "text_config": section }).to_string()
+    });
+    mutant.edit_tensors(|tensors| {
+        let all = std::mem::take(tensors);
+        tensors.extend(all.into_iter().map(|(name, tensor)| (format!("language_model.{name}"), tensor)));
+        let image = Tensor::from_f32("x", Dtype::F32, vec![2], &[1.0, 2.0]);
+        tensors.insert("vision_model.patch_embedding.weight".into(), image);
+    });
+    let expected = bits(&run(&data("llama4_text"), &tokens()).logits);
+    assert!(bits(&run(mutant.path(), &tokens()).logits) == expected);
+
+    let plan = plan(mutant.path(), "reap", Some(Budget::Experts(2)), &[]);
+    let dir = out.path().join("half");
+    assert_eq!(apply(mutant.path(), &plan, &STOCK, &dir).unwrap().layout, "hf");
+    assert!(bits(&run(&dir, &tokens()).logits) == bits(&masked(mutant.path(), &plan, &tokens())));
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    let config: Value = serde_json::from_str(checkpoint.config()).unwrap();
+    assert_eq!(config["text_config"]["num_local_experts"], 2);
+    assert_eq!(config["num_local_experts"], 99);
+    assert!(checkpoint.get("vision_model.patch_embedding.weight").is_some());
+    let router = checkpoint.tensor("language_model.model.layers.0.feed_forward.router.weight").unwrap();
+    assert_eq!(router.shape(), [2, 32]);
+}
+
+/// What is wrong with packed weights, by name.
+#[test]
+fn packed_weights_that_contradict_their_config() {
+    let error = |mutant: &Mutant| {
+        let checkpoint = Checkpoint::open(mutant.path()).unwrap();
+        match Model::new(&checkpoint, &Cpu, 24) {
+            Err(error) => error.to_string(),
+            Ok(model) => model.layer(1).err().unwrap().to_string(),
+        }
+    };
+    let expert = "model.layers.1.mlp.experts.2.down_proj.weight";
+
+    let mutant = Mutant::of("deepseek_v3_fp8");
+    mutant.edit_tensors(|tensors| drop(tensors.remove(&format!("{expert}_scale_inv"))));
+    assert!(error(&mutant).ends_with(&format!("tensor {expert}_scale_inv is missing")));
+
+    let mutant = Mutant::of("deepseek_v3_fp8");
+    let quantization = json!({ "quant_method": "fp8", "weight_block_size": [128, 128] });
+    mutant.set_config("quantization_config", quantization);
+    assert!(error(&mutant).contains("_scale_inv has shape"), "{}", error(&mutant));
+
+    let mutant = Mutant::of("deepseek_v3_fp8");
+    mutant.edit_values(&format!("{expert}_scale_inv"), |values| values[1] = f32::INFINITY);
+    assert!(error(&mutant).contains(&format!("layer 1: {expert}_scale_inv holds inf")), "{}", error(&mutant));
+
+    let mutant = Mutant::of("gpt_oss_mxfp4");
+    mutant.edit_tensors(|tensors| {
+        let name = "model.layers.1.mlp.experts.down_proj_scales";
+        let (shape, mut bytes) = (tensors[name].shape().to_vec(), tensors[name].bytes().to_vec());
+        bytes[7] = 255;
+        tensors.insert(name.into(), Tensor::owned(name, Dtype::U8, shape, bytes));
+    });
+    assert!(error(&mutant).contains("down_proj_scales holds inf at flat index 7"), "{}", error(&mutant));
+
+    let mutant = Mutant::of("mixtral");
+    mutant.set_config("quantization_config", json!({ "quant_method": "gptq" }));
+    assert!(error(&mutant).contains("quantization_config.quant_method is `gptq`"), "{}", error(&mutant));
+}
+
+/// Names in both layouts are in the order gate, up, down.
+#[test]
+fn projections_are_indices() {
+    assert_eq!(Projection::ALL.map(|p| p as usize), [0, 1, 2]);
+}
