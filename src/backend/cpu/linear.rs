@@ -1,12 +1,9 @@
-//! x Wᵀ with W mapped in its stored type: tiles of W are widened to f32 and multiplied by the library GEMM.
+//! Weight matrices, mapped in their stored type, and x Wᵀ.
 
 use std::borrow::Cow;
-use std::cell::RefCell;
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
-use rayon::prelude::*;
-
+use super::gemm::{Columns, Source, multiply};
+use super::simd::Isa;
 use crate::backend::Result;
 use crate::checkpoint::{Dtype, Tensor, decode_f32};
 
@@ -19,9 +16,6 @@ pub struct CpuWeight {
 }
 
 impl CpuWeight {
-    /// Elements of W that are widened at a time: half a MiB of f32, so that tile and activations share the cache.
-    const TILE: usize = 1 << 17;
-
     pub(super) fn new(tensor: &Tensor) -> Result<Self> {
         tensor.check_float()?;
         let &[rows, cols] = tensor.shape() else {
@@ -72,49 +66,19 @@ impl CpuWeight {
         }
     }
 
-    /// Rows of W in a tile: a function of the shape alone, so that results do not depend on the threads.
-    fn tile_rows(&self) -> usize {
-        (CpuWeight::TILE / self.cols.max(1)).clamp(16, 256).next_multiple_of(16)
+    /// The stored matrix, for the kernels.
+    pub(super) fn source(&self) -> Source<'_> {
+        Source::new(self.tensor.bytes(), self.tensor.dtype(), self.rows, self.cols)
     }
-}
-
-thread_local! {
-    /// The widened tile of the thread. Borrowed only around code that does not enter rayon.
-    static TILE: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// `out [n, rows] = x [n, cols] · Wᵀ`, row-major.
 pub(super) fn linear(x: &[f32], weight: &CpuWeight, out: &mut [f32]) {
-    let (rows, cols) = (weight.rows, weight.cols);
     if out.is_empty() {
         return;
     }
-    let n = out.len() / rows;
-    if cols == 0 {
-        out.fill(0.0);
-        return;
-    }
-    let x = MatRef::from_row_major_slice(x, n, cols);
-    let tile_rows = weight.tile_rows();
-    let columns = MatMut::from_row_major_slice_mut(out, n, rows).par_col_chunks_mut(tile_rows);
-    columns.enumerate().for_each(|(i, out)| {
-        let first = i * tile_rows;
-        let count = out.ncols();
-        if let Some(all) = weight.as_f32() {
-            multiply(x, &all[first * cols..(first + count) * cols], out);
-        } else {
-            TILE.with_borrow_mut(|tile| {
-                tile.resize(count * cols, 0.0);
-                weight.decode_rows(first, tile);
-                multiply(x, tile, out);
-            });
-        }
-    });
-}
-
-fn multiply(x: MatRef<'_, f32>, tile: &[f32], out: MatMut<'_, f32>) {
-    let tile = MatRef::from_row_major_slice(tile, out.ncols(), x.ncols());
-    matmul(out, Accum::Replace, x, tile.transpose(), 1.0, Par::Seq);
+    let (n, rows) = (out.len() / weight.rows, weight.rows);
+    multiply(Isa::current(), x, weight.cols, weight.source(), Columns::new(out, n, rows, rows));
 }
 
 #[cfg(test)]
