@@ -13,7 +13,7 @@ use moepress::backend::Moment;
 use moepress::backend::cpu::Cpu;
 use moepress::calibrate::{Options as CalibrateOptions, calibrate};
 use moepress::checkpoint::{Checkpoint, Dtype, Weight};
-use moepress::compress::{FactorOptions, LayoutChoice, Options, Whitening, compress, factorise};
+use moepress::compress::{FactorOptions, LayoutChoice, Options, Report, Whitening, compress, factorise};
 use moepress::model::{Model, profile};
 use moepress::plan::{Action, Budget};
 use moepress::progress::Progress;

@@ -1,11 +1,9 @@
-//! x Wᵀ with W mapped in its stored type: tiles of W are widened to f32 and multiplied by the library GEMM.
+//! Weight matrices, mapped in their stored type, and x Wᵀ.
 
-use std::cell::RefCell;
-
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
+use super::gemm::{Columns, Scratch, Source, multiply};
+use super::simd::Isa;
 use crate::checkpoint::{Dtype, Storage, Weight};
 
 /// A weight matrix `[rows, cols]` = `[out, in]` as stored.
@@ -17,7 +15,7 @@ pub struct CpuWeight {
 }
 
 impl CpuWeight {
-    /// Elements of W that are widened at a time: half a MiB of f32, so that tile and activations share the cache.
+    /// Values of a packed matrix that are widened at a time: half a MiB of f32.
     const TILE: usize = 1 << 17;
 
     pub(super) fn new(weight: &Weight) -> Self {
@@ -39,59 +37,37 @@ impl CpuWeight {
         self.weight.decode_rows(row, out);
     }
 
-    /// The stored values, where they are aligned f32.
-    fn as_f32(&self) -> Option<&[f32]> {
+    /// The stored matrix, where the kernels can read it as it is.
+    fn source(&self) -> Option<Source<'_>> {
         match self.weight.storage() {
-            Storage::Plain(tensor) if tensor.dtype() == Dtype::F32 && cfg!(target_endian = "little") => {
-                bytemuck::try_cast_slice(tensor.bytes()).ok()
-            }
+            Storage::Plain(tensor) => Some(Source::new(tensor.bytes(), tensor.dtype(), self.rows, self.cols)),
             _ => None,
         }
     }
-
-    /// Rows of W in a tile: a function of the shape alone, so that results do not depend on the threads.
-    fn tile_rows(&self) -> usize {
-        (CpuWeight::TILE / self.cols.max(1)).clamp(16, 256).next_multiple_of(16)
-    }
-}
-
-thread_local! {
-    /// The widened tile of the thread. Borrowed only around code that does not enter rayon.
-    static TILE: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// `out [n, rows] = x [n, cols] · Wᵀ`, row-major.
 pub(super) fn linear(x: &[f32], weight: &CpuWeight, out: &mut [f32]) {
-    let (rows, cols) = (weight.rows, weight.cols);
     if out.is_empty() {
         return;
     }
+    let CpuWeight { rows, cols, .. } = *weight;
     let n = out.len() / rows;
-    if cols == 0 {
-        out.fill(0.0);
-        return;
+    let isa = Isa::current();
+    let out = Columns::new(out, n, rows, rows);
+    if let Some(source) = weight.source() {
+        return multiply(isa, x, cols, source, out);
     }
-    let x = MatRef::from_row_major_slice(x, n, cols);
-    let tile_rows = weight.tile_rows();
-    let columns = MatMut::from_row_major_slice_mut(out, n, rows).par_col_chunks_mut(tile_rows);
-    columns.enumerate().for_each(|(i, out)| {
+    // Packed weights are widened a tile at a time. Values do not depend on the tiles.
+    let tile_rows = (CpuWeight::TILE / cols.max(1)).max(16);
+    (0..rows.div_ceil(tile_rows)).into_par_iter().for_each(|i| {
         let first = i * tile_rows;
-        let count = out.ncols();
-        if let Some(all) = weight.as_f32() {
-            multiply(x, &all[first * cols..(first + count) * cols], out);
-        } else {
-            TILE.with_borrow_mut(|tile| {
-                tile.resize(count * cols, 0.0);
-                weight.decode_rows(first, tile);
-                multiply(x, tile, out);
-            });
-        }
+        let count = tile_rows.min(rows - first);
+        let mut tile = Scratch::take(count * cols);
+        weight.decode_rows(first, &mut tile);
+        let source = Source::new(bytemuck::must_cast_slice(&tile), Dtype::F32, count, cols);
+        multiply(isa, x, cols, source, out.part(0, n, first, count));
     });
-}
-
-fn multiply(x: MatRef<'_, f32>, tile: &[f32], out: MatMut<'_, f32>) {
-    let tile = MatRef::from_row_major_slice(tile, out.ncols(), x.ncols());
-    matmul(out, Accum::Replace, x, tile.transpose(), 1.0, Par::Seq);
 }
 
 #[cfg(test)]

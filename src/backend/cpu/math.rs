@@ -1,11 +1,5 @@
 //! Scalar functions and the dot product of fixed summation order.
 
-/// x · σ(x).
-#[inline(always)]
-pub(super) fn silu(x: f32) -> f32 {
-    x / (1.0 + (-x).exp())
-}
-
 /// 1 / (1 + e^−x).
 #[inline(always)]
 pub(super) fn sigmoid(x: f32) -> f32 {

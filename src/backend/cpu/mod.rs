@@ -4,11 +4,13 @@
 
 mod attention;
 mod experts;
+mod gemm;
 mod linear;
 mod math;
 mod observe;
 mod pointwise;
 mod route;
+mod simd;
 
 use crate::architecture::{Activation, Rope};
 use crate::checkpoint::{Tensor, Weight};
@@ -21,6 +23,7 @@ pub use attention::CpuRotation;
 pub use experts::CpuExperts;
 pub use linear::CpuWeight;
 pub use route::{CpuRouter, CpuRouting};
+pub use simd::{Isa, UnknownIsa};
 
 /// The CPU backend.
 #[derive(Clone, Copy, Debug, Default)]

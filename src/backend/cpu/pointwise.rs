@@ -3,7 +3,9 @@
 use rayon::prelude::*;
 
 use super::CpuBuffer;
-use super::math::{sigmoid, silu};
+use super::math::sigmoid;
+use super::simd::exp::silu;
+use super::simd::{Isa, MAX_LANES, Simd, Task};
 use crate::architecture::Activation;
 
 /// Values per parallel piece.
@@ -62,11 +64,7 @@ pub(super) fn clamp(x: &mut CpuBuffer, limit: f32) {
 
 pub(super) fn activate(gate: &mut [f32], up: &[f32], activation: Activation) {
     gate.par_chunks_mut(PIECE).zip(up.par_chunks(PIECE)).for_each(|(gate, up)| match activation {
-        Activation::SwiGlu => {
-            for (g, u) in gate.iter_mut().zip(up) {
-                *g = silu(*g) * u;
-            }
-        }
+        Activation::SwiGlu => Isa::current().run(Swiglu { gate, up }),
         Activation::ClampedSwiGlu { limit, slope } => {
             for (g, u) in gate.iter_mut().zip(up) {
                 // Unlike `min`, lets NaN through.
@@ -75,6 +73,35 @@ pub(super) fn activate(gate: &mut [f32], up: &[f32], activation: Activation) {
             }
         }
     });
+}
+
+/// silu(gate) ∘ up into `gate`.
+struct Swiglu<'a> {
+    gate: &'a mut [f32],
+    up: &'a [f32],
+}
+
+impl Task for Swiglu<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let whole = self.gate.len() - self.gate.len() % S::LANES;
+        let (gate, gate_rest) = self.gate.split_at_mut(whole);
+        let (up, up_rest) = self.up.split_at(whole);
+        for (gate, up) in gate.chunks_exact_mut(S::LANES).zip(up.chunks_exact(S::LANES)) {
+            let value = s.mul(silu(s, s.load(gate)), s.load(up));
+            s.store(value, gate);
+        }
+        // The rest by the same instructions, so that a value does not depend on where it lies.
+        let mut lanes = [0.0; MAX_LANES];
+        lanes[..gate_rest.len()].copy_from_slice(gate_rest);
+        let value = silu(s, s.load(&lanes));
+        s.store(value, &mut lanes);
+        for ((gate, up), value) in gate_rest.iter_mut().zip(up_rest).zip(lanes) {
+            *gate = value * up;
+        }
+    }
 }
 
 pub(super) fn add(x: &mut [f32], y: &[f32]) {

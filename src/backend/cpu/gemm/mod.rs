@@ -1,0 +1,247 @@
+//! out = x · Wᵀ for W in its stored type, row-major and possibly unaligned.
+//!
+//! Every element of the result is summed alike, whatever kernel computes it: for each block of [`DEPTH`] columns one
+//! chain of fused multiply-adds in column order that starts at 0, and the blocks added in order. So a value depends on
+//! its row of x and its row of W alone, not on the other rows, the number of threads, or which instructions with fused
+//! multiply-add do the work. That is possible because vectors run along the rows of W: W is transposed on the fly.
+//!
+//! Two kernels share the work. Few tokens: [`stream`] reads W once, transposes blocks in registers and uses them there.
+//! Many tokens: [`panel`] widens and transposes a tile of W into scratch memory and multiplies all tokens by it.
+
+mod columns;
+mod panel;
+mod scratch;
+mod source;
+mod stream;
+#[cfg(test)]
+mod tests;
+
+use rayon::prelude::*;
+
+pub(super) use columns::Columns;
+pub(super) use scratch::Scratch;
+pub(super) use source::Source;
+
+use super::simd::{Isa, Simd, Task};
+use source::{Bf16, Element, F16, F32};
+
+use crate::checkpoint::Dtype;
+
+/// Columns that are summed in one chain: long enough to cost nothing, short enough to keep rounding errors small. Part
+/// of the definition of the result.
+pub(super) const DEPTH: usize = 512;
+
+/// Multiplications below which a product is not worth sharing.
+const SMALL: usize = 1 << 15;
+
+/// The rows of x, packed for the kernels: tokens in groups of [`Groups::size`] values, each group `[cols, tokens]`.
+#[derive(Clone, Copy)]
+struct Packed<'a> {
+    values: &'a [f32],
+    cols: usize,
+    groups: Groups,
+}
+
+/// How tokens are cut into groups that a kernel keeps in registers: as equal as possible.
+#[derive(Clone, Copy)]
+struct Groups {
+    tokens: usize,
+    count: usize,
+}
+
+impl Groups {
+    fn new(tokens: usize, most: usize) -> Self {
+        Groups { tokens, count: tokens.div_ceil(most) }
+    }
+
+    /// First token of group `g`.
+    fn start(self, g: usize) -> usize {
+        g * self.tokens / self.count
+    }
+
+    fn size(self, g: usize) -> usize {
+        self.start(g + 1) - self.start(g)
+    }
+}
+
+impl<'a> Packed<'a> {
+    /// Values of group `g`, from column `col` on.
+    #[inline(always)]
+    fn group(&self, g: usize, col: usize) -> &'a [f32] {
+        let (start, size) = (self.groups.start(g), self.groups.size(g));
+        &self.values[start * self.cols + col * size..(start + size) * self.cols]
+    }
+}
+
+/// `to [cols, tokens]` = the transpose of `tokens` rows.
+fn pack_group(rows: &[f32], stride: usize, cols: usize, tokens: usize, to: &mut [f32]) {
+    const STRIP: usize = 16;
+    for (strip, to) in to.chunks_mut(STRIP * tokens).enumerate() {
+        let count = to.len() / tokens;
+        for t in 0..tokens {
+            let from = &rows[t * stride + strip * STRIP..][..count];
+            for (value, to) in from.iter().zip(to[t..].iter_mut().step_by(tokens)) {
+                *to = *value;
+            }
+        }
+    }
+    debug_assert_eq!(to.len(), cols * tokens);
+}
+
+/// `out [n, rows] = x [n, cols] · Wᵀ` with the rows of x `stride` apart, on the threads of the current rayon pool.
+pub(super) fn multiply(isa: Isa, x: &[f32], stride: usize, w: Source<'_>, out: Columns<'_>) {
+    let (n, rows, cols) = (out.rows(), w.rows(), w.cols());
+    if n == 0 || rows == 0 {
+        return;
+    }
+    if cols == 0 {
+        // SAFETY: nobody else uses `out` yet.
+        (0..n).for_each(|t| unsafe { out.row(t, 0, rows) }.fill(0.0));
+        return;
+    }
+    assert!((n - 1) * stride + cols <= x.len(), "rows of x");
+    let shape = isa.run(Shape { n });
+    let groups = Groups::new(n, shape.group);
+    let parallel = n * rows * cols > SMALL && rayon::current_num_threads() > 1;
+    let mut memory;
+    let values = if n == 1 {
+        &x[..cols]
+    } else {
+        memory = Scratch::take(n * cols);
+        pack(x, stride, cols, groups, parallel, &mut memory);
+        &memory
+    };
+    let x = Packed { values, cols, groups };
+    let tiles = Tiles::new(shape, &w, groups, parallel);
+    let tile = |i: usize| isa.run(Tile { streamed: shape.streamed, x, w, out, cut: tiles.get(i) });
+    if parallel {
+        (0..tiles.len()).into_par_iter().for_each(tile);
+    } else {
+        (0..tiles.len()).for_each(tile);
+    }
+}
+
+fn pack(x: &[f32], stride: usize, cols: usize, groups: Groups, parallel: bool, to: &mut [f32]) {
+    let to = Columns::new(to, 1, groups.tokens * cols, groups.tokens * cols);
+    let pack = |g: usize| {
+        let (start, size) = (groups.start(g), groups.size(g));
+        // SAFETY: groups do not overlap, and each is packed once.
+        let to = unsafe { to.row(0, start * cols, size * cols) };
+        pack_group(&x[start * stride..], stride, cols, size, to);
+    };
+    if parallel && groups.tokens * cols > SMALL {
+        (0..groups.count).into_par_iter().for_each(pack);
+    } else {
+        (0..groups.count).for_each(pack);
+    }
+}
+
+/// Which kernel computes `n` tokens, and how it cuts them and the rows of W.
+struct Shape {
+    n: usize,
+}
+
+#[derive(Clone, Copy)]
+struct Cut {
+    streamed: bool,
+    /// Tokens of a group.
+    group: usize,
+    /// Smallest number of rows of W in a tile.
+    step: usize,
+}
+
+impl Task for Shape {
+    type Output = Cut;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> Cut {
+        if self.n <= S::STREAM_TOKENS {
+            Cut { streamed: true, group: S::STREAM_TOKENS, step: 4 * S::LANES }
+        } else {
+            Cut { streamed: false, group: S::PANEL_TOKENS, step: 2 * S::LANES }
+        }
+    }
+}
+
+/// A grid of tiles: ranges of rows of W times ranges of token groups.
+struct Tiles {
+    rows: usize,
+    tile_rows: usize,
+    groups: usize,
+    tile_groups: usize,
+}
+
+/// Rows of W and token groups of one tile.
+struct Range {
+    rows: std::ops::Range<usize>,
+    groups: std::ops::Range<usize>,
+}
+
+impl Tiles {
+    /// Most rows of W in a tile: `ROWS · DEPTH` values of W stay in the second-level cache.
+    const ROWS: usize = 128;
+    /// Fewest token groups for which it pays to transpose a tile of W once more.
+    const GROUPS: usize = 8;
+
+    fn new(cut: Cut, w: &Source<'_>, groups: Groups, parallel: bool) -> Self {
+        let rows = w.rows();
+        let wanted = if parallel { 4 * rayon::current_num_threads() } else { 1 };
+        let even = rows.div_ceil(wanted).next_multiple_of(cut.step);
+        let most = if cut.streamed { cut.step } else { Tiles::ROWS.next_multiple_of(cut.step) };
+        let tile_rows = even.clamp(cut.step, most);
+        let in_rows = rows.div_ceil(tile_rows);
+        let tile_groups =
+            groups.count.div_ceil(wanted.div_ceil(in_rows)).max(Tiles::GROUPS).min(groups.count);
+        Tiles { rows, tile_rows, groups: groups.count, tile_groups }
+    }
+
+    fn in_groups(&self) -> usize {
+        self.groups.div_ceil(self.tile_groups)
+    }
+
+    fn len(&self) -> usize {
+        self.rows.div_ceil(self.tile_rows) * self.in_groups()
+    }
+
+    fn get(&self, i: usize) -> Range {
+        let (r, g) = (i / self.in_groups() * self.tile_rows, i % self.in_groups() * self.tile_groups);
+        Range {
+            rows: r..(r + self.tile_rows).min(self.rows),
+            groups: g..(g + self.tile_groups).min(self.groups),
+        }
+    }
+}
+
+/// One tile of a product.
+struct Tile<'a> {
+    streamed: bool,
+    x: Packed<'a>,
+    w: Source<'a>,
+    out: Columns<'a>,
+    cut: Range,
+}
+
+impl Task for Tile<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        match self.w.dtype() {
+            Dtype::F32 => self.run_as::<S, F32>(s),
+            Dtype::BF16 => self.run_as::<S, Bf16>(s),
+            _ => self.run_as::<S, F16>(s),
+        }
+    }
+}
+
+impl Tile<'_> {
+    #[inline(always)]
+    fn run_as<S: Simd, E: Element>(self, s: S) {
+        let Tile { streamed, x, w, out, cut } = self;
+        if streamed {
+            stream::tile::<S, E>(s, &x, &w, &out, &cut);
+        } else {
+            panel::tile::<S, E>(s, &x, &w, &out, &cut);
+        }
+    }
+}

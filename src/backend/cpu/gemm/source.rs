@@ -1,0 +1,190 @@
+//! W as it is stored, and how a block of it is read.
+
+use crate::backend::cpu::simd::{MAX_LANES, Simd};
+use crate::checkpoint::Dtype;
+
+const _: () =
+    assert!(cfg!(target_endian = "little"), "the CPU kernels read little-endian weights as they are");
+
+/// A row-major matrix W of f32, bf16 or f16 values, in bytes of any alignment.
+#[derive(Clone, Copy, Debug)]
+pub(in super::super) struct Source<'a> {
+    bytes: &'a [u8],
+    dtype: Dtype,
+    rows: usize,
+    cols: usize,
+    /// Bytes from one row to the next.
+    stride: usize,
+}
+
+impl<'a> Source<'a> {
+    /// The rows one after the other.
+    pub(in super::super) fn new(bytes: &'a [u8], dtype: Dtype, rows: usize, cols: usize) -> Self {
+        Source::strided(bytes, dtype, rows, cols, cols)
+    }
+
+    /// Rows whose first elements are `stride` elements apart.
+    pub(in super::super) fn strided(
+        bytes: &'a [u8],
+        dtype: Dtype,
+        rows: usize,
+        cols: usize,
+        stride: usize,
+    ) -> Self {
+        assert!(matches!(dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16), "{dtype:?} weights");
+        let width = dtype.bitsize() / 8;
+        assert!(rows == 0 || ((rows - 1) * stride + cols) * width <= bytes.len(), "rows of W");
+        Source { bytes, dtype, rows, cols, stride: stride * width }
+    }
+
+    pub(in super::super) fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    pub(in super::super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(in super::super) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// As many consecutive rows as a vector has lanes, from `first` on; beyond the last row, that row again.
+    #[inline(always)]
+    pub(super) fn group<S: Simd, E: Element>(&self, first: usize) -> Group<'a> {
+        debug_assert_eq!(E::DTYPE, self.dtype);
+        assert!(first < self.rows);
+        let mut offsets = [0; MAX_LANES];
+        for (i, offset) in offsets.iter_mut().take(S::LANES).enumerate() {
+            *offset = (first + i).min(self.rows - 1) * self.stride;
+        }
+        Group { bytes: self.bytes, cols: self.cols, offsets }
+    }
+}
+
+/// Rows of W that are read together, one per lane.
+pub(super) struct Group<'a> {
+    bytes: &'a [u8],
+    cols: usize,
+    offsets: [usize; MAX_LANES],
+}
+
+/// How far ahead of the reading the next cache lines are asked for, in bytes of each row.
+const AHEAD: usize = 512;
+
+impl Group<'_> {
+    /// Columns that a block of type `E` holds.
+    #[inline(always)]
+    pub(super) const fn step<S: Simd, E: Element>() -> usize {
+        S::LANES * E::PER_LANE
+    }
+
+    /// The transpose of the columns `col .. col + step`, all of which must exist: lane r of vector j holds element(s)
+    /// `col + j · PER_LANE ..` of row r, as they are stored.
+    #[inline(always)]
+    pub(super) fn block<S: Simd, E: Element>(&self, s: S, col: usize) -> S::Block {
+        assert!(col + Self::step::<S, E>() <= self.cols);
+        let start = self.bytes.as_ptr();
+        s.transpose(s.block(|i| {
+            let at = self.offsets[i] + col * E::WIDTH;
+            s.prefetch(start.wrapping_add(at + AHEAD));
+            // SAFETY: `Source` checked that every row lies in `bytes`, and `step` columns from `col` on are in the row.
+            unsafe { E::load(s, start.add(at)) }
+        }))
+    }
+
+    /// The same where only `count` columns are left, the others being 0.
+    #[inline(always)]
+    pub(super) fn partial_block<S: Simd, E: Element>(&self, s: S, col: usize, count: usize) -> S::Block {
+        let mut rows = [[0; 4 * MAX_LANES]; MAX_LANES];
+        self.copy_tails(S::LANES, col * E::WIDTH, count * E::WIDTH, &mut rows);
+        // SAFETY: no vector is longer than a row of `rows`.
+        s.transpose(s.block(|i| unsafe { E::load(s, rows[i].as_ptr()) }))
+    }
+
+    /// Bytes `start .. start + count` of every row. Not inlined, to keep it out of the loops over whole blocks.
+    #[inline(never)]
+    fn copy_tails(
+        &self,
+        lanes: usize,
+        start: usize,
+        count: usize,
+        rows: &mut [[u8; 4 * MAX_LANES]; MAX_LANES],
+    ) {
+        for (row, offset) in rows.iter_mut().zip(&self.offsets[..lanes]) {
+            row[..count].copy_from_slice(&self.bytes[offset + start..][..count]);
+        }
+    }
+}
+
+/// A stored element type.
+pub(in super::super) trait Element {
+    const DTYPE: Dtype;
+    /// Bytes of an element.
+    const WIDTH: usize;
+    /// Elements that share a lane of a block.
+    const PER_LANE: usize;
+
+    /// `LANES · PER_LANE` elements.
+    ///
+    /// # Safety
+    /// They must be readable.
+    unsafe fn load<S: Simd>(s: S, from: *const u8) -> S::F;
+    /// Element `i` of every lane, widened.
+    fn part<S: Simd>(s: S, lanes: S::F, i: usize) -> S::F;
+}
+
+pub(super) struct F32;
+pub(super) struct Bf16;
+pub(super) struct F16;
+
+impl Element for F32 {
+    const DTYPE: Dtype = Dtype::F32;
+    const WIDTH: usize = 4;
+    const PER_LANE: usize = 1;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const u8) -> S::F {
+        // SAFETY: passed on to the caller.
+        unsafe { s.load_bits(from) }
+    }
+
+    #[inline(always)]
+    fn part<S: Simd>(_: S, lanes: S::F, _: usize) -> S::F {
+        lanes
+    }
+}
+
+impl Element for Bf16 {
+    const DTYPE: Dtype = Dtype::BF16;
+    const WIDTH: usize = 2;
+    const PER_LANE: usize = 2;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const u8) -> S::F {
+        // SAFETY: passed on to the caller.
+        unsafe { s.load_bits(from) }
+    }
+
+    #[inline(always)]
+    fn part<S: Simd>(s: S, lanes: S::F, i: usize) -> S::F {
+        if i == 0 { s.bf16_low(lanes) } else { s.bf16_high(lanes) }
+    }
+}
+
+impl Element for F16 {
+    const DTYPE: Dtype = Dtype::F16;
+    const WIDTH: usize = 2;
+    const PER_LANE: usize = 1;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const u8) -> S::F {
+        // SAFETY: passed on to the caller.
+        unsafe { s.load_f16(from) }
+    }
+
+    #[inline(always)]
+    fn part<S: Simd>(_: S, lanes: S::F, _: usize) -> S::F {
+        lanes
+    }
+}
