@@ -29,7 +29,7 @@ use crate::checkpoint::Dtype;
 
 /// Columns that are summed in one chain: long enough to cost nothing, short enough to keep rounding errors small. Part
 /// of the definition of the result.
-pub(super) const DEPTH: usize = 512;
+pub(super) const DEPTH: usize = 64;
 
 /// Multiplications below which a product is not worth sharing.
 const SMALL: usize = 1 << 15;
