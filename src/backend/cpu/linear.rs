@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use super::gemm::{Columns, Source, multiply};
+use super::gemm::{Columns, Product, Source};
 use super::simd::Isa;
 use crate::backend::Result;
 use crate::checkpoint::{Dtype, Tensor, decode_f32};
@@ -78,7 +78,8 @@ pub(super) fn linear(x: &[f32], weight: &CpuWeight, out: &mut [f32]) {
         return;
     }
     let (n, rows) = (out.len() / weight.rows, weight.rows);
-    multiply(Isa::current(), x, weight.cols, weight.source(), Columns::new(out, n, rows, rows));
+    let out = Columns::new(out, n, rows, rows);
+    Product { x, stride: weight.cols, w: weight.source(), out, accumulate: false }.run(Isa::current());
 }
 
 #[cfg(test)]
