@@ -1,14 +1,14 @@
 //! Rotary embedding and causal attention.
 
-use std::cell::RefCell;
-
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 use super::CpuBuffer;
+use super::gemm::{Columns, Product, Scratch, Source, WeightedRows};
+use super::simd::Isa;
+use super::softmax::Softmax;
 use crate::architecture::{Pairing, Rope};
 use crate::backend::{AttentionShape, Batch, HeadLayout, Keys};
+use crate::checkpoint::Dtype;
 
 /// Cosines and sines for every position.
 #[derive(Clone, Debug)]
@@ -83,11 +83,8 @@ pub(super) fn rotate(x: &mut CpuBuffer, rotation: &CpuRotation, heads: HeadLayou
 /// Queries that share one block of scores.
 const QUERY_BLOCK: usize = 64;
 
-thread_local! {
-    /// The block of scores of the thread. Borrowed only around code that does not enter rayon.
-    static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-}
-
+/// One piece of work per window, block of queries and head. A query's result does not depend on the queries that share
+/// its block: what it sees is summed in the same order, and what it does not see has weight 0.
 pub(super) fn attend(
     query: &CpuBuffer,
     keys: &Keys<'_, CpuBuffer>,
@@ -96,22 +93,21 @@ pub(super) fn attend(
     batch: &Batch,
     out: &mut CpuBuffer,
 ) {
-    let out_cols = out.cols;
     let length = batch.length;
-    out.data.par_chunks_mut(length * out_cols).enumerate().for_each(|(window, out)| {
-        out.par_chunks_mut(QUERY_BLOCK * out_cols).enumerate().for_each(|(block, out)| {
-            let block = Block {
-                first_row: window * length,
-                first_query: block * QUERY_BLOCK,
-                queries: out.len() / out_cols,
-            };
-            SCORES.with_borrow_mut(|scores| {
-                for head in 0..shape.heads {
-                    let sink = sinks.map(|s| s[head]);
-                    block.attend_head(head, query, keys, sink, shape, batch, scores, out);
-                }
-            });
-        });
+    let blocks = length.div_ceil(QUERY_BLOCK);
+    let (rows, cols) = (out.rows, out.cols);
+    let out = Columns::new(&mut out.data, rows, cols, cols);
+    // Later blocks see more keys and go first, lest the longest piece be the last.
+    (0..batch.windows * blocks * shape.heads).into_par_iter().for_each(|i| {
+        let (block, i) = (blocks - 1 - i % blocks, i / blocks);
+        let (head, window) = (i % shape.heads, i / shape.heads);
+        let first_query = block * QUERY_BLOCK;
+        let queries = QUERY_BLOCK.min(length - first_query);
+        let block = Block { first_row: window * length, first_query, queries };
+        let target =
+            out.part(window * length + first_query, queries, head * shape.value_dim, shape.value_dim);
+        let sink = sinks.map(|s| s[head]);
+        block.attend_head(head, query, keys, sink, shape, batch, target);
     });
 }
 
@@ -133,50 +129,39 @@ impl Block {
         sink: Option<f32>,
         shape: AttentionShape,
         batch: &Batch,
-        scores: &mut Vec<f32>,
-        out: &mut [f32],
+        out: Columns<'_>,
     ) {
         let Block { first_row, first_query, queries } = *self;
+        let isa = Isa::current();
         // Keys that at least one query of the block sees.
         let key_start = shape.span.first(first_query);
         let key_count = first_query + queries - key_start;
         let key_row = first_row + key_start;
-        scores.resize(queries * key_count, 0.0);
-        let view = |buffer: &'_ CpuBuffer, row: usize, count: usize, col: usize, width: usize| {
-            (row * buffer.cols + col, count, width, buffer.cols)
+        let mut scores = Scratch::take(queries * key_count);
+        // Queries times some columns of the keys: `col ..` of the head's query, `key_col ..` of the key.
+        let mut score = |key: &CpuBuffer, key_col: usize, col: usize, width: usize, accumulate: bool| {
+            let start = (first_row + first_query) * query.cols + head * shape.query_dim + col;
+            let w = &key.data[key_row * key.cols + key_col..];
+            Product {
+                x: &query.data[start..],
+                stride: query.cols,
+                w: Source::strided(bytemuck::cast_slice(w), Dtype::F32, key_count, width, key.cols),
+                out: Columns::new(&mut scores, queries, key_count, key_count),
+                accumulate,
+            }
+            .run_here(isa);
         };
-        let query_row = first_row + first_query;
-        let part = |col: usize, width: usize| {
-            let at = view(query, query_row, queries, head * shape.query_dim + col, width);
-            matrix(&query.data, at)
-        };
-        let mut score = MatMut::from_row_major_slice_mut(scores, queries, key_count);
-        let value = match *keys {
+        let (value, value_col) = match *keys {
             Keys::Grouped { key, value, kv_heads } => {
                 let kv = head / (shape.heads / kv_heads);
-                let k =
-                    matrix(&key.data, view(key, key_row, key_count, kv * shape.query_dim, shape.query_dim));
-                matmul(
-                    score.as_mut(),
-                    Accum::Replace,
-                    part(0, shape.query_dim),
-                    k.transpose(),
-                    shape.scale,
-                    Par::Seq,
-                );
-                matrix(&value.data, view(value, key_row, key_count, kv * shape.value_dim, shape.value_dim))
+                score(key, kv * shape.query_dim, 0, shape.query_dim, false);
+                (value, kv * shape.value_dim)
             }
             Keys::Latent { expanded, shared, rope_start, nope_dim } => {
-                let rope_dim = shape.query_dim - nope_dim;
                 let start = head * (nope_dim + shape.value_dim);
-                let nope = matrix(&expanded.data, view(expanded, key_row, key_count, start, nope_dim));
-                let rope = matrix(&shared.data, view(shared, key_row, key_count, rope_start, rope_dim));
-                let q = part(0, nope_dim);
-                matmul(score.as_mut(), Accum::Replace, q, nope.transpose(), shape.scale, Par::Seq);
-                let q = part(nope_dim, rope_dim);
-                matmul(score.as_mut(), Accum::Add, q, rope.transpose(), shape.scale, Par::Seq);
-                let start = start + nope_dim;
-                matrix(&expanded.data, view(expanded, key_row, key_count, start, shape.value_dim))
+                score(expanded, start, 0, nope_dim, false);
+                score(shared, rope_start, nope_dim, shape.query_dim - nope_dim, true);
+                (expanded, start + nope_dim)
             }
         };
         for (i, row) in scores.chunks_exact_mut(key_count).enumerate() {
@@ -185,49 +170,22 @@ impl Block {
             let end = position + 1 - key_start;
             row[..first].fill(0.0);
             row[end..].fill(0.0);
-            if let Some(temperature) = shape.temperature {
-                let factor = temperature.at(position);
-                row[first..end].iter_mut().for_each(|score| *score *= factor);
+            let visible = &mut row[first..end];
+            if let Some(mask) = &batch.mask {
+                for (score, real) in visible.iter_mut().zip(&mask[key_row + first..]) {
+                    *score = if *real { *score } else { f32::NEG_INFINITY };
+                }
             }
-            softmax(&mut row[first..end], sink, |j| batch.is_real(key_row + first + j));
+            let temperature = shape.temperature.map_or(1.0, |t| t.at(position));
+            isa.run(Softmax { scores: visible, scale: shape.scale * temperature, sink });
         }
-        let probabilities = MatRef::from_row_major_slice(scores, queries, key_count);
-        let width = shape.value_dim;
-        let out_cols = shape.heads * width;
-        let target = &mut out[head * width..];
-        // faer 0.24 confuses the strides of `from_row_major_slice_with_stride_mut`.
-        let target =
-            MatMut::from_column_major_slice_with_stride_mut(target, width, queries, out_cols).transpose_mut();
-        matmul(target, Accum::Replace, probabilities, value, 1.0, Par::Seq);
-    }
-}
-
-/// A strided view: start, rows, columns, distance between rows.
-fn matrix(data: &[f32], (start, rows, cols, stride): (usize, usize, usize, usize)) -> MatRef<'_, f32> {
-    MatRef::from_row_major_slice_with_stride(&data[start..], rows, cols, stride)
-}
-
-/// In place; entries for which `visible` is false get probability 0, and so does everything where none is visible. A
-/// sink takes part in the sum alone.
-fn softmax(scores: &mut [f32], sink: Option<f32>, visible: impl Fn(usize) -> bool) {
-    let mut max = sink.unwrap_or(f32::NEG_INFINITY);
-    for (j, score) in scores.iter_mut().enumerate() {
-        if !visible(j) {
-            *score = f32::NEG_INFINITY;
-        }
-        max = max.max(*score);
-    }
-    if max == f32::NEG_INFINITY {
-        scores.fill(0.0);
-        return;
-    }
-    let mut sum = sink.map_or(0.0, |sink| (sink - max).exp());
-    for score in scores.iter_mut() {
-        *score = (*score - max).exp();
-        sum += *score;
-    }
-    let inverse = 1.0 / sum;
-    for score in scores {
-        *score *= inverse;
+        isa.run(WeightedRows {
+            weights: &scores,
+            count: key_count,
+            rows: &value.data[key_row * value.cols + value_col..],
+            stride: value.cols,
+            first: key_start,
+            out,
+        });
     }
 }

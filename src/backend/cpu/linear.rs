@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{Columns, Scratch, Source, multiply};
+use super::gemm::{Columns, Product, Scratch, Source};
 use super::simd::Isa;
 use crate::checkpoint::{Dtype, Storage, Weight};
 
@@ -55,8 +55,8 @@ pub(super) fn linear(x: &[f32], weight: &CpuWeight, out: &mut [f32]) {
     let n = out.len() / rows;
     let isa = Isa::current();
     let out = Columns::new(out, n, rows, rows);
-    if let Some(source) = weight.source() {
-        return multiply(isa, x, cols, source, out);
+    if let Some(w) = weight.source() {
+        return Product { x, stride: cols, w, out, accumulate: false }.run(isa);
     }
     // Packed weights are widened a tile at a time. Values do not depend on the tiles.
     let tile_rows = (CpuWeight::TILE / cols.max(1)).max(16);
@@ -65,8 +65,8 @@ pub(super) fn linear(x: &[f32], weight: &CpuWeight, out: &mut [f32]) {
         let count = tile_rows.min(rows - first);
         let mut tile = Scratch::take(count * cols);
         weight.decode_rows(first, &mut tile);
-        let source = Source::new(bytemuck::must_cast_slice(&tile), Dtype::F32, count, cols);
-        multiply(isa, x, cols, source, out.part(0, n, first, count));
+        let w = Source::new(bytemuck::must_cast_slice(&tile), Dtype::F32, count, cols);
+        Product { x, stride: cols, w, out: out.part(0, n, first, count), accumulate: false }.run(isa);
     });
 }
 

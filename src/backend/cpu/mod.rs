@@ -11,6 +11,7 @@ mod observe;
 mod pointwise;
 mod route;
 mod simd;
+mod softmax;
 
 use crate::architecture::{Activation, Rope};
 use crate::checkpoint::{Tensor, Weight};

@@ -3,10 +3,12 @@
 use rayon::prelude::*;
 
 use super::CpuBuffer;
-use super::math::{dot, sigmoid};
+use super::gemm::{Columns, Product, Source};
+use super::math::sigmoid;
+use super::simd::Isa;
 use crate::architecture::{Choice, GroupLimit, GroupScore, Scoring, WeightRule, WeightTarget};
 use crate::backend::{Result, RouterRule, RouterWeights, Routes};
-use crate::checkpoint::Tensor;
+use crate::checkpoint::{Dtype, Tensor};
 
 /// A router: f32 weight `[experts, hidden]`, biases `[experts]` and its rule.
 #[derive(Clone, Debug)]
@@ -54,14 +56,13 @@ impl CpuRouter {
         routing.scores.resize(tokens * e, 0.0);
         routing.ids.resize(tokens * k, 0);
         routing.weights.resize(tokens * k, 0.0);
+        let out = Columns::new(&mut routing.logits, tokens, e, e);
+        let w = Source::new(bytemuck::cast_slice(&self.weight), Dtype::F32, e, x.cols);
+        Product { x: &x.data, stride: x.cols, w, out, accumulate: false }.run(Isa::current());
         let logits = routing.logits.par_chunks_exact_mut(e);
         let scores = routing.scores.par_chunks_exact_mut(e);
         let chosen = routing.ids.par_chunks_exact_mut(k).zip(routing.weights.par_chunks_exact_mut(k));
-        let rows = x.data.par_chunks_exact(x.cols).zip(logits.zip(scores)).zip(chosen);
-        rows.with_min_len(4).for_each(|((x, (logits, scores)), (ids, weights))| {
-            for (logit, row) in logits.iter_mut().zip(self.weight.chunks_exact(x.len())) {
-                *logit = dot(x, row);
-            }
+        logits.zip(scores).zip(chosen).with_min_len(4).for_each(|((logits, scores), (ids, weights))| {
             if let Some(bias) = &self.bias {
                 logits.iter_mut().zip(bias).for_each(|(logit, b)| *logit += b);
             }

@@ -15,12 +15,14 @@ mod source;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod weighted;
 
 use rayon::prelude::*;
 
 pub(super) use columns::Columns;
 pub(super) use scratch::Scratch;
 pub(super) use source::Source;
+pub(super) use weighted::WeightedRows;
 
 use super::simd::{Isa, Simd, Task};
 use source::{Bf16, Element, F16, F32};
@@ -62,6 +64,11 @@ impl Groups {
     fn size(self, g: usize) -> usize {
         self.start(g + 1) - self.start(g)
     }
+
+    /// Size of the largest group.
+    fn largest(self) -> usize {
+        self.tokens.div_ceil(self.count)
+    }
 }
 
 impl<'a> Packed<'a> {
@@ -88,36 +95,63 @@ fn pack_group(rows: &[f32], stride: usize, cols: usize, tokens: usize, to: &mut 
     debug_assert_eq!(to.len(), cols * tokens);
 }
 
-/// `out [n, rows] = x [n, cols] · Wᵀ` with the rows of x `stride` apart, on the threads of the current rayon pool.
-pub(super) fn multiply(isa: Isa, x: &[f32], stride: usize, w: Source<'_>, out: Columns<'_>) {
-    let (n, rows, cols) = (out.rows(), w.rows(), w.cols());
-    if n == 0 || rows == 0 {
-        return;
+/// `out [n, rows] = x [n, cols] · Wᵀ`.
+pub(super) struct Product<'a> {
+    /// The rows of x begin here, `stride` apart.
+    pub(super) x: &'a [f32],
+    pub(super) stride: usize,
+    pub(super) w: Source<'a>,
+    pub(super) out: Columns<'a>,
+    /// Whether `out` keeps what it has and the product is added to it.
+    pub(super) accumulate: bool,
+}
+
+impl Product<'_> {
+    /// Computes it on the threads of the current rayon pool.
+    pub(super) fn run(self, isa: Isa) {
+        let work = self.out.rows() * self.w.rows() * self.w.cols();
+        self.compute(isa, work > SMALL && rayon::current_num_threads() > 1);
     }
-    if cols == 0 {
-        // SAFETY: nobody else uses `out` yet.
-        (0..n).for_each(|t| unsafe { out.row(t, 0, rows) }.fill(0.0));
-        return;
+
+    /// Computes it on this thread alone.
+    pub(super) fn run_here(self, isa: Isa) {
+        self.compute(isa, false);
     }
-    assert!((n - 1) * stride + cols <= x.len(), "rows of x");
-    let shape = isa.run(Shape { n });
-    let groups = Groups::new(n, shape.group);
-    let parallel = n * rows * cols > SMALL && rayon::current_num_threads() > 1;
-    let mut memory;
-    let values = if n == 1 {
-        &x[..cols]
-    } else {
-        memory = Scratch::take(n * cols);
-        pack(x, stride, cols, groups, parallel, &mut memory);
-        &memory
-    };
-    let x = Packed { values, cols, groups };
-    let tiles = Tiles::new(shape, &w, groups, parallel);
-    let tile = |i: usize| isa.run(Tile { streamed: shape.streamed, x, w, out, cut: tiles.get(i) });
-    if parallel {
-        (0..tiles.len()).into_par_iter().for_each(tile);
-    } else {
-        (0..tiles.len()).for_each(tile);
+
+    fn compute(self, isa: Isa, parallel: bool) {
+        let Product { x, stride, w, out, accumulate } = self;
+        let (n, rows, cols) = (out.rows(), w.rows(), w.cols());
+        assert_eq!(out.cols(), rows, "columns of a product");
+        if n == 0 || rows == 0 {
+            return;
+        }
+        if cols == 0 {
+            if !accumulate {
+                // SAFETY: nobody else uses `out` yet.
+                (0..n).for_each(|t| unsafe { out.row(t, 0, rows) }.fill(0.0));
+            }
+            return;
+        }
+        assert!((n - 1) * stride + cols <= x.len(), "rows of x");
+        let cut = isa.run(Shape { n });
+        let groups = Groups::new(n, cut.group);
+        let mut memory;
+        let values = if n == 1 {
+            &x[..cols]
+        } else {
+            memory = Scratch::take(n * cols);
+            pack(x, stride, cols, groups, parallel, &mut memory);
+            &memory
+        };
+        let x = Packed { values, cols, groups };
+        let tiles = Tiles::new(cut, &w, groups, parallel);
+        let tile =
+            |i: usize| isa.run(Tile { streamed: cut.streamed, x, w, out, accumulate, range: tiles.get(i) });
+        if parallel {
+            (0..tiles.len()).into_par_iter().for_each(tile);
+        } else {
+            (0..tiles.len()).for_each(tile);
+        }
     }
 }
 
@@ -218,7 +252,8 @@ struct Tile<'a> {
     x: Packed<'a>,
     w: Source<'a>,
     out: Columns<'a>,
-    cut: Range,
+    accumulate: bool,
+    range: Range,
 }
 
 impl Task for Tile<'_> {
@@ -237,11 +272,10 @@ impl Task for Tile<'_> {
 impl Tile<'_> {
     #[inline(always)]
     fn run_as<S: Simd, E: Element>(self, s: S) {
-        let Tile { streamed, x, w, out, cut } = self;
-        if streamed {
-            stream::tile::<S, E>(s, &x, &w, &out, &cut);
+        if self.streamed {
+            stream::tile::<S, E>(s, &self);
         } else {
-            panel::tile::<S, E>(s, &x, &w, &out, &cut);
+            panel::tile::<S, E>(s, &self);
         }
     }
 }

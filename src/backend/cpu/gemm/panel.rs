@@ -2,7 +2,7 @@
 
 use super::source::{Element, Group, Source};
 use super::stream::add;
-use super::{Columns, DEPTH, Packed, Range, Scratch};
+use super::{Columns, DEPTH, Scratch, Tile};
 use crate::backend::cpu::simd::Simd;
 
 /// Vectors side by side in a panel of W.
@@ -10,13 +10,8 @@ const VECTORS: usize = 2;
 
 /// Computes one tile.
 #[inline(always)]
-pub(super) fn tile<S: Simd, E: Element>(
-    s: S,
-    x: &Packed<'_>,
-    w: &Source<'_>,
-    out: &Columns<'_>,
-    range: &Range,
-) {
+pub(super) fn tile<S: Simd, E: Element>(s: S, tile: &Tile<'_>) {
+    let Tile { x, w, out, range, accumulate, .. } = tile;
     let width = VECTORS * S::LANES;
     let panels = range.rows.len().div_ceil(width);
     // Room for whole blocks, so that the last one needs no care.
@@ -26,7 +21,13 @@ pub(super) fn tile<S: Simd, E: Element>(
         ($size:expr, $w:expr, $x:expr, $out:expr, $depth:expr, $($tokens:literal)*) => {
             match $size {
                 $($tokens if $tokens <= S::PANEL_TOKENS => {
-                    kernel::<S, $tokens>(s, $w, $x, $depth == 0, $out)
+                    kernel::<S, $tokens, VECTORS>(
+                        s,
+                        $w.chunks_exact(VECTORS * S::LANES),
+                        $x,
+                        $depth == 0 && !accumulate,
+                        $out,
+                    )
                 })*
                 _ => unreachable!("groups are cut to fit"),
             }
@@ -69,7 +70,7 @@ fn pack<S: Simd, E: Element>(
     let width = VECTORS * S::LANES;
     let step = Group::step::<S, E>();
     for v in 0..VECTORS {
-        let group = w.group::<S, E>((first + v * S::LANES).min(w.rows() - 1));
+        let group = w.group::<S, E>((first + v * S::LANES).min(w.rows() - 1), col..col + count);
         let whole = count / step;
         for (b, panel) in panel.chunks_exact_mut(step * width).enumerate().take(whole) {
             let block = group.block::<S, E>(s, col + b * step);
@@ -92,15 +93,21 @@ fn store<S: Simd, E: Element>(s: S, block: &S::Block, v: usize, panel: &mut [f32
     }
 }
 
-/// `T` tokens times one panel.
+/// `out` = or += Σ of rows of `V` vectors times the values of `T` tokens, `[rows, T]`.
 #[inline(always)]
-fn kernel<S: Simd, const T: usize>(s: S, panel: &[f32], x: &[f32], replace: bool, out: &Columns<'_>) {
-    let mut sums = [[s.splat(0.0); VECTORS]; T];
-    for (w, x) in panel.chunks_exact(VECTORS * S::LANES).zip(x.chunks_exact(T)) {
-        let w: [S::F; VECTORS] = std::array::from_fn(|v| s.load(&w[v * S::LANES..]));
+pub(super) fn kernel<'a, S: Simd, const T: usize, const V: usize>(
+    s: S,
+    rows: impl Iterator<Item = &'a [f32]>,
+    x: &[f32],
+    replace: bool,
+    out: &Columns<'_>,
+) {
+    let mut sums = [[s.splat(0.0); V]; T];
+    for (w, x) in rows.zip(x.chunks_exact(T)) {
+        let w: [S::F; V] = std::array::from_fn(|v| s.load(&w[v * S::LANES..]));
         for t in 0..T {
             let x = s.splat(x[t]);
-            for v in 0..VECTORS {
+            for v in 0..V {
                 sums[t][v] = s.fma(x, w[v], sums[t][v]);
             }
         }

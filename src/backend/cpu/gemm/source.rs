@@ -1,5 +1,7 @@
 //! W as it is stored, and how a block of it is read.
 
+use std::ops::Range;
+
 use crate::backend::cpu::simd::{MAX_LANES, Simd};
 use crate::checkpoint::Dtype;
 
@@ -49,24 +51,29 @@ impl<'a> Source<'a> {
         self.cols
     }
 
-    /// As many consecutive rows as a vector has lanes, from `first` on; beyond the last row, that row again.
+    /// Columns `cols` of as many consecutive rows as a vector has lanes, from `first` on; beyond the last row, of that
+    /// row again.
     #[inline(always)]
-    pub(super) fn group<S: Simd, E: Element>(&self, first: usize) -> Group<'a> {
+    pub(super) fn group<S: Simd, E: Element>(&self, first: usize, cols: Range<usize>) -> Group<'a> {
         debug_assert_eq!(E::DTYPE, self.dtype);
-        assert!(first < self.rows);
+        assert!(first < self.rows && cols.end <= self.cols);
         let mut offsets = [0; MAX_LANES];
         for (i, offset) in offsets.iter_mut().take(S::LANES).enumerate() {
             *offset = (first + i).min(self.rows - 1) * self.stride;
         }
-        Group { bytes: self.bytes, cols: self.cols, offsets }
+        let next = (S::LANES * self.stride).wrapping_sub(cols.len() * E::WIDTH);
+        Group { bytes: self.bytes, end: cols.end, offsets, next }
     }
 }
 
 /// Rows of W that are read together, one per lane.
 pub(super) struct Group<'a> {
     bytes: &'a [u8],
-    cols: usize,
+    /// Behind the last column.
+    end: usize,
     offsets: [usize; MAX_LANES],
+    /// Bytes from there to the first column of the row `LANES` further on, which is likely read next.
+    next: usize,
 }
 
 /// How far ahead of the reading the next cache lines are asked for, in bytes of each row.
@@ -83,11 +90,13 @@ impl Group<'_> {
     /// `col + j · PER_LANE ..` of row r, as they are stored.
     #[inline(always)]
     pub(super) fn block<S: Simd, E: Element>(&self, s: S, col: usize) -> S::Block {
-        assert!(col + Self::step::<S, E>() <= self.cols);
+        assert!(col + Self::step::<S, E>() <= self.end);
         let start = self.bytes.as_ptr();
+        let left = (self.end - col) * E::WIDTH;
+        let ahead = if left > AHEAD { AHEAD } else { self.next.wrapping_add(AHEAD) };
         s.transpose(s.block(|i| {
             let at = self.offsets[i] + col * E::WIDTH;
-            s.prefetch(start.wrapping_add(at + AHEAD));
+            s.prefetch(start.wrapping_add(at.wrapping_add(ahead)));
             // SAFETY: `Source` checked that every row lies in `bytes`, and `step` columns from `col` on are in the row.
             unsafe { E::load(s, start.add(at)) }
         }))

@@ -1,13 +1,8 @@
 //! The kernel for few tokens: W is read once, transposed and widened in registers.
 
 use super::source::{Element, Group, Source};
-use super::{Columns, DEPTH, Packed, Range};
+use super::{Columns, DEPTH, Tile};
 use crate::backend::cpu::simd::{MAX_LANES, Simd};
-
-/// Blocks of [`DEPTH`] columns that are computed side by side, so that their chains of additions overlap. Needed for at
-/// most [`FEW`] tokens, and where a block makes a long chain.
-const CHAINS: usize = 2;
-const FEW: usize = 2;
 
 /// Runs `$body` for every vector `$j` of a block, unrolled: the blocks must stay in registers.
 macro_rules! for_each_vector {
@@ -24,18 +19,15 @@ macro_rules! for_each_vector {
 
 /// Computes one tile.
 #[inline(always)]
-pub(super) fn tile<S: Simd, E: Element>(
-    s: S,
-    x: &Packed<'_>,
-    w: &Source<'_>,
-    out: &Columns<'_>,
-    range: &Range,
-) {
+pub(super) fn tile<S: Simd, E: Element>(s: S, tile: &Tile<'_>) {
+    let Tile { x, w, out, range, accumulate, .. } = tile;
     macro_rules! dispatch {
         ($size:expr, $first:expr, $g:expr, $($tokens:literal)*) => {
             match $size {
                 $($tokens if $tokens <= S::STREAM_TOKENS => {
-                    rows::<S, E, $tokens>(s, x.group($g, 0), $first, w, out, x.groups.start($g), range.rows.end)
+                    let rows = $first..range.rows.end.min($first + S::LANES);
+                    let out = out.part(x.groups.start($g), $tokens, rows.start, rows.len());
+                    lanes::<S, E, $tokens>(s, x.group($g, 0), w, rows.start, &out, *accumulate);
                 })*
                 _ => unreachable!("groups are cut to fit"),
             }
@@ -48,64 +40,55 @@ pub(super) fn tile<S: Simd, E: Element>(
     }
 }
 
-/// Up to `LANES` rows of W from `first` on, before `end_row`, times `T` tokens.
+/// As many rows of W as `out` has columns, at most `LANES`, from `first` on, times `T` tokens.
 #[inline(always)]
-fn rows<S: Simd, E: Element, const T: usize>(
+fn lanes<S: Simd, E: Element, const T: usize>(
     s: S,
     x: &[f32],
-    first: usize,
     w: &Source<'_>,
+    first: usize,
     out: &Columns<'_>,
-    token: usize,
-    end_row: usize,
+    accumulate: bool,
 ) {
     let cols = w.cols();
     let step = Group::step::<S, E>();
-    let group = w.group::<S, E>(first);
-    let chains = if T <= FEW && E::PER_LANE > 1 { CHAINS } else { 1 };
+    let group = w.group::<S, E>(first, 0..cols);
     let whole = cols - cols % step;
     let mut depth = 0;
     while depth < cols {
-        let mut sums = [[s.splat(0.0); T]; CHAINS];
-        for offset in (0..DEPTH.min(whole - depth)).step_by(step) {
-            for (c, sums) in sums.iter_mut().enumerate().take(chains) {
-                let col = depth + c * DEPTH + offset;
-                if col < whole {
-                    let block = group.block::<S, E>(s, col);
-                    let x = &x[col * T..(col + step) * T];
-                    let mut sum = *sums;
-                    for_each_vector!(S::LANES, j, {
-                        for i in 0..E::PER_LANE {
-                            let w = E::part(s, block.as_ref()[j], i);
-                            let x = &x[(j * E::PER_LANE + i) * T..][..T];
-                            for t in 0..T {
-                                sum[t] = s.fma(s.splat(x[t]), w, sum[t]);
-                            }
-                        }
-                    });
-                    *sums = sum;
+        let end = cols.min(depth + DEPTH);
+        let mut sums = [s.splat(0.0); T];
+        for col in (depth..end.min(whole)).step_by(step) {
+            let block = group.block::<S, E>(s, col);
+            let x = &x[col * T..(col + step) * T];
+            // A copy, so that the compiler keeps the sums of a block in registers.
+            let mut block_sums = sums;
+            for_each_vector!(S::LANES, j, {
+                for i in 0..E::PER_LANE {
+                    let w = E::part(s, block.as_ref()[j], i);
+                    let x = &x[(j * E::PER_LANE + i) * T..][..T];
+                    for t in 0..T {
+                        block_sums[t] = s.fma(s.splat(x[t]), w, block_sums[t]);
+                    }
                 }
-            }
+            });
+            sums = block_sums;
         }
-        let end = (depth + chains * DEPTH).min(cols);
         if end > whole {
             let block = group.partial_block::<S, E>(s, whole, cols - whole);
-            let sum = &mut sums[(whole - depth) / DEPTH];
             for (k, x) in x[whole * T..cols * T].chunks_exact(T).enumerate() {
                 let w = E::part(s, block.as_ref()[k / E::PER_LANE], k % E::PER_LANE);
                 for t in 0..T {
-                    sum[t] = s.fma(s.splat(x[t]), w, sum[t]);
+                    sums[t] = s.fma(s.splat(x[t]), w, sums[t]);
                 }
             }
         }
-        for sums in sums.iter().take((end - depth).div_ceil(DEPTH)) {
-            for (t, &sum) in sums.iter().enumerate() {
-                // SAFETY: tiles do not overlap, and this is the only view of the tile.
-                let out = unsafe { out.row(token + t, first, S::LANES.min(end_row - first)) };
-                add(s, sum, depth == 0, out);
-            }
-            depth += DEPTH;
+        for (t, &sum) in sums.iter().enumerate() {
+            // SAFETY: tiles do not overlap, and this is the only view of the tile.
+            let out = unsafe { out.row(t, 0, out.cols()) };
+            add(s, sum, depth == 0 && !accumulate, out);
         }
+        depth = end;
     }
 }
 

@@ -46,6 +46,10 @@ fn product(isa: Isa, x: &[f32], w: Source<'_>, n: usize) -> Vec<f32> {
     out
 }
 
+fn multiply(isa: Isa, x: &[f32], stride: usize, w: Source<'_>, out: Columns<'_>) {
+    Product { x, stride, w, out, accumulate: false }.run(isa);
+}
+
 /// |out − exact| ≤ (K + 8) · 2⁻²⁴ · Σ |w||x|, for every element.
 fn check(isa: Isa, dtype: Dtype, (n, rows, cols): (usize, usize, usize), offset: usize) {
     let weight = Weight::new(dtype, rows, cols, offset);
@@ -156,6 +160,71 @@ fn strided_rows_are_read_in_place() {
         for (t, row) in out.chunks_exact(30).enumerate() {
             assert_eq!(row[..rows], expected[t * rows..(t + 1) * rows]);
             assert!(row[rows..].iter().all(|v| v.is_nan()));
+        }
+    }
+}
+
+#[test]
+fn products_are_added_where_asked() {
+    let (rows, cols) = (70, 40);
+    let weight = Weight::new(Dtype::BF16, rows, cols, 0);
+    for isa in Isa::available() {
+        for n in [1, 40] {
+            let x = noise(n * cols, 3);
+            let once = product(isa, &x, weight.source(rows, cols), n);
+            let mut out = once.clone();
+            let (w, stride) = (weight.source(rows, cols), cols);
+            let columns = Columns::new(&mut out, n, rows, rows);
+            Product { x: &x, stride, w, out: columns, accumulate: true }.run_here(isa);
+            assert!(out.iter().zip(&once).all(|(sum, v)| *sum == v + v), "{isa} {n}");
+        }
+    }
+}
+
+#[test]
+fn weighted_rows_are_within_the_bound() {
+    for isa in Isa::available() {
+        for (n, count, width) in
+            [(1, 1, 1), (1, 700, 200), (5, 37, 64), (64, 600, 48), (15, 3, 17), (1, 9, 130)]
+        {
+            let (stride, first) = (width + 3, 100);
+            let (weights, rows) = (noise(n * count, 1), noise(count * stride, 2));
+            let mut out = vec![f32::NAN; n * width];
+            let columns = Columns::new(&mut out, n, width, width);
+            isa.run(WeightedRows { weights: &weights, count, rows: &rows, stride, first, out: columns });
+            for (i, found) in out.into_iter().enumerate() {
+                let weights = &weights[i / width * count..][..count];
+                let terms =
+                    || (0..count).map(|k| f64::from(weights[k]) * f64::from(rows[k * stride + i % width]));
+                let bound = (count as f64 + 8.0) * (-24f64).exp2() * terms().map(f64::abs).sum::<f64>();
+                assert!(
+                    (f64::from(found) - terms().sum::<f64>()).abs() <= bound,
+                    "{isa} {n}x{count}x{width}"
+                );
+            }
+        }
+    }
+}
+
+/// Tokens on their own, and rows with weight 0 left out.
+#[test]
+fn weighted_rows_do_not_depend_on_the_batch() {
+    let (n, count, width) = (30, 1100, 80);
+    let (mut weights, rows) = (noise(n * count, 1), noise(count * width, 2));
+    weights.chunks_exact_mut(count).for_each(|w| w[..600].fill(0.0));
+    for isa in Isa::available() {
+        let run = |weights: &[f32], first: usize, tokens: usize| {
+            let mut out = vec![f32::NAN; tokens * width];
+            let columns = Columns::new(&mut out, tokens, width, width);
+            let (count, rows) = (count - first, &rows[first * width..]);
+            isa.run(WeightedRows { weights, count, rows, stride: width, first, out: columns });
+            out
+        };
+        let all = run(&weights, 0, n);
+        for t in 0..n {
+            let own = &weights[t * count..(t + 1) * count];
+            assert_eq!(run(own, 0, 1), all[t * width..(t + 1) * width], "{isa}");
+            assert_eq!(run(&own[600..], 600, 1), all[t * width..(t + 1) * width], "{isa}");
         }
     }
 }

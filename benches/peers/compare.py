@@ -1,0 +1,130 @@
+"""Times one MoE layer in moepress and in PyTorch, interleaved, and prints a table of medians and ratios.
+
+    cargo bench --bench layer --no-run
+    python benches/peers/compare.py path/to/the/built/layer [--shapes qwen,mixtral] [--threads 2] [--json out.json]
+
+Needs torch in the Python that runs it.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+
+PEERS = ["eager", "grouped", "batched"]
+
+
+class Runner:
+    """A process that runs a layer when asked."""
+
+    def __init__(self, command):
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        if self.process.stdout.readline().strip() != "ready":
+            raise SystemExit(f"{command}: not ready")
+
+    def __call__(self, tokens, runs):
+        self.process.stdin.write(f"{tokens} {runs}\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def machine():
+    try:
+        with open("/proc/cpuinfo") as info:
+            name = next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def measure(runners, tokens, rounds):
+    """Medians of `rounds` runs each, taken in turns; None where a runner cannot do it."""
+    times = {name: [] for name in runners}
+    runs = 3 if tokens <= 16 else 1
+    for round_ in range(rounds + 1):
+        for name, runner in runners.items():
+            if times[name] is None:
+                continue
+            seconds = runner(tokens, runs)
+            if seconds is None:
+                times[name] = None
+            elif round_ > 0:  # The first warms up.
+                times[name] += seconds
+    return {name: t and statistics.median(t) for name, t in times.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("ours")
+    parser.add_argument("--shapes", default="qwen,mixtral")
+    parser.add_argument("--dtypes", default="f32,bf16")
+    parser.add_argument("--tokens", default="1,16,512")
+    parser.add_argument("--threads", default=str(os.cpu_count()))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    peer = os.path.join(os.path.dirname(__file__), "torch_moe.py")
+    cells = []
+    print(f"{machine()}, {args.threads} threads\n")
+    print("| layer | tokens | moepress ms | " + " | ".join(f"torch {p} ms" for p in PEERS) + " | best torch / ours |")
+    print("|---|--:|--:|" + "--:|" * (len(PEERS) + 1))
+    for shape in args.shapes.split(","):
+        for dtype in args.dtypes.split(","):
+            runners = {"moepress": Runner([args.ours, shape, dtype, "dense", args.threads])}
+            # One torch process at a time holds the weights; all of them would not fit into memory.
+            results = {}
+            for name in PEERS:
+                runners[name] = Runner([sys.executable, peer, shape, dtype, name, args.threads])
+                for tokens in map(int, args.tokens.split(",")):
+                    found = measure(runners, tokens, args.rounds)
+                    results.setdefault(tokens, []).append(found)
+                runners.pop(name).close()
+            runners["moepress"].close()
+            for tokens, found in results.items():
+                cell = {name: next(f[name] for f in found if name in f) for name in PEERS}
+                cell["moepress"] = statistics.median(f["moepress"] for f in found)
+                # Every peer against the runs of ours that it was interleaved with.
+                ratio = min(f[name] / f["moepress"] for f in found for name in PEERS if f.get(name))
+                ms = [f"{cell[n] * 1e3:.2f}" if cell[n] else "–" for n in ["moepress", *PEERS]]
+                print(f"| {shape} {dtype} | {tokens} | {' | '.join(ms)} | {ratio:.2f} |", flush=True)
+                cells.append({"shape": shape, "dtype": dtype, "tokens": tokens, "seconds": cell, "ratio": ratio})
+    mean = math.exp(statistics.mean(math.log(cell["ratio"]) for cell in cells))
+    print(f"\nGeometric mean of best torch / ours: {mean:.2f}\n")
+    low_rank(args)
+    if args.json:
+        with open(args.json, "w") as out:
+            json.dump({"machine": machine(), "threads": args.threads, "cells": cells}, out, indent=1)
+
+
+def low_rank(args):
+    """Low rank against our own dense layer; the bound is what bytes and operations of the experts allow."""
+    forms = ["dense", "25", "50"]
+    sizes = {"qwen": (2048, 1408), "mixtral": (4096, 14336), "small": (512, 352)}
+    print("| layer, routed experts only | tokens | dense ms | 25 % ms | 50 % ms | speed-up 25 % (bound) | 50 % (bound) |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    for shape in args.shapes.split(","):
+        for dtype in args.dtypes.split(","):
+            runners = {f: Runner([args.ours, shape + "-routed", dtype, f, args.threads]) for f in forms}
+            hidden, width = sizes[shape]
+            for tokens in map(int, args.tokens.split(",")):
+                found = measure(runners, tokens, args.rounds)
+                row = [f"{found[f] * 1e3:.2f}" for f in forms]
+                for form in forms[1:]:
+                    rank = min(hidden, width) * int(form) // 100
+                    bound = hidden * width / (rank * (hidden + width))
+                    row.append(f"{found['dense'] / found[form]:.2f} ({bound:.2f})")
+                print(f"| {shape} {dtype} | {tokens} | {' | '.join(row)} |", flush=True)
+            for runner in runners.values():
+                runner.close()
+
+
+if __name__ == "__main__":
+    main()
