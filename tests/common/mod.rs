@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use moepress::backend::Backend;
-use moepress::backend::cpu::Cpu;
+use moepress::backend::cpu::{Cpu, Isa};
 use moepress::checkpoint::{Checkpoint, Dtype, Entry, Shard, Tensor, write_safetensors};
 use moepress::model::{HeadScratch, Model, Stream};
 use moepress::tokens::{SourceFile, Windows};
@@ -70,8 +70,11 @@ pub struct Trace {
     pub logits: Vec<f32>,
 }
 
-/// Runs a checkpoint on the CPU.
+/// Runs a checkpoint on the CPU, with the instructions that MOEPRESS_CPU_ISA names, if it is set.
 pub fn run(dir: &Path, windows: &Windows) -> Trace {
+    if let Ok(name) = std::env::var("MOEPRESS_CPU_ISA") {
+        name.parse::<Isa>().unwrap().select().unwrap();
+    }
     let checkpoint = Checkpoint::open(dir).unwrap();
     let model = Model::new(&checkpoint, &Cpu, windows.length).unwrap();
     let mut stream = Stream::new(&model, windows).unwrap();

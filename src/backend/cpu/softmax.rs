@@ -16,50 +16,47 @@ pub(super) struct Softmax<'a> {
 impl Task for Softmax<'_> {
     type Output = ();
 
-    /// Sums run lane by lane and then across lanes, an order that depends on the length alone.
+    /// Sums run over [`MAX_LANES`] lanes on every processor, then across them: an order that depends on the length alone.
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let scale = s.splat(self.scale);
-        let whole = self.scores.len() - self.scores.len() % S::LANES;
-        let (body, rest) = self.scores.split_at_mut(whole);
+        let (body, rest) = self.scores.as_chunks_mut::<MAX_LANES>();
         let mut tail = [f32::NEG_INFINITY; MAX_LANES];
-        for (to, score) in tail.iter_mut().zip(&*rest) {
-            *to = score * self.scale;
-        }
-        let mut max = s.load(&tail);
-        for chunk in body.chunks_exact_mut(S::LANES) {
-            let scaled = s.mul(s.load(chunk), scale);
-            max = s.max(scaled, max);
-            s.store(scaled, chunk);
+        tail[..rest.len()].copy_from_slice(rest);
+        let mut max = s.splat(f32::NEG_INFINITY);
+        for chunk in body.iter_mut().chain([&mut tail]) {
+            for part in chunk.chunks_exact_mut(S::LANES) {
+                let scaled = s.mul(s.load(part), scale);
+                max = s.max(scaled, max);
+                s.store(scaled, part);
+            }
         }
         let mut lanes = [f32::NEG_INFINITY; MAX_LANES];
         s.store(max, &mut lanes);
-        let max = lanes.into_iter().fold(self.sink.unwrap_or(f32::NEG_INFINITY), f32::max);
-        if max == f32::NEG_INFINITY {
-            body.fill(0.0);
+        let largest = lanes.into_iter().fold(self.sink.unwrap_or(f32::NEG_INFINITY), f32::max);
+        if largest == f32::NEG_INFINITY {
+            body.as_flattened_mut().fill(0.0);
             rest.fill(0.0);
             return;
         }
-        let shift = s.splat(max);
-        let mut sum = s.splat(0.0);
-        for chunk in body.chunks_exact_mut(S::LANES) {
-            let value = exp(s, s.sub(s.load(chunk), shift));
-            sum = s.add(sum, value);
-            s.store(value, chunk);
+        let max = s.splat(largest);
+        let mut sums = [0.0; MAX_LANES];
+        for chunk in body.iter_mut().chain([&mut tail]) {
+            for (part, sums) in chunk.chunks_exact_mut(S::LANES).zip(sums.chunks_exact_mut(S::LANES)) {
+                let value = exp(s, s.sub(s.load(part), max));
+                s.store(value, part);
+                s.store(s.add(s.load(sums), value), sums);
+            }
         }
-        let value = exp(s, s.sub(s.load(&tail), shift));
-        sum = s.add(sum, value);
-        s.store(value, &mut tail);
-        let mut lanes = [0.0; MAX_LANES];
-        s.store(sum, &mut lanes);
-        let sink = self.sink.map_or(0.0, |sink| (sink - max).exp());
-        let factor = 1.0 / (lanes.into_iter().sum::<f32>() + sink);
-        for chunk in body.chunks_exact_mut(S::LANES) {
-            s.store(s.mul(s.load(chunk), s.splat(factor)), chunk);
+        let sink = self.sink.map_or(0.0, |sink| (sink - largest).exp());
+        let factor = s.splat(1.0 / (sums.into_iter().sum::<f32>() + sink));
+        for chunk in body.iter_mut().chain([&mut tail]) {
+            for part in chunk.chunks_exact_mut(S::LANES) {
+                s.store(s.mul(s.load(part), factor), part);
+            }
         }
-        for (value, tail) in rest.iter_mut().zip(tail) {
-            *value = tail * factor;
-        }
+        let count = rest.len();
+        rest.copy_from_slice(&tail[..count]);
     }
 }
 
