@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::apply::apply_layer;
+use super::apply::{apply_layer, check_actions};
 use super::factorise::FactorOptions;
 use super::layout::{Layout, LayoutChoice, manifest_entry};
 use super::measure::Follower;
@@ -16,7 +16,7 @@ use crate::architecture::{Architecture, Names, Profile};
 use crate::backend::{Backend, Moment, Moments};
 use crate::calibrate::{Residual, Statistics};
 use crate::checkpoint::{Checkpoint, Dtype, LayerEntry, Manifest, Tensor, write_atomic};
-use crate::model::{FeedForwardSource, LayerSource, Model, profile};
+use crate::model::{FeedForwardSource, Inspection, LayerSource, Model, inspect, profile};
 use crate::plan::{Action, LayerPlan, Plan, rescore_layer};
 use crate::progress::Progress;
 use crate::tokens::Windows;
@@ -69,17 +69,34 @@ pub fn compress<B: Backend>(
     let architecture = model.architecture();
     let profile = profile(checkpoint, architecture)?;
     plan.check(&profile)?;
-    Output::check(out)?;
+    Output::check_name(out)?;
     let layout = Layout::choose(options.layout, checkpoint, architecture, plan, options.densify)?;
     let job = Job::new(checkpoint, architecture, &profile, plan, options)?;
+    if job.follow && options.tokens.is_none() {
+        return Err(job.missing_tokens());
+    }
+    check_actions(plan)?;
+    let mut work = Residual::open(out, &job.key(&layout))?;
+    let partial = work.path("result");
+    if work.is_finished() {
+        if let Some(inspection) = take_up_finished(&partial, out)? {
+            work.remove()?;
+            let bytes_after = inspection.bytes.total;
+            let routed_parameters_after = inspection.parameters.routed_experts;
+            return Ok(job.report(&layout, bytes_after, routed_parameters_after, start));
+        }
+        work.begin()?;
+    }
+    Output::check(out)?;
+    // Copied as they are, but a checkpoint that cannot be run is not worth a smaller one.
+    model.embedding()?.release();
+    drop(model.head()?);
 
     let layers = architecture.layers.len();
-    let work = Residual::open(out, &job.key(&layout))?;
-    let output = Output::create(out, work.path("result"), layers + 1)?;
-    let mut follower = match (job.follow, options.tokens) {
-        (false, _) => None,
-        (true, Some(tokens)) => Some(Follower::new(model, tokens, job.second(), job.propagate)?),
-        (true, None) => return Err(job.missing_tokens()),
+    let output = Output::create(partial.clone(), layers + 1)?;
+    let mut follower = match options.tokens.filter(|_| job.follow) {
+        None => None,
+        Some(tokens) => Some(Follower::new(model, tokens, job.second(), job.propagate)?),
     };
     // Layers that are on disk, and no more of them than the residual stream has passed.
     let finished = |l: usize| output.has_shard(l).then(|| Record::read(&work, l)).flatten();
@@ -127,16 +144,24 @@ pub fn compress<B: Backend>(
         Layout::Moepress => checkpoint.config(),
     };
     let bytes_after = output.finish(checkpoint, config, manifest.as_deref(), &plan.to_json())?;
+    work.finish()?;
+    Output::place(out, &partial)?;
     work.remove()?;
     progress.end();
-    Ok(Report {
-        bytes_before: profile.bytes,
-        bytes_after,
-        routed_parameters_before: profile.routed_parameters(),
-        routed_parameters_after,
-        layout: layout.name(),
-        seconds: start.elapsed().as_secs_f64(),
-    })
+    Ok(job.report(&layout, bytes_after, routed_parameters_after, start))
+}
+
+/// What a run that was killed when all was done has left, put in its place if it is not there yet; `None` where it has
+/// gone.
+fn take_up_finished(partial: &Path, out: &Path) -> Result<Option<Inspection>> {
+    if partial.is_dir() {
+        Output::check(out)?;
+        Output::place(out, partial)?;
+    }
+    if !out.is_dir() {
+        return Ok(None);
+    }
+    Ok(Some(inspect(&Checkpoint::open(out)?)?))
 }
 
 /// Where a checkpoint in the moepress layout came from.
@@ -168,15 +193,26 @@ impl<'a> Job<'a> {
         plan: &'a Plan,
         options: &'a Options<'a>,
     ) -> Result<Self> {
-        let flag = |name: &str| plan.options.get(name).and_then(Value::as_bool).unwrap_or(false);
+        let wrong = |name: &str, value: &Value, expected: &str| {
+            Error::Missing(format!("the plan's option {name} is {value}, expected {expected}"))
+        };
+        let flag = |name: &str| match plan.options.get(name) {
+            None | Some(Value::Null) => Ok(false),
+            Some(Value::Bool(flag)) => Ok(*flag),
+            Some(other) => Err(wrong(name, other, "true or false")),
+        };
         let factorises = |l: &LayerPlan| l.experts.iter().any(|e| matches!(e.action, Action::LowRank { .. }));
-        let whiten = flag("whiten") && plan.layers.iter().any(factorises);
-        let propagate = flag("propagate");
-        let dtype = match plan.options.get("factor_dtype").and_then(Value::as_str) {
-            Some("f32") => Some(Dtype::F32),
-            Some("bf16") => Some(Dtype::BF16),
-            Some("f16") => Some(Dtype::F16),
-            _ => None,
+        let whiten = flag("whiten")? && plan.layers.iter().any(factorises);
+        let propagate = flag("propagate")?;
+        let dtype = match plan.options.get("factor_dtype").unwrap_or(&Value::Null) {
+            Value::Null => None,
+            value => match value.as_str() {
+                Some("auto") => None,
+                Some("f32") => Some(Dtype::F32),
+                Some("bf16") => Some(Dtype::BF16),
+                Some("f16") => Some(Dtype::F16),
+                _ => return Err(wrong("factor_dtype", value, "auto, f32, bf16 or f16")),
+            },
         };
         if let Some(statistics) = options.statistics
             && statistics.profile().identity != profile.identity
@@ -191,6 +227,17 @@ impl<'a> Job<'a> {
         let follow = propagate || (whiten && !options.statistics.is_some_and(measured));
         let factors = FactorOptions { dtype, densify: options.densify };
         Ok(Job { checkpoint, architecture, profile, plan, options, factors, whiten, propagate, follow })
+    }
+
+    fn report(&self, layout: &Layout, bytes_after: u64, routed_after: u64, start: Instant) -> Report {
+        Report {
+            bytes_before: self.profile.bytes,
+            bytes_after,
+            routed_parameters_before: self.profile.routed_parameters(),
+            routed_parameters_after: routed_after,
+            layout: layout.name(),
+            seconds: start.elapsed().as_secs_f64(),
+        }
     }
 
     fn missing_tokens(&self) -> Error {
