@@ -8,62 +8,11 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use common::command::{Outcome, command, moepress, outcome};
 use common::{Mutant, data, max_difference, read, shape, windows};
 use moepress::checkpoint::{Dtype, Entry, Tensor, write_safetensors};
 use moepress::tokens::{Windows, write_token_file};
-use serde_json::{Value, json};
-
-/// What a command did.
-struct Outcome {
-    status: i32,
-    stdout: String,
-    stderr: String,
-}
-
-impl Outcome {
-    /// Standard output of a success.
-    #[track_caller]
-    fn ok(self) -> String {
-        assert_eq!(self.status, 0, "{}", self.stderr);
-        self.stdout
-    }
-
-    /// The JSON of a success.
-    #[track_caller]
-    fn json(self) -> Value {
-        serde_json::from_str(&self.ok()).unwrap()
-    }
-
-    /// The message of a failure with `status`: one line, and nothing on standard output.
-    #[track_caller]
-    fn error(self, status: i32) -> String {
-        assert_eq!(self.status, status, "{}{}", self.stdout, self.stderr);
-        assert_eq!(self.stdout, "");
-        let message = self.stderr.strip_suffix('\n').unwrap_or(&self.stderr);
-        assert!(message.starts_with("error: "), "{message}");
-        assert!(!message.contains('\n'), "more than one line: {message}");
-        message.strip_prefix("error: ").unwrap().into()
-    }
-}
-
-fn command<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_moepress"));
-    command.args(arguments).stdin(Stdio::null());
-    command
-}
-
-fn moepress<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Outcome {
-    outcome(command(arguments))
-}
-
-fn outcome(mut command: Command) -> Outcome {
-    let output = command.output().unwrap();
-    Outcome {
-        status: output.status.code().unwrap(),
-        stdout: String::from_utf8(output.stdout).unwrap(),
-        stderr: String::from_utf8(output.stderr).unwrap(),
-    }
-}
+use serde_json::json;
 
 /// Arguments of a quiet run, its standard error being the error alone.
 fn run_command(model: &Path, tokens: &Path, out: &Path, more: &[&str]) -> Command {

@@ -6,6 +6,8 @@ use super::{Error, Result};
 
 /// Upper bound of every size in a config: far above any model, far below what overflows when multiplied.
 const LARGEST: u64 = 1 << 24;
+/// Upper bound of the number of layers, of which each has an entry in memory.
+const MOST_LAYERS: u64 = 1 << 12;
 
 pub(super) struct Config(Map<String, Value>);
 
@@ -132,11 +134,12 @@ fn missing(key: &str) -> Error {
 
 fn size(key: &str, value: &Value) -> Result<usize> {
     // Some exporters write whole numbers as floats.
+    let largest = if key == "num_hidden_layers" { MOST_LAYERS } else { LARGEST };
     let number =
         value.as_u64().or_else(|| value.as_f64().filter(|f| *f >= 0.0 && f.fract() == 0.0).map(|f| f as u64));
     match number {
-        Some(n) if n <= LARGEST => Ok(n as usize),
-        _ => Err(Error::invalid(key, format!("is {value}, expected a whole number from 0 to {LARGEST}"))),
+        Some(n) if n <= largest => Ok(n as usize),
+        _ => Err(Error::invalid(key, format!("is {value}, expected a whole number from 0 to {largest}"))),
     }
 }
 

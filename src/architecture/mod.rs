@@ -326,6 +326,34 @@ impl Architecture {
                 }
             }
         }
+        self.check_numbers()
+    }
+
+    /// Errors where a number would make every activation NaN.
+    fn check_numbers(&self) -> Result<()> {
+        if self.max_positions == 0 {
+            return Err(Error::invalid("max_position_embeddings", "is 0, expected at least 1"));
+        }
+        let eps = self.norm_eps;
+        if !(eps.is_finite() && eps >= 0.0) {
+            return Err(Error::invalid("rms_norm_eps", format!("is {eps}, expected 0 or a little more")));
+        }
+        for spec in &self.layers {
+            let (rope, scale, clip) = match &spec.attention {
+                AttentionSpec::Grouped(a) => (Option::<&Rope>::from(&a.rope), a.scale, a.clip),
+                AttentionSpec::Latent(a) => (Option::<&Rope>::from(&a.rope), a.scale, None),
+            };
+            if let Some(clip) = clip.filter(|c| c.is_nan() || *c <= 0.0) {
+                return Err(Error::invalid("clip_qkv", format!("is {clip}, expected more than 0")));
+            }
+            let finite = |r: &Rope| {
+                r.magnitude.is_finite() && r.inverse_frequencies.iter().all(|frequency| frequency.is_finite())
+            };
+            if !scale.is_finite() || !rope.is_none_or(finite) {
+                let what = "gives frequencies or an attention scale that are not finite";
+                return Err(Error::invalid("rope_scaling", what));
+            }
+        }
         Ok(())
     }
 }

@@ -6,6 +6,9 @@ use std::f64::consts::PI;
 use super::config::Config;
 use super::{Error, Result};
 
+/// Upper bound of the elements that are rotated: every layer holds their frequencies.
+const MOST_ELEMENTS: usize = 1 << 13;
+
 /// Which elements of a head form a rotated pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pairing {
@@ -129,6 +132,10 @@ impl RopeConfig {
                 "head_dim",
                 format!("gives {dim} rotated elements, expected an even number"),
             ));
+        }
+        if dim > MOST_ELEMENTS {
+            let what = format!("gives {dim} rotated elements, expected at most {MOST_ELEMENTS}");
+            return Err(Error::invalid("head_dim", what));
         }
         let base: Vec<f64> = (0..dim / 2).map(|i| self.theta.powf(-2.0 * i as f64 / dim as f64)).collect();
         let (inverse, magnitude) = match (self.kind.as_str(), &self.section) {

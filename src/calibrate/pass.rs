@@ -59,7 +59,11 @@ pub fn calibrate<B: Backend>(
         files: windows.files.iter().map(|f| f.name.clone()).collect(),
         sample: options.sample.to_string(),
     };
-    let work = Residual::open(out, &key(&profile, &tokens, options, &backend.device()))?;
+    let mut work = Residual::open(out, &key(&profile, &tokens, options, &backend.device()))?;
+    if work.is_finished() {
+        // Killed while its notes were being removed: what is left of them is of no use.
+        work.begin()?;
+    }
     let mut stream = Stream::new(model, windows)?;
     let done = work.restore(backend, &mut stream, architecture.hidden_size)?;
     let layers = architecture.layers.len();

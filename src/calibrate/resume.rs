@@ -1,41 +1,148 @@
 //! What a streamed pass leaves on disk after every layer, so that a stopped run goes on from there.
 
 use std::fs;
-use std::io::{BufReader, Read};
+use std::io::{BufReader, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use super::{Error, Result};
 use crate::backend::Backend;
-use crate::checkpoint::{AtomicFile, write_atomic};
+use crate::checkpoint::{AtomicFile, open_locked, write_atomic};
 use crate::model::Stream;
 
 /// A folder beside the final output that holds the residual stream after the last finished layer. Its key names
-/// everything that the contents depend on; a folder with another key is not used.
+/// everything that the contents depend on; a folder with another key is not used. Locked against other processes.
+/// Dropped before any layer is finished, it disappears.
 #[derive(Debug)]
 pub struct Residual {
     dir: PathBuf,
+    key: String,
+    finished: bool,
+    /// Held as long as the folder is in use; `None` once it is removed.
+    lock: Option<fs::File>,
 }
 
 impl Residual {
+    const KEY: &'static str = "key";
+    const LOCK: &'static str = "lock";
+    /// Begins the key of everything that moepress puts into such a folder.
+    const MARK: &'static [u8] = b"moepress ";
+    /// Stands before the key once the result is complete.
+    const FINISHED: &'static str = "moepress finished\n";
+
     /// The folder for results that go to `out`: opened where it belongs to the same work, made anew otherwise.
     ///
     /// # Errors
-    /// Names the folder that cannot be created or cleared.
+    /// Names the folder that cannot be created or cleared, is in use by another process, or holds something that
+    /// moepress did not put there.
     pub fn open(out: &Path, key: &str) -> Result<Self> {
         let mut name = out.file_name().unwrap_or_default().to_os_string();
         name.push(".partial");
         let dir = out.with_file_name(name);
-        let io = |source| crate::checkpoint::Error::Io { path: dir.clone(), source };
-        let marker = dir.join("key");
-        if fs::read(&marker).is_ok_and(|found| found == key.as_bytes()) {
-            return Ok(Residual { dir });
+        let lock = Residual::lock(&dir)?;
+        let mut work = Residual { dir, key: key.into(), finished: false, lock: Some(lock) };
+        let found = fs::read(work.path(Residual::KEY)).unwrap_or_default();
+        work.finished = found == work.finished_key();
+        if !work.finished && found != key.as_bytes() {
+            work.begin()?;
         }
-        if dir.exists() {
-            fs::remove_dir_all(&dir).map_err(io)?;
+        Ok(work)
+    }
+
+    /// Empties the folder, to begin with the first layer.
+    ///
+    /// # Errors
+    /// Names the file that cannot be removed.
+    pub fn begin(&mut self) -> Result<()> {
+        self.finished = false;
+        self.clear(b"moepress removes this\n")?;
+        Ok(write_atomic(&self.path(Residual::KEY), self.key.as_bytes())?)
+    }
+
+    /// Records that the result is complete, before it is moved to its place: a run that is killed between that and
+    /// [`Residual::remove`] is not to be done again.
+    ///
+    /// # Errors
+    /// Names the file that cannot be written.
+    pub fn finish(&mut self) -> Result<()> {
+        self.finished = true;
+        Ok(write_atomic(&self.path(Residual::KEY), &self.finished_key())?)
+    }
+
+    /// Whether an earlier run came to [`Residual::finish`].
+    pub fn is_finished(&self) -> bool {
+        self.finished
+    }
+
+    fn finished_key(&self) -> Vec<u8> {
+        [Residual::FINISHED, &self.key].concat().into_bytes()
+    }
+
+    /// Creates `dir` where needed and locks it.
+    fn lock(dir: &Path) -> Result<fs::File> {
+        let io = |source| Error::from(crate::checkpoint::Error::Io { path: dir.into(), source });
+        loop {
+            match fs::create_dir(dir) {
+                Ok(()) => {}
+                Err(e) if e.kind() == ErrorKind::AlreadyExists && dir.is_dir() => Residual::check_own(dir)?,
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => {
+                    let what = "is in the way: work in progress goes there; move it or choose another --out";
+                    return Err(Error::File { path: dir.into(), what: what.into() });
+                }
+                Err(e) => return Err(io(e)),
+            }
+            match open_locked(&dir.join(Residual::LOCK)) {
+                Ok(lock) => return Ok(lock),
+                // Another process has just finished and removed the folder.
+                Err(e) if e.kind() == ErrorKind::NotFound => {}
+                Err(e) => return Err(io(e)),
+            }
         }
-        fs::create_dir_all(&dir).map_err(io)?;
-        write_atomic(&marker, key.as_bytes())?;
-        Ok(Residual { dir })
+    }
+
+    /// Removes everything but the key and the lock. The key becomes `key` first: killed on the way, a run leaves a
+    /// folder that is known for what it is, and from which nobody goes on.
+    fn clear(&self, key: &[u8]) -> Result<()> {
+        write_atomic(&self.path(Residual::KEY), key)?;
+        for path in self.entries()?.into_iter().filter(|path| !is_named(path, Residual::KEY)) {
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            removed.map_err(|source| crate::checkpoint::Error::Io { path, source })?;
+        }
+        Ok(())
+    }
+
+    /// Removes the folder and what is in it, the lock last.
+    fn remove_all(&self) -> Result<()> {
+        self.clear(&self.finished_key())?;
+        let removed = fs::remove_file(self.path(Residual::KEY))
+            .and_then(|()| fs::remove_file(self.path(Residual::LOCK)))
+            .and_then(|()| match fs::remove_dir(&self.dir) {
+                // Somebody else has moved in.
+                Err(e) if e.kind() == ErrorKind::DirectoryNotEmpty => Ok(()),
+                removed => removed,
+            });
+        Ok(removed.map_err(|source| crate::checkpoint::Error::Io { path: self.dir.clone(), source })?)
+    }
+
+    /// Errors where `dir` holds anything but what [`Residual::open`] leaves, so that nobody's files are removed.
+    fn check_own(dir: &Path) -> Result<()> {
+        let marker = dir.join(Residual::KEY);
+        let marked = fs::read(&marker).is_ok_and(|key| key.starts_with(Residual::MARK));
+        let unfinished = |name: &std::ffi::OsStr| name == Residual::LOCK || name == "key.incomplete";
+        let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+        if marked || entries.map(|e| e.file_name()).all(|name| unfinished(&name)) {
+            return Ok(());
+        }
+        let what = "is in the way: work in progress goes there, but moepress did not make it; move it or choose \
+                    another --out";
+        Err(Error::File { path: dir.into(), what: what.into() })
+    }
+
+    /// Everything in the folder but the lock.
+    fn entries(&self) -> Result<Vec<PathBuf>> {
+        let io = |source| crate::checkpoint::Error::Io { path: self.dir.clone(), source };
+        let entries = fs::read_dir(&self.dir).map_err(io)?;
+        let paths = entries.map(|entry| Ok(entry.map_err(io)?.path())).collect::<Result<Vec<_>>>()?;
+        Ok(paths.into_iter().filter(|path| !is_named(path, Residual::LOCK)).collect())
     }
 
     /// A file in the folder.
@@ -99,11 +206,11 @@ impl Residual {
     ///
     /// # Errors
     /// Names the folder.
-    pub fn remove(self) -> Result<()> {
-        let io = |source| crate::checkpoint::Error::Io { path: self.dir.clone(), source };
-        // The key first: a folder without it is never taken for work that can go on.
-        fs::remove_file(self.dir.join("key")).and_then(|()| fs::remove_dir_all(&self.dir)).map_err(io)?;
-        Ok(())
+    pub fn remove(mut self) -> Result<()> {
+        let removed = self.remove_all();
+        // Let go last, and not again when `self` is dropped.
+        self.lock = None;
+        removed
     }
 
     fn file(&self, done: usize) -> PathBuf {
@@ -119,4 +226,23 @@ impl Residual {
         let entries = fs::read_dir(&self.dir).into_iter().flatten();
         entries.filter_map(|e| number(e.ok()?)).max().unwrap_or(0)
     }
+}
+
+impl Drop for Residual {
+    fn drop(&mut self) {
+        // Nothing is lost with a key and empty folders; anything else can be taken up again.
+        let Some(lock) = self.lock.take() else { return };
+        let empty = |path: &PathBuf| fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
+        let disposable = |path: &PathBuf| is_named(path, Residual::KEY) || empty(path);
+        if self.entries().is_ok_and(|entries| entries.iter().all(disposable)) {
+            // A folder that stays is found again by the next run.
+            let _ = self.remove_all();
+        }
+        // Not before the folder is gone.
+        drop(lock);
+    }
+}
+
+fn is_named(path: &Path, name: &str) -> bool {
+    path.file_name().is_some_and(|n| n == name)
 }

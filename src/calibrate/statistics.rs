@@ -162,7 +162,7 @@ impl Statistics {
                 Err(_) if Moment::SECOND.contains(&moment) => continue,
                 Err(e) => return Err(e.into()),
             };
-            tensor.check_shape(&moment.shape(dims))?;
+            tensor.check_shape(&moment.shape(dims)).map_err(|e| invalid(e.to_string()))?;
             if tensor.dtype() != Dtype::F64 {
                 return Err(invalid(format!("{name} has dtype {:?}, expected F64", tensor.dtype())));
             }

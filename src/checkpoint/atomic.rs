@@ -1,12 +1,13 @@
 //! Files that appear whole or not at all.
 
-use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use super::{Error, Result};
 
-/// A file under construction beside its final place. Dropped without [`AtomicFile::commit`], it disappears.
+/// A file under construction beside its final place, locked against other processes. Dropped without
+/// [`AtomicFile::commit`], it disappears.
 #[derive(Debug)]
 pub struct AtomicFile {
     target: PathBuf,
@@ -15,18 +16,36 @@ pub struct AtomicFile {
 }
 
 impl AtomicFile {
-    /// Starts writing what will become `target`.
+    /// Starts writing what will become `target`. A symbolic link stays one: what it points to is replaced.
     ///
     /// # Errors
-    /// Names the file that could not be created.
+    /// Names the file that could not be created, is being written by another process, or is no regular file (a device
+    /// or a pipe would be replaced, not written to).
     pub fn create(target: &Path) -> Result<Self> {
+        let refuse = |kind, what: &str| {
+            let source = io::Error::new(kind, what);
+            Err(Error::Io { path: target.into(), source })
+        };
+        match fs::metadata(target) {
+            Ok(found) if found.is_dir() => return refuse(io::ErrorKind::IsADirectory, "is a folder"),
+            Ok(found) if !found.is_file() => {
+                return refuse(io::ErrorKind::InvalidInput, "is not a regular file");
+            }
+            _ => {}
+        }
+        let target = if target.is_symlink() {
+            fs::canonicalize(target).unwrap_or_else(|_| target.into())
+        } else {
+            target.into()
+        };
         let mut name = target.file_name().unwrap_or_default().to_os_string();
         name.push(".incomplete");
         let temporary = target.with_file_name(name);
-        let file =
-            File::create(&temporary).map_err(|source| Error::Io { path: temporary.clone(), source })?;
+        let io = |source| Error::Io { path: temporary.clone(), source };
+        // Only what is left of a killed run can be here, once the lock is held.
+        let file = open_locked(&temporary).and_then(|file| file.set_len(0).map(|()| file)).map_err(io)?;
         let writer = Some(BufWriter::with_capacity(1 << 20, file));
-        Ok(AtomicFile { target: target.into(), temporary, writer })
+        Ok(AtomicFile { target, temporary, writer })
     }
 
     /// Appends `bytes`.
@@ -40,8 +59,10 @@ impl AtomicFile {
     /// # Errors
     /// Names the file; the target is then as it was before.
     pub fn commit(mut self) -> Result<()> {
-        let finish = |writer: BufWriter<File>, temporary: &Path, target: &Path| -> std::io::Result<()> {
-            writer.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
+        let finish = |writer: BufWriter<File>, temporary: &Path, target: &Path| -> io::Result<()> {
+            let file = writer.into_inner().map_err(io::IntoInnerError::into_error)?;
+            file.sync_all()?;
+            // The lock goes with `file`, after the renaming: nobody else may take the temporary name before that.
             fs::rename(temporary, target)
         };
         let Some(writer) = self.writer.take() else { return Ok(()) };
@@ -54,10 +75,52 @@ impl AtomicFile {
 
 impl Drop for AtomicFile {
     fn drop(&mut self) {
-        if self.writer.take().is_some() {
+        if let Some(writer) = self.writer.take() {
+            // Taken apart, for its buffer must not be flushed, and removed while the lock is held.
+            let (file, _) = writer.into_parts();
             let _ = fs::remove_file(&self.temporary);
+            drop(file);
         }
     }
+}
+
+/// Opens `path` for writing, creating it where needed, and locks it until it is closed. Its contents stay.
+///
+/// # Errors
+/// [`io::ErrorKind::WouldBlock`], with a message for people, where another process holds the lock.
+pub(crate) fn open_locked(path: &Path) -> io::Result<File> {
+    // Some network file systems do not know a file again, so that trying on and on could last for ever.
+    const ATTEMPTS: usize = 100;
+    for attempt in 1.. {
+        let file = OpenOptions::new().write(true).create(true).truncate(false).open(path)?;
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => {
+                let what = "another process is writing it; wait for that one or choose another --out";
+                return Err(io::Error::new(io::ErrorKind::WouldBlock, what));
+            }
+            // File systems without locks are used as if alone.
+            Ok(()) | Err(TryLockError::Error(_)) => {}
+        }
+        // Whoever held the lock before may have renamed or removed the file since it was opened here.
+        if is_at(&file, path) || attempt == ATTEMPTS {
+            return Ok(file);
+        }
+    }
+    unreachable!("the last attempt returns")
+}
+
+#[cfg(unix)]
+fn is_at(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    match (file.metadata(), fs::metadata(path)) {
+        (Ok(opened), Ok(there)) => (opened.dev(), opened.ino()) == (there.dev(), there.ino()),
+        _ => false,
+    }
+}
+
+#[cfg(not(unix))]
+fn is_at(_: &File, path: &Path) -> bool {
+    path.exists()
 }
 
 /// Writes a whole file atomically.
@@ -68,4 +131,59 @@ pub fn write_atomic(path: &Path, contents: &[u8]) -> Result<()> {
     let mut file = AtomicFile::create(path)?;
     file.write_all(contents)?;
     file.commit()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+mod tests {
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).unwrap();
+        let mut names: Vec<_> =
+            entries.map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn two_writers_do_not_meet() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out");
+        let mut first = AtomicFile::create(&path).unwrap();
+        first.write_all(b"first").unwrap();
+        let message = AtomicFile::create(&path).unwrap_err().to_string();
+        assert!(message.contains("out.incomplete: another process is writing it"), "{message}");
+        first.commit().unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"first");
+        write_atomic(&path, b"second").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"second");
+        assert_eq!(names(folder.path()), ["out"]);
+    }
+
+    #[test]
+    fn what_a_killed_run_left_is_overwritten() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("out.incomplete"), "half of something long").unwrap();
+        write_atomic(&folder.path().join("out"), b"whole").unwrap();
+        assert_eq!(fs::read(folder.path().join("out")).unwrap(), b"whole");
+        drop(AtomicFile::create(&folder.path().join("out")).unwrap());
+        assert_eq!(names(folder.path()), ["out"]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_stay_links_and_devices_devices() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, link) = (folder.path().join("file"), folder.path().join("link"));
+        fs::write(&file, "before").unwrap();
+        std::os::unix::fs::symlink("file", &link).unwrap();
+        write_atomic(&link, b"after").unwrap();
+        assert!(link.is_symlink());
+        assert_eq!(fs::read(&file).unwrap(), b"after");
+        let message = AtomicFile::create(Path::new("/dev/null")).unwrap_err().to_string();
+        assert_eq!(message, "/dev/null: is not a regular file");
+        let message = AtomicFile::create(folder.path()).unwrap_err().to_string();
+        assert!(message.ends_with(": is a folder"), "{message}");
+    }
 }

@@ -18,6 +18,14 @@ pub enum Error {
         /// The path.
         path: PathBuf,
     },
+    /// Something that is not a regular file.
+    #[error("{}: is {found}, expected a file", path.display())]
+    NotAFile {
+        /// The path.
+        path: PathBuf,
+        /// What it is.
+        found: &'static str,
+    },
     /// No weights in the folder.
     #[error(
         "{}: holds neither model.safetensors nor model.safetensors.index.json (other weight formats have to be \

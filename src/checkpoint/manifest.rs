@@ -1,5 +1,6 @@
 //! `moepress.json`: what the experts of a checkpoint in the moepress layout look like.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -94,19 +95,20 @@ impl Manifest {
                     "layer {layer}: top_k is {top_k}, expected 1 to {n} (the experts listed)"
                 )));
             }
-            for (i, entry) in experts.iter().enumerate() {
+            let is_alias = |entry: &ExpertEntry| matches!(entry.form, ExpertForm::Alias { .. });
+            let stored: BTreeSet<usize> = experts.iter().filter(|e| !is_alias(e)).map(|e| e.expert).collect();
+            let mut seen = BTreeSet::new();
+            for entry in experts {
                 let e = entry.expert;
-                if experts[..i].iter().any(|other| other.expert == e) {
+                if !seen.insert(e) {
                     return Err(invalid(format!("layer {layer}: expert {e} is listed twice")));
                 }
-                if let ExpertForm::Alias { of } = entry.form {
-                    let stored =
-                        |o: &ExpertEntry| o.expert == of && !matches!(o.form, ExpertForm::Alias { .. });
-                    if !experts.iter().any(stored) {
-                        return Err(invalid(format!(
-                            "layer {layer}: expert {e} is an alias of {of}, which is not stored"
-                        )));
-                    }
+                if let ExpertForm::Alias { of } = entry.form
+                    && !stored.contains(&of)
+                {
+                    return Err(invalid(format!(
+                        "layer {layer}: expert {e} is an alias of {of}, which is not stored"
+                    )));
                 }
             }
         }

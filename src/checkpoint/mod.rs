@@ -10,6 +10,7 @@ mod tensor;
 mod weight;
 mod writer;
 
+pub(crate) use atomic::open_locked;
 pub use atomic::{AtomicFile, write_atomic};
 pub use error::Error;
 pub use manifest::{ExpertEntry, ExpertForm, LayerEntry, Manifest, MatrixRanks};
@@ -58,12 +59,12 @@ impl Checkpoint {
         }
         let config = read_text(&dir.join("config.json"))?;
         let manifest = match dir.join(MANIFEST_FILE) {
-            path if path.exists() => Some(Manifest::parse(&path, &read_text(&path)?)?),
+            path if is_listed(&path) => Some(Manifest::parse(&path, &read_text(&path)?)?),
             _ => None,
         };
         let index_path = dir.join(INDEX_FILE);
         let (shards, tensors) =
-            if index_path.exists() { open_sharded(&dir, &index_path)? } else { open_single(&dir)? };
+            if is_listed(&index_path) { open_sharded(&dir, &index_path)? } else { open_single(&dir)? };
         Ok(Checkpoint { dir, config, manifest, shards, tensors })
     }
 
@@ -112,6 +113,13 @@ impl Checkpoint {
         self.tensors.values().map(|t| t.bytes().len() as u64).sum()
     }
 
+    /// Files that the checkpoint is read from.
+    pub fn files(&self) -> impl Iterator<Item = PathBuf> {
+        let named = ["config.json", MANIFEST_FILE, INDEX_FILE, "tokenizer.json", "tokenizer_config.json"];
+        let shards = self.shards.iter().map(|shard| shard.path().to_path_buf());
+        named.into_iter().map(|name| self.dir.join(name)).filter(|path| is_listed(path)).chain(shards)
+    }
+
     /// Bytes of all safetensors headers.
     pub fn header_bytes(&self) -> u64 {
         self.shards.iter().map(|s| s.header_bytes() as u64).sum()
@@ -147,7 +155,24 @@ pub fn hex(bytes: &[u8]) -> String {
     })
 }
 
+/// Whether the folder has an entry of this name, be it a link to nothing: that is a broken checkpoint, not one
+/// without the file.
+fn is_listed(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
+}
+
+/// Errors unless `path` is a regular file: reading anything else may never end.
+fn check_regular(path: &Path) -> Result<()> {
+    let found = std::fs::metadata(path).map_err(|source| Error::Io { path: path.into(), source })?;
+    match found.file_type() {
+        kind if kind.is_file() => Ok(()),
+        kind if kind.is_dir() => Err(Error::NotAFile { path: path.into(), found: "a folder" }),
+        _ => Err(Error::NotAFile { path: path.into(), found: "a pipe or a device" }),
+    }
+}
+
 fn read_text(path: &Path) -> Result<String> {
+    check_regular(path)?;
     let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
     String::from_utf8(bytes).map_err(|_| Error::NotUtf8 { path: path.into() })
 }
@@ -156,7 +181,7 @@ type Opened = (Vec<Arc<Shard>>, BTreeMap<String, Tensor>);
 
 fn open_single(dir: &Path) -> Result<Opened> {
     let path = dir.join(SINGLE_FILE);
-    if !path.exists() {
+    if !is_listed(&path) {
         return Err(Error::NoWeights { path: dir.into() });
     }
     let shard = Arc::new(Shard::open(&path)?);
@@ -177,6 +202,9 @@ fn open_sharded(dir: &Path, index_path: &Path) -> Result<Opened> {
         let file =
             file.as_str().ok_or_else(|| invalid(format!("maps `{tensor}` to something not a string")))?;
         let plain = Path::new(file).components().all(|c| matches!(c, std::path::Component::Normal(_)));
+        if file.is_empty() || file.contains('\0') {
+            return Err(invalid(format!("maps `{tensor}` to {file:?}, which is not the name of a file")));
+        }
         if !plain {
             return Err(invalid(format!("maps `{tensor}` to `{file}`, which lies outside the folder")));
         }

@@ -25,6 +25,7 @@ impl Shard {
     /// Names the file and what is wrong with it.
     #[expect(unsafe_code, reason = "memory map")]
     pub fn open(path: &Path) -> Result<Self> {
+        super::check_regular(path)?;
         let io = |source| Error::Io { path: path.into(), source };
         let file = File::open(path).map_err(io)?;
         let size = file.metadata().map_err(io)?.len();

@@ -1,6 +1,6 @@
 //! `moepress calibrate`: one streamed pass over text, into a statistics file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::{ArgGroup, ValueEnum};
@@ -87,7 +87,8 @@ impl Args {
     fn compute<B: Backend>(&self, backend: &B) -> Result<(), Failure> {
         let checkpoint = Checkpoint::open(&self.model)?;
         let windows = self.text.load(&self.model, &open_architecture(&checkpoint)?)?;
-        check_output_file(&self.out)?;
+        let texts = self.text.files().map(Path::to_path_buf);
+        check_output_file(&self.out, checkpoint.files().chain(texts))?;
         let model = Model::new(&checkpoint, backend, windows.length)?;
         let options = Options { second: self.second(), ..Options::default() };
         let options = Options { sample: self.sample.unwrap_or(options.sample), ..options };

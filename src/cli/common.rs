@@ -69,9 +69,22 @@ pub(crate) enum Device {
     Cpu(Cpu),
 }
 
+/// Errors where `RAYON_NUM_THREADS` asks for more threads than any machine starts.
+fn check_threads() -> Result<(), Failure> {
+    const MOST: usize = 4096;
+    let Ok(text) = std::env::var("RAYON_NUM_THREADS") else { return Ok(()) };
+    match text.parse::<usize>() {
+        Ok(threads) if threads > MOST => {
+            Err(Failure::Usage(format!("RAYON_NUM_THREADS is {threads}, expected at most {MOST}")))
+        }
+        _ => Ok(()),
+    }
+}
+
 impl DeviceArgs {
     /// Opens the device.
     pub(crate) fn open(&self) -> Result<Device, Failure> {
+        check_threads()?;
         let device = match self.device {
             None | Some(DeviceName::Cpu) => return Ok(Device::Cpu(Cpu)),
             Some(DeviceName::Cuda(None)) => "cuda".into(),
@@ -93,10 +106,10 @@ pub(crate) struct TextInput {
     #[arg(long, value_name = "FILE", num_args = 1..)]
     pub(crate) text: Vec<PathBuf>,
     /// Use the first N windows of every file [default: all]
-    #[arg(long, value_name = "N", value_parser = parse_at_least::<1>)]
+    #[arg(long, value_name = "N", value_parser = parse_at_least::<1>, allow_negative_numbers = true)]
     windows: Option<usize>,
     /// Tokens per window [default: 2048, or the model's positions where they are fewer]
-    #[arg(long, value_name = "L", value_parser = parse_at_least::<2>)]
+    #[arg(long, value_name = "L", value_parser = parse_at_least::<2>, allow_negative_numbers = true)]
     window_length: Option<usize>,
     /// Whether documents begin with the beginning-of-sequence token; auto does what the model's tokenizer does
     #[arg(long, value_enum, default_value_t, conflicts_with = "tokens")]
@@ -127,7 +140,15 @@ impl TextInput {
         if let Some(count) = self.windows {
             windows.truncate_files(count);
         }
+        if windows.real_tokens() == 0 {
+            return Err(Failure::Work("--windows: all tokens of these windows are padding; use more".into()));
+        }
         Ok(windows)
+    }
+
+    /// The files that are read.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
+        self.tokens.iter().chain(&self.text).map(PathBuf::as_path)
     }
 
     /// Whether there are windows to load.
@@ -206,11 +227,17 @@ fn at(path: &Path, error: &TokensError) -> Failure {
     Failure::Work(format!("{}: {error}", path.display()))
 }
 
-/// Makes sure, before long work, that the file `--out` can be written.
-pub(crate) fn check_output_file(path: &Path) -> Result<(), Failure> {
+/// Makes sure, before long work, that the file `--out` can be written and is none of `inputs`.
+pub(crate) fn check_output_file<P: AsRef<Path>>(
+    path: &Path,
+    inputs: impl IntoIterator<Item = P>,
+) -> Result<(), Failure> {
     let wrong = |what: &str| Err(Failure::Work(format!("--out {}: {what}", path.display())));
     if path.is_dir() {
         return wrong("is a folder; expected the name of a file");
+    }
+    if path.to_string_lossy().ends_with(std::path::is_separator) {
+        return wrong("ends like a folder; expected the name of a file");
     }
     if path.file_name().is_none() {
         return wrong("is not the name of a file");
@@ -220,6 +247,13 @@ pub(crate) fn check_output_file(path: &Path) -> Result<(), Failure> {
             return wrong(&format!("the folder {} does not exist; create it first", folder.display()));
         }
         _ => {}
+    }
+    if let Ok(out) = path.canonicalize() {
+        let same = |input: &P| input.as_ref().canonicalize().is_ok_and(|input| input == out);
+        if let Some(input) = inputs.into_iter().find(same) {
+            let input = input.as_ref().display();
+            return wrong(&format!("would overwrite {input}, which is read; choose another name"));
+        }
     }
     match AtomicFile::create(path) {
         Ok(_) => Ok(()),

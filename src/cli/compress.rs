@@ -6,9 +6,9 @@ use clap::ValueEnum;
 use moepress::backend::{Backend, Moment};
 use moepress::calibrate::Statistics;
 use moepress::checkpoint::Checkpoint;
-use moepress::compress::{LayoutChoice, Options, Report, compress};
+use moepress::compress::{Error, LayoutChoice, Options, Report, compress};
 use moepress::model::{Model, open_architecture};
-use moepress::plan::Plan;
+use moepress::plan::{self, Plan};
 
 use super::common::{Device, DeviceArgs, OutputArgs, TextInput};
 use super::failure::Failure;
@@ -85,9 +85,19 @@ impl Args {
             statistics: statistics.as_ref(),
         };
         let mut report = self.output.report();
-        let done = compress(&model, &plan, &options, &self.out, &mut report)?;
+        let done = compress(&model, &plan, &options, &self.out, &mut report).map_err(|e| self.named(e))?;
         drop(report);
         if self.output.json { output::json(&done) } else { output::text(&self.page(&done)) }
+    }
+
+    /// Says which file is meant, where it is the plan that does not fit.
+    fn named(&self, error: Error) -> Failure {
+        match error {
+            Error::Plan(problem) => {
+                plan::Error::File { path: self.plan.clone(), problem: Box::new(problem) }.into()
+            }
+            other => other.into(),
+        }
     }
 
     fn page(&self, done: &Report) -> String {

@@ -44,8 +44,7 @@ impl Failure {
             Failure::Work(message) => (message, 1),
             Failure::Closed => return ExitCode::SUCCESS,
         };
-        // File names may hold line breaks.
-        let line = message.replace(['\n', '\r'], " ");
+        let line = super::output::line(&message);
         // Where standard error is closed there is nobody left to tell.
         let _ = writeln!(std::io::stderr().lock(), "error: {line}");
         ExitCode::from(status)

@@ -108,7 +108,7 @@ fn in_one_line(error: &clap::Error) -> String {
     if message.contains("[possible values: ") {
         return message;
     }
-    let given: Vec<_> = std::env::args().skip(1).collect();
+    let given: Vec<_> = std::env::args_os().skip(1).collect();
     let named = |command: &&clap::Command| given.iter().any(|a| a == command.get_name());
     let command = Cli::command();
     let command = command.get_subcommands().find(named).map(|c| format!(" {}", c.get_name()));

@@ -11,7 +11,7 @@ use moepress::checkpoint::Checkpoint;
 use moepress::compress::WeightSpectra;
 use moepress::model::{open_architecture, profile};
 use moepress::plan::{
-    Budget, Expected, Plan, Request, SpectrumSource, StatisticsRef, coverage, method, parse_size,
+    Budget, Error, Expected, Plan, Request, SpectrumSource, StatisticsRef, coverage, method, parse_size,
 };
 use moepress::progress::Progress as _;
 use serde::Serialize;
@@ -30,13 +30,13 @@ pub(crate) struct Args {
     #[arg(long, value_name = "M")]
     method: String,
     /// Fraction of the routed-expert parameters to remove, between 0 and 1
-    #[arg(long, value_name = "F", value_parser = parse_fraction)]
+    #[arg(long, value_name = "F", value_parser = parse_fraction, allow_negative_numbers = true)]
     remove: Option<f64>,
     /// Experts to keep in every layer
-    #[arg(long, value_name = "N", value_parser = parse_at_least::<1>)]
+    #[arg(long, value_name = "N", value_parser = parse_at_least::<1>, allow_negative_numbers = true)]
     experts: Option<usize>,
     /// Size of the whole checkpoint, such as 24GiB or 13GB
-    #[arg(long, value_name = "SIZE", value_parser = parse_size_argument)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size_argument, allow_negative_numbers = true)]
     bytes: Option<u64>,
     /// Statistics that `moepress calibrate` wrote
     #[arg(long, value_name = "S.safetensors")]
@@ -87,7 +87,6 @@ impl Args {
             ));
         }
         let start = Instant::now();
-        check_output_file(&self.out)?;
         let statistics = self.stats.as_deref().map(Statistics::open).transpose()?;
         let checkpoint = self.model.as_deref().map(Checkpoint::open).transpose()?;
         let weights = match &checkpoint {
@@ -99,6 +98,8 @@ impl Args {
             (None, Some(statistics)) => statistics.profile().clone(),
             (None, None) => return Err(Failure::Usage("one of --stats and --model is needed".into())),
         };
+        let read = checkpoint.iter().flat_map(Checkpoint::files).chain(self.stats.clone());
+        check_output_file(&self.out, read)?;
         let moments = statistics.as_ref().map(|s| self.moments(s, &profile.identity)).transpose()?;
         let source = statistics.as_ref().map(|s| StatisticsRef {
             file: s.path().display().to_string(),
@@ -116,7 +117,8 @@ impl Args {
             budget: self.budget(),
             options: &self.set.iter().cloned().collect(),
             spectra: spectra.as_ref().map(|s| s as &dyn SpectrumSource),
-        })?;
+        });
+        let plan = plan.map_err(|e| self.named(e))?;
         let mut report = self.output.report();
         plan.warnings.iter().for_each(|warning| report.warn(warning));
         drop(report);
@@ -129,6 +131,22 @@ impl Args {
             _ => Vec::new(),
         };
         self.show(&plan, &profile, &coverage, start.elapsed().as_secs_f64())
+    }
+
+    /// Says which file the planner complains about, where it is the statistics.
+    fn named(&self, error: Error) -> Failure {
+        match (&self.stats, error) {
+            (None, Error::Statistics { .. }) => {
+                let method = &self.method;
+                Failure::Usage(format!(
+                    "--stats is needed: {method} plans from what moepress calibrate wrote"
+                ))
+            }
+            (Some(path), problem @ (Error::Statistics { .. } | Error::Profile { .. })) => {
+                Error::File { path: path.clone(), problem: Box::new(problem) }.into()
+            }
+            (_, error) => error.into(),
+        }
     }
 
     fn budget(&self) -> Option<Budget> {

@@ -94,7 +94,7 @@ impl Drop for Report {
 
 fn line(message: &str) {
     // Progress must not stop the work where standard error is closed.
-    let _ = writeln!(std::io::stderr().lock(), "{}", message.replace(['\n', '\r'], " "));
+    let _ = writeln!(std::io::stderr().lock(), "{}", super::output::line(message));
 }
 
 fn style() -> ProgressStyle {

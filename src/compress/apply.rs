@@ -7,7 +7,7 @@ use super::{Error, Result};
 use crate::architecture::Projection;
 use crate::backend::{Expert, Linear, Matrix, Mlp, Moment, Moments, StoredExpert};
 use crate::model::MoeSource;
-use crate::plan::{Action, LayerPlan, Ranks};
+use crate::plan::{Action, LayerPlan, Plan, Ranks};
 
 /// Router and experts after compression, and which slots of the source they came from.
 #[derive(Clone, Debug)]
@@ -16,6 +16,26 @@ pub struct CompressedLayer {
     pub moe: MoeSource,
     /// Slot of the source behind each expert.
     pub slots: Vec<usize>,
+}
+
+/// Errors where `plan` has an action that [`apply_layer`] does not know, so that this is said before any work.
+pub(super) fn check_actions(plan: &Plan) -> Result<()> {
+    for layer in &plan.layers {
+        for entry in &layer.experts {
+            if !matches!(entry.action, Action::Keep | Action::Drop | Action::LowRank { .. }) {
+                return Err(unknown_action(layer.layer, entry.expert, &entry.action));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn unknown_action(layer: usize, expert: usize, action: &Action) -> Error {
+    let what = format!(
+        "action `{}` cannot be carried out by this version; known: keep, drop, low_rank",
+        action.name()
+    );
+    Error::Action { layer, expert, what }
 }
 
 /// Applies `plan` to the experts of `source`. `grams` holds the second moments of the layer where low-rank experts are
@@ -38,7 +58,7 @@ pub fn apply_layer(
             Action::LowRank { rank } => {
                 low_rank(plan.layer, slot, &source.experts[slot], *rank, grams, options)
             }
-            other => Err(refuse(format!("action `{}` cannot be carried out by this version", other.name()))),
+            other => Err(unknown_action(plan.layer, slot, other)),
         }
     };
     let experts: Vec<_> = slots.par_iter().map(expert).collect::<Result<_>>()?;

@@ -28,16 +28,22 @@ const WEIGHT_EXTENSIONS: [&str; 9] =
 /// The folder under construction.
 #[derive(Debug)]
 pub(super) struct Output {
-    target: PathBuf,
     partial: PathBuf,
     shards: usize,
 }
 
 impl Output {
-    /// The folder for `target`, built as `partial`, whose weights come in `shards` pieces.
-    pub(super) fn create(target: &Path, partial: PathBuf, shards: usize) -> Result<Self> {
-        fs::create_dir_all(&partial).map_err(|source| FileError::Io { path: partial.clone(), source })?;
-        Ok(Output { target: target.into(), partial, shards })
+    /// The folder, built as `partial`, whose weights come in `shards` pieces.
+    pub(super) fn create(partial: PathBuf, shards: usize) -> Result<Self> {
+        let io = |source| FileError::Io { path: partial.clone(), source };
+        fs::create_dir_all(&partial).map_err(io)?;
+        // What a killed run was writing must not end up in the result.
+        for entry in fs::read_dir(&partial).map_err(io)?.flatten() {
+            if entry.path().extension().is_some_and(|e| e == "incomplete") {
+                fs::remove_file(entry.path()).map_err(io)?;
+            }
+        }
+        Ok(Output { partial, shards })
     }
 
     /// Whether `target` is the finished result of the work that `mark` names.
@@ -45,23 +51,32 @@ impl Output {
         fs::read(target.join(ORIGIN_FILE)).is_ok_and(|found| found == mark.as_bytes())
     }
 
-    /// Errors unless `target` can become a new folder.
-    pub(super) fn check(target: &Path) -> Result<()> {
+    /// Errors unless `target` can be the name of a folder.
+    pub(super) fn check_name(target: &Path) -> Result<()> {
         let refuse = |what: &str| Err(Error::Output { path: target.into(), what: what.into() });
         if target.file_name().is_none() {
             return refuse("not the name of a folder");
         }
-        let parent = match target.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
+        let parent = parent(target);
         if !parent.is_dir() {
-            return refuse("the folder that should hold it does not exist");
+            return refuse("the folder that should hold it does not exist; create it first");
         }
+        if target.is_symlink() {
+            return refuse("is a symbolic link; name the folder itself or choose another --out");
+        }
+        Ok(())
+    }
+
+    /// Errors unless `target` can become a new folder; its name has been checked.
+    pub(super) fn check(target: &Path) -> Result<()> {
+        let refuse = |what: &str| Err(Error::Output { path: target.into(), what: what.into() });
         let taken =
             target.exists() && fs::read_dir(target).map_or(true, |mut entries| entries.next().is_some());
         if taken {
             return refuse("exists already; remove it or choose another --out");
+        }
+        if is_mount_point(target, parent(target)) {
+            return refuse("is a mount point, which cannot be replaced; choose a folder inside it");
         }
         Ok(())
     }
@@ -88,10 +103,10 @@ impl Output {
         Ok(shard.tensors().collect())
     }
 
-    /// Writes config, plan, mark and layout file, copies what else the source folder holds, and puts the folder in its
-    /// place. Returns the bytes of all tensors.
+    /// Writes config, plan, mark and layout file and copies what else the source folder holds. Returns the bytes of all
+    /// tensors.
     pub(super) fn finish(
-        self,
+        &self,
         source: &Checkpoint,
         config: &str,
         manifest: Option<&str>,
@@ -105,14 +120,17 @@ impl Output {
         if let Some(manifest) = manifest {
             write_atomic(&self.partial.join(MANIFEST_FILE), manifest.as_bytes())?;
         }
-        let bytes = self.finish_weights()?;
-        let io = |source| Error::from(FileError::Io { path: self.target.clone(), source });
+        self.finish_weights()
+    }
+
+    /// Puts the finished folder in its place.
+    pub(super) fn place(target: &Path, partial: &Path) -> Result<()> {
+        let io = |source| Error::from(FileError::Io { path: target.into(), source });
         // An empty folder may be in the way; anything else was refused before the work began.
-        if self.target.exists() {
-            fs::remove_dir(&self.target).map_err(io)?;
+        if target.exists() {
+            fs::remove_dir(target).map_err(io)?;
         }
-        fs::rename(&self.partial, &self.target).map_err(io)?;
-        Ok(bytes)
+        fs::rename(partial, target).map_err(io)
     }
 
     /// One file where it is small, an index over the pieces where it is not.
@@ -162,6 +180,28 @@ impl Output {
         }
         Ok(())
     }
+}
+
+fn parent(target: &Path) -> &Path {
+    match target.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Whether another file system begins at `target`, an existing folder in `parent`.
+#[cfg(unix)]
+fn is_mount_point(target: &Path, parent: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    match (fs::metadata(target), fs::metadata(parent)) {
+        (Ok(target), Ok(parent)) => target.dev() != parent.dev(),
+        _ => false,
+    }
+}
+
+#[cfg(not(unix))]
+fn is_mount_point(_: &Path, _: &Path) -> bool {
+    false
 }
 
 fn metadata() -> BTreeMap<String, String> {

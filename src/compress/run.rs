@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::apply::apply_layer;
+use super::apply::{apply_layer, check_actions};
 use super::factorise::FactorOptions;
 use super::layout::{Layout, LayoutChoice, manifest_entry};
 use super::measure::Follower;
@@ -17,7 +17,7 @@ use crate::architecture::{Architecture, Profile};
 use crate::backend::{Backend, Moment, Moments, StoredExpert};
 use crate::calibrate::{Residual, Statistics};
 use crate::checkpoint::{Checkpoint, Dtype, LayerEntry, Manifest, Tensor, hex, write_atomic};
-use crate::model::{FeedForwardSource, LayerSource, Model, open_architecture, profile};
+use crate::model::{FeedForwardSource, Inspection, LayerSource, Model, inspect, profile};
 use crate::plan::{Action, LayerPlan, Plan, rescore_layer};
 use crate::progress::Progress;
 use crate::tokens::Windows;
@@ -70,25 +70,42 @@ pub fn compress<B: Backend>(
     let architecture = model.architecture();
     let profile = profile(checkpoint, architecture)?;
     plan.check(&profile)?;
+    Output::check_name(out)?;
     let layout = Layout::choose(options.layout, checkpoint, architecture, plan, options.densify)?;
     let job = Job::new(checkpoint, architecture, &profile, plan, options)?;
-
-    let layers = architecture.layers.len();
+    if job.follow && options.tokens.is_none() {
+        return Err(job.missing_tokens());
+    }
+    check_actions(plan)?;
     let key = job.key(&layout);
     let mark = origin_mark(&key);
     if Output::is_complete(out, &mark) {
-        // A run that was killed between its last two steps: what is left is to tidy up.
+        // Done before; a run that was killed at its very end may have left its notes.
         Residual::open(out, &key)?.remove()?;
-        let (bytes, routed_parameters) = sizes(out)?;
-        return Ok(job.report(bytes, routed_parameters, &layout, start));
+        let done = inspect(&Checkpoint::open(out)?)?;
+        return Ok(job.report(&layout, done.bytes.total, done.parameters.routed_experts, start));
+    }
+    let mut work = Residual::open(out, &key)?;
+    let partial = work.path("result");
+    if work.is_finished() {
+        if let Some(inspection) = take_up_finished(&partial, out)? {
+            work.remove()?;
+            let bytes_after = inspection.bytes.total;
+            let routed_parameters_after = inspection.parameters.routed_experts;
+            return Ok(job.report(&layout, bytes_after, routed_parameters_after, start));
+        }
+        work.begin()?;
     }
     Output::check(out)?;
-    let work = Residual::open(out, &key)?;
-    let output = Output::create(out, work.path("result"), layers + 1)?;
-    let mut follower = match (job.follow, options.tokens) {
-        (false, _) => None,
-        (true, Some(tokens)) => Some(Follower::new(model, tokens, job.second(), job.propagate)?),
-        (true, None) => return Err(job.missing_tokens()),
+    // Copied as they are, but a checkpoint that cannot be run is not worth a smaller one.
+    model.embedding()?.release();
+    drop(model.head()?);
+
+    let layers = architecture.layers.len();
+    let output = Output::create(partial.clone(), layers + 1)?;
+    let mut follower = match options.tokens.filter(|_| job.follow) {
+        None => None,
+        Some(tokens) => Some(Follower::new(model, tokens, job.second(), job.propagate)?),
     };
     // Layers that are on disk, and no more of them than the residual stream has passed.
     let finished = |l: usize| output.has_shard(l).then(|| Record::read(&work, l)).flatten();
@@ -136,16 +153,24 @@ pub fn compress<B: Backend>(
         Layout::Moepress => checkpoint.config(),
     };
     let bytes_after = output.finish(checkpoint, config, manifest.as_deref(), &plan.to_json(), &mark)?;
+    work.finish()?;
+    Output::place(out, &partial)?;
     work.remove()?;
     progress.end();
-    Ok(job.report(bytes_after, routed_parameters_after, &layout, start))
+    Ok(job.report(&layout, bytes_after, routed_parameters_after, start))
 }
 
-/// Bytes and routed parameters of the checkpoint in `dir`.
-fn sizes(dir: &Path) -> Result<(u64, u64)> {
-    let checkpoint = Checkpoint::open(dir)?;
-    let profile = profile(&checkpoint, &open_architecture(&checkpoint)?)?;
-    Ok((profile.bytes, profile.routed_parameters()))
+/// What a run that was killed when all was done has left, put in its place if it is not there yet; `None` where it has
+/// gone.
+fn take_up_finished(partial: &Path, out: &Path) -> Result<Option<Inspection>> {
+    if partial.is_dir() {
+        Output::check(out)?;
+        Output::place(out, partial)?;
+    }
+    if !out.is_dir() {
+        return Ok(None);
+    }
+    Ok(Some(inspect(&Checkpoint::open(out)?)?))
 }
 
 /// Names the work that a folder is the result of.
@@ -183,15 +208,26 @@ impl<'a> Job<'a> {
         plan: &'a Plan,
         options: &'a Options<'a>,
     ) -> Result<Self> {
-        let flag = |name: &str| plan.options.get(name).and_then(Value::as_bool).unwrap_or(false);
+        let wrong = |name: &str, value: &Value, expected: &str| {
+            Error::Missing(format!("the plan's option {name} is {value}, expected {expected}"))
+        };
+        let flag = |name: &str| match plan.options.get(name) {
+            None | Some(Value::Null) => Ok(false),
+            Some(Value::Bool(flag)) => Ok(*flag),
+            Some(other) => Err(wrong(name, other, "true or false")),
+        };
         let factorises = |l: &LayerPlan| l.experts.iter().any(|e| matches!(e.action, Action::LowRank { .. }));
-        let whiten = flag("whiten") && plan.layers.iter().any(factorises);
-        let propagate = flag("propagate");
-        let dtype = match plan.options.get("factor_dtype").and_then(Value::as_str) {
-            Some("f32") => Some(Dtype::F32),
-            Some("bf16") => Some(Dtype::BF16),
-            Some("f16") => Some(Dtype::F16),
-            _ => None,
+        let whiten = flag("whiten")? && plan.layers.iter().any(factorises);
+        let propagate = flag("propagate")?;
+        let dtype = match plan.options.get("factor_dtype").unwrap_or(&Value::Null) {
+            Value::Null => None,
+            value => match value.as_str() {
+                Some("auto") => None,
+                Some("f32") => Some(Dtype::F32),
+                Some("bf16") => Some(Dtype::BF16),
+                Some("f16") => Some(Dtype::F16),
+                _ => return Err(wrong("factor_dtype", value, "auto, f32, bf16 or f16")),
+            },
         };
         if let Some(statistics) = options.statistics
             && statistics.profile().identity != profile.identity
@@ -208,18 +244,12 @@ impl<'a> Job<'a> {
         Ok(Job { checkpoint, architecture, profile, plan, options, factors, whiten, propagate, follow })
     }
 
-    fn report(
-        &self,
-        bytes_after: u64,
-        routed_parameters_after: u64,
-        layout: &Layout,
-        start: Instant,
-    ) -> Report {
+    fn report(&self, layout: &Layout, bytes_after: u64, routed_after: u64, start: Instant) -> Report {
         Report {
             bytes_before: self.profile.bytes,
             bytes_after,
             routed_parameters_before: self.profile.routed_parameters(),
-            routed_parameters_after,
+            routed_parameters_after: routed_after,
             layout: layout.name(),
             seconds: start.elapsed().as_secs_f64(),
         }

@@ -31,11 +31,16 @@ fn layer_structure(layer: &LayerPlan) -> Result<()> {
         if position > 0 && layer.experts[position - 1].expert >= entry.expert {
             return Err(place.plan("listed twice or out of order; list every expert once"));
         }
-        action_structure(layer, entry.expert, &entry.action, &place)?;
+    }
+    for entry in &layer.experts {
+        action_structure(layer, entry.expert, &entry.action, &place.expert(entry.expert))?;
     }
     let routed = layer.routed();
     if layer.top_k == 0 || layer.top_k > routed {
-        let problem = format!("{} with {routed} experts left to choose from; use 1 to {routed}", layer.top_k);
+        let problem = match routed {
+            0 => "no expert is left to choose from; keep as many as are chosen per token".into(),
+            _ => format!("{} with {routed} experts left to choose from; use 1 to {routed}", layer.top_k),
+        };
         return Err(place.field("top_k").plan(problem));
     }
     merge_shares(layer, &place)
@@ -44,7 +49,8 @@ fn layer_structure(layer: &LayerPlan) -> Result<()> {
 fn action_structure(layer: &LayerPlan, expert: usize, action: &Action, place: &Place) -> Result<()> {
     match action {
         Action::Merge { into, weight } => {
-            let target = layer.experts.iter().find(|e| e.expert == *into).map(|e| &e.action);
+            let found = layer.experts.binary_search_by_key(into, |e| e.expert);
+            let target = found.ok().map(|position| &layer.experts[position].action);
             let wrong = |problem: String| Err(place.field("into").plan(problem));
             match target {
                 _ if *into == expert => wrong(format!("{into} is the expert itself; name another one")),

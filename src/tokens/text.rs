@@ -39,8 +39,13 @@ impl Tokenizer {
             let what = "missing; text needs the checkpoint's tokenizer, or pass token ids with --tokens";
             return Err(invalid(&path, what.into()));
         }
-        let inner = tokenizers::Tokenizer::from_file(&path)
+        let mut inner = tokenizers::Tokenizer::from_file(&path)
             .map_err(|e| invalid(&path, format!("cannot be read: {e}")))?;
+        // What a training run left behind would cut documents off or fill them up; transformers ignores it as well.
+        inner.with_padding(None);
+        inner
+            .with_truncation(None)
+            .map_err(|e| invalid(&path, format!("its truncation cannot be switched off: {e}")))?;
         let config = read_json(&dir.join("tokenizer_config.json"))?;
         let wanted = match mode {
             Bos::Always => true,
@@ -95,6 +100,7 @@ impl Tokenizer {
     /// # Errors
     /// Names the file that is unreadable, not UTF-8, or too short for one window.
     pub fn windows(&self, files: &[PathBuf], length: usize) -> Result<Windows> {
+        let length = length.max(1);
         let mut windows = Windows { ids: Vec::new(), mask: None, count: 0, length, files: Vec::new() };
         for path in files {
             let invalid = |what: String| Error::File { path: path.clone(), what };
@@ -156,6 +162,6 @@ fn bos_id(tokenizer: &tokenizers::Tokenizer, config: &Value, model: &Value) -> O
     let content = token.as_str().or_else(|| token["content"].as_str());
     content
         .and_then(|content| tokenizer.token_to_id(content))
-        .or_else(|| model["bos_token_id"].as_u64().map(|id| id as u32))
+        .or_else(|| model["bos_token_id"].as_u64().and_then(|id| id.try_into().ok()))
         .or_else(|| tokenizer.encode("a", true).ok()?.get_ids().first().copied())
 }

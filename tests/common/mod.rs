@@ -7,6 +7,7 @@
     reason = "every test file uses another part of this"
 )]
 
+pub mod command;
 pub mod generate;
 
 use std::collections::BTreeMap;
