@@ -92,7 +92,9 @@ impl Desk {
     /// [`Desk::refuses`] with status 1 for every argument and message of a table.
     #[track_caller]
     fn refuses_all(&self, cases: &[(&str, &str)]) {
-        cases.iter().for_each(|(arguments, expected)| self.refuses(1, arguments, expected));
+        for (arguments, expected) in cases {
+            self.refuses(1, arguments, expected);
+        }
     }
 
     /// Writes a JSON file that differs from another one in one place.
@@ -311,7 +313,9 @@ fn failed_work_leaves_nothing_or_what_it_can_go_on_from() {
     for name in [&bad(0), "model.embed_tokens.weight"] {
         spoil(name);
         desk.run("plan --method random --remove 0.4 --model . --out fresh").ok();
-        commands.iter().for_each(|c| desk.refuses(1, c, &format!("{name} holds NaN")));
+        for command in &commands {
+            desk.refuses(1, command, &format!("{name} holds NaN"));
+        }
         std::fs::write(desk.path("model.safetensors"), &before).unwrap();
     }
     // The head and its norm, which compressing only copies.
@@ -609,13 +613,15 @@ fn questions_that_cannot_be_asked() {
     desk.refuses(1, "eval . --multiple-choice .", ".: Is a directory");
 }
 
+/// A change to the tensors of two experts.
+type Edit = fn(&mut BTreeMap<String, Tensor>, [String; 2]);
+
 /// Experts that are split, doubled or of another kind than the rest.
 #[test]
 fn experts_that_do_not_fit() {
     let desk = Desk::new();
     let original = std::fs::read(desk.path("model.safetensors")).unwrap();
     let name = |e: usize| format!("model.layers.0.block_sparse_moe.experts.{e}.w2.weight");
-    type Edit = fn(&mut BTreeMap<String, Tensor>, [String; 2]);
     let cases: [(Edit, &str); 4] = [
         (|tensors, [a, _]| drop(tensors.remove(&a)), "experts.1.w2.weight is missing"),
         (

@@ -1,6 +1,8 @@
 //! A token's result is the same bits whatever runs beside it: other windows, later tokens, more threads, other
 //! instructions. That is what makes a cached or a batched run agree with a plain one.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 mod common;
 
 use common::{data, read, run, shape, windows};
