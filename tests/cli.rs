@@ -403,6 +403,27 @@ fn wrong_usage_is_one_line_and_status_2() {
     }
 }
 
+/// Instructions change the speed and, where they lack fused multiply-add, the last bits; nothing else.
+#[test]
+fn instructions_can_be_named() {
+    let desk = Desk::new(&golden_windows("mixtral", 1));
+    let run = |isa: &str| {
+        let out = desk.path(&format!("out {isa}"));
+        let mut command = command(["run", "--quiet"]);
+        command.env("MOEPRESS_CPU_ISA", isa).arg(data("mixtral"));
+        command.arg("--tokens").arg(desk.tokens()).arg("--out").arg(&out);
+        (command.output().unwrap(), out)
+    };
+    let (plain, out) = run("scalar");
+    assert!(plain.status.success());
+    assert!(out.exists());
+    let (wrong, out) = run("mmx");
+    let message = String::from_utf8_lossy(&wrong.stderr).into_owned();
+    assert_eq!(wrong.status.code(), Some(2));
+    assert!(message.starts_with("error: MOEPRESS_CPU_ISA") && message.lines().count() == 1, "{message}");
+    assert!(!out.exists());
+}
+
 #[test]
 fn a_missing_gpu_is_said() {
     let desk = Desk::new(&golden_windows("mixtral", 1));

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use clap::ValueEnum;
 use moepress::architecture::Architecture;
-use moepress::backend::cpu::Cpu;
+use moepress::backend::cpu::{Cpu, Isa};
 use moepress::checkpoint::AtomicFile;
 use moepress::tokens::{Bos, Error as TokensError, Tokenizer, Windows, read_token_file};
 
@@ -86,13 +86,23 @@ impl DeviceArgs {
     pub(crate) fn open(&self) -> Result<Device, Failure> {
         check_threads()?;
         let device = match self.device {
-            None | Some(DeviceName::Cpu) => return Ok(Device::Cpu(Cpu)),
+            None | Some(DeviceName::Cpu) => {
+                select_instructions()?;
+                return Ok(Device::Cpu(Cpu));
+            }
             Some(DeviceName::Cuda(None)) => "cuda".into(),
             Some(DeviceName::Cuda(Some(n))) => format!("cuda:{n}"),
         };
         let reason = "this build has no CUDA kernels; use --device cpu".into();
         Err(moepress::backend::Error::Device { device, reason }.into())
     }
+}
+
+/// Restricts the CPU backend to the instructions that MOEPRESS_CPU_ISA names, where it is set.
+fn select_instructions() -> Result<(), Failure> {
+    let Some(name) = std::env::var_os("MOEPRESS_CPU_ISA") else { return Ok(()) };
+    let selected = name.to_string_lossy().parse::<Isa>().and_then(Isa::select);
+    selected.map_err(|e| Failure::Usage(format!("MOEPRESS_CPU_ISA: {e}")))
 }
 
 /// The text that a pass runs over. A command that takes it says with an argument group which of `tokens` and `text`
