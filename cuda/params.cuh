@@ -1,0 +1,277 @@
+// What the host and the kernels agree on: descriptors, parameter structs, limits, tile shapes. Plain data only.
+//
+// A layer, launch by launch. P = tokens · slots bounds the number of pairs (a pair is a token and one of its experts);
+// how many pairs there are, and whose, is known to the device alone. Every grid depends on (tokens, slots, number of
+// multiprocessors) only, so that the sequence can be captured in a graph.
+//
+//   launch                      grid, block                       reads -> writes
+//   moe_logits_*                (ceil(T/64), ceil(rows/64)), 256  x, router -> logits f32 [T, rows]
+//   moe_route                   ceil(T/4), 128                    logits -> ids i32 [T, slots], weights f32 [T, slots]
+//   moe_sort_small              1, 256      T·slots <= 4096       ids, weights -> offsets, pair_token, pair_weight,
+//                                                                 slot_source; tile prefixes of the four GEMM stages
+//     or moe_sort_count         ceil(T·slots/4096), 256           ids -> histogram
+//        moe_sort_scan          1, 256                            histogram -> offsets, histogram (bases), tile prefixes
+//        moe_sort_scatter       as count                          -> pair_token, pair_weight, slot_source
+//   moe_scale_input_*           P, 128      Llama 4 only          x, weights -> x of each pair, times its weight
+//   moe_project_in_*            with the table of the base        x -> base_in [T, ld_base]
+//   moe_project_in_*            persistent                        x -> z [P, ldz]: V x of gate and up (and S x)
+//   moe_hidden_*                persistent                        x or z, base_in -> h [P, ldh] = act(gate, up)
+//   moe_project_hidden_*        persistent                        h -> z [P, ldz]: V h of down (and S h)
+//   moe_output_*                persistent                        h or z -> y [P, ldy] = down(h), without combine weight
+//   moe_base_hidden_*           T, 128      down has a base       h, weights -> hb [T, ldh] = sum of w h
+//   moe_output_*                with the table of the base        hb -> yb [T, ldy]
+//   moe_combine_*               T, 128                            y, constants, yb, shared, residual -> out [T, H]
+//
+// A layer without low-rank matrices needs no moe_project_*: the host knows which forms a layer has.
+// A shared expert is an expert that every token visits: MoeRouteParams::shared_expert appends it as one more slot (its
+// weight is 1, or the sigmoid of one more row of the logits). A shared output computed elsewhere can be added in combine.
+// The base of a layer of "base + delta" experts is itself a table of one MoeExpert and `offsets` {0, T}, run by the
+// kernels of the stages: moe_project_in_* with v_in = the stacked base of gate and up, moe_output_* with down = the base.
+//
+// The GEMM stages come in families by the most rows (tokens of one expert) of a tile:
+//   t8, t16   16 weight rows x 8 or 16 tokens, K split over 8 warps      decode: weights stream once
+//   t32, t64  64 weight rows x 32 or 64 tokens, K split over 2 warps     up to the ridge: still weight bound
+//   t128      128 tokens x 128 weight rows (two of them in moe_hidden)   compute bound
+// The rule, `rows` = ceil(T · slots / experts): t8 if T <= 8; else the smallest family with 16, 32, 64 >= 2 · rows; else
+// t128. Every family is correct for every number of tokens; a result does not depend on the grid, but families differ
+// in the order of their sums. f32 has one family, t64. `moe_GEMM_tN_DTYPE` with DTYPE bf16, f16 or f32.
+//
+// Alignment: x, weights, z, h, y: base addresses multiples of 16 bytes, rows (leading dimensions) multiples of 8 elements
+// (4 for f32). Columns between a row's end and its leading dimension are never read. z, h and y rows are written up to
+// the next multiple of 8 columns.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+// Limits.
+constexpr int MOE_MAX_EXPERTS = 1024;  // slots of a layer, shared expert included
+constexpr int MOE_MAX_TOP_K = 32;
+constexpr int MOE_MAX_SLOTS = MOE_MAX_TOP_K + 1;
+constexpr int MOE_MAX_GROUPS = 64;
+
+constexpr int MOE_SORT_CHUNK = 4096;  // slots that one block sorts
+
+// Launch shapes. GEMM stages: any grid of at least one block; multiprocessors · resident blocks is best. All families
+// take MOE_GEMM_SHARED bytes of dynamic shared memory: what every card since sm_80 has.
+constexpr int MOE_ROUTE_TOKENS = 4;  // per block, one warp each
+constexpr int MOE_ROUTE_THREADS = 32 * MOE_ROUTE_TOKENS;
+constexpr int MOE_SORT_THREADS = 256;
+constexpr int MOE_ROW_THREADS = 128;  // kernels with one block per token or pair
+constexpr int MOE_GEMM_SHARED = 96 * 1024;
+constexpr int MOE_LOGITS_TILE = 64;  // tokens and rows per block
+constexpr int MOE_LOGITS_SHARED = 2 * 32 * (MOE_LOGITS_TILE + 4) * 4;
+constexpr int moe_gemm_threads(int tile_rows, bool is_hidden) { return tile_rows == 128 && !is_hidden ? 128 : 256; }
+constexpr int moe_gemm_tile_cols(int tile_rows) { return tile_rows <= 16 ? 16 : tile_rows <= 64 ? 64 : 128; }
+constexpr int moe_route_shared(int experts) { return 4 * MOE_ROUTE_TOKENS * (2 * experts + MOE_MAX_GROUPS); }
+constexpr int moe_sort_shared(int experts) { return 4 * (MOE_SORT_THREADS / 32 * experts + 64); }
+
+// What an expert is. An alias has no descriptor of its own: `canonical` leads to another slot.
+enum MoeForm : int32_t {
+    MOE_NONE = 0,      // never chosen; computes nothing
+    MOE_MLP = 1,       // down(act(gate(x), up(x)))
+    MOE_CONSTANT = 2,  // a vector
+};
+
+// Bits of MoeMatrix::flags.
+constexpr uint32_t MOE_LOW_RANK = 1;  // `weight` is U and multiplies the projection z
+constexpr uint32_t MOE_BASE = 2;      // plus the layer's base of this matrix
+
+// One linear map [out, in] of an expert: weight · input (+ sparse rows) (+ base) (+ bias).
+struct MoeMatrix {
+    const void* weight;       // dense: W [out, k = in]; low rank: U [out, k = rank]; may be null where k = 0
+    const int32_t* row_slot;  // [out]: the column of the pair's z that this output adds, or -1; null without sparse rows
+    const float* bias;        // [out], or null
+    int32_t ld;               // elements from one row of `weight` to the next, a multiple of 8
+    int32_t k;                // columns of `weight`; 0 is allowed
+    int32_t z_first;          // low rank: first column of V x in the pair's z, a multiple of 8
+    uint32_t flags;           // MOE_LOW_RANK, MOE_BASE
+};
+
+// One expert; static after the layer is prepared.
+struct MoeExpert {
+    MoeMatrix gate, up, down;
+    const void* v_in;       // [v_in_rows, hidden]: rows that multiply x: V of gate, its sparse rows S, V of up, its S; each
+                            // V begins at a multiple of 8 rows (rows in between are zero)
+    const void* v_down;     // [v_down_rows, width]: V of down, then its S
+    const float* constant;  // [hidden] of MOE_CONSTANT
+    int32_t form;           // MoeForm
+    int32_t width;          // of the hidden vector
+    int32_t v_in_rows;      // 0 where gate and up are dense
+    int32_t v_in_ld;        // a multiple of 8
+    int32_t v_down_rows;
+    int32_t v_down_ld;      // a multiple of 8
+    int32_t reserved[22];
+};
+
+enum MoeScoring : int32_t { MOE_SOFTMAX = 0, MOE_SIGMOID = 1, MOE_SPARSE_MIXER = 2 };
+enum MoeChoice : int32_t { MOE_BY_SCORE = 0, MOE_BY_BIASED_SCORE = 1, MOE_BY_LOGIT = 2 };
+enum MoeGroupScore : int32_t { MOE_GROUP_LARGEST = 0, MOE_GROUP_TWO_LARGEST = 1 };
+enum MoeSkip : int32_t {
+    MOE_SKIP_NONE = 0,
+    MOE_SKIP_RATIO = 1,  // skip slot i > 0 where w_i < skip · w_0 (NAEE, arXiv 2402.14800, section 3.3)
+    MOE_SKIP_TAIL = 2,   // keep the fewest slots with sum of the others <= skip · sum of all (NAEE, A.2)
+};
+
+// Logits = x · weightᵀ in f32: moe_logits_{bf16,f16,f32}.
+struct MoeLogitsParams {
+    const void* x;        // [tokens, hidden]
+    const float* weight;  // [rows, hidden]
+    float* logits;        // [tokens, rows]
+    int32_t tokens;
+    int32_t rows;
+    int32_t hidden;
+    int32_t ldx;
+    int32_t ldw;
+    int32_t ld_logits;
+};
+
+// Router of src/architecture/router.rs.
+struct MoeRouteParams {
+    const float* logits;       // [tokens, ld_logits]
+    const float* logit_bias;   // [experts], or null
+    const float* choice_bias;  // [experts], or null
+    const int32_t* group_of;   // [experts], or null where there is no group limit
+    const uint8_t* live;       // [experts]: 0 where the row may not be chosen; null where all may
+    int32_t* ids;              // [tokens, slots]; -1 = skipped
+    float* weights;            // [tokens, slots]
+    int32_t tokens;
+    int32_t experts;           // router rows, <= MOE_MAX_EXPERTS
+    int32_t ld_logits;
+    int32_t top_k;             // <= MOE_MAX_TOP_K and <= live rows
+    int32_t slots;             // top_k, plus 1 with a shared expert
+    int32_t scoring;           // MoeScoring
+    int32_t choice;            // MoeChoice
+    int32_t groups;            // 0: no limit
+    int32_t groups_kept;
+    int32_t group_score;       // MoeGroupScore
+    int32_t renormalise;       // 0: s · scale; 1: s / max(sum + added, least) · scale
+    float scale;
+    float added;
+    float least;
+    float jitter;              // threshold of MOE_SPARSE_MIXER
+    int32_t skip_rule;         // MoeSkip
+    float skip;
+    int32_t shared_expert;     // id of the last slot, or -1
+    int32_t shared_gate;       // column of the logits whose sigmoid is its weight, or -1: weight 1
+    int32_t reserved;
+};
+
+// The four GEMM stages, as indices of MoeSortParams::tile_*.
+enum MoeStage : int32_t { MOE_PROJECT_IN = 0, MOE_HIDDEN = 1, MOE_PROJECT_HIDDEN = 2, MOE_OUTPUT = 3, MOE_STAGES = 4 };
+
+// Stable sort of pairs by expert: all moe_sort_* kernels.
+struct MoeSortParams {
+    const int32_t* ids;         // [tokens, slots]; negative = skip
+    const float* weights;       // [tokens, slots]
+    const int32_t* canonical;   // [experts]: the slot whose weights each slot runs
+    const MoeExpert* experts;   // [experts]
+    const int32_t* order;       // [experts]: the order in which tiles are dealt out, costly experts first
+    int32_t* offsets;           // [experts + 1]: first pair of each expert
+    int32_t* pair_token;        // [P]
+    float* pair_weight;         // [P]: combine weight; sum over the duplicates of a token
+    int32_t* slot_source;       // [tokens, slots]: pair; -1 nothing (skipped, or a duplicate); -2 - e: constant expert e
+    float* slot_weight;         // [tokens, slots]: combine weight of the slot, duplicates summed into the first
+    int32_t* tile_first;        // [MOE_STAGES, experts + 1]: first tile of order[i] in each stage
+    int32_t* histogram;         // [chunks, experts], moe_sort_count and later only
+    int32_t tokens;
+    int32_t slots;
+    int32_t experts_count;
+    int32_t hidden;
+    int32_t merge_duplicates;   // 0 where combine weights multiply inputs: every slot is a pair of its own, and its
+                                // slot_weight is 1 (pair_weight is the factor of the input)
+    int32_t tile_rows;          // tokens of a tile in all stages
+    int32_t tile_cols[MOE_STAGES];
+};
+
+// x of each pair times its weight: moe_scale_input_*.
+struct MoeScaleInputParams {
+    const void* x;              // [tokens, ldx]
+    const int32_t* offsets;     // [experts + 1]
+    const int32_t* pair_token;  // [P]
+    const float* pair_weight;   // [P]
+    void* out;                  // [P, ld_out]
+    int32_t experts;
+    int32_t hidden;
+    int32_t ldx;
+    int32_t ld_out;
+};
+
+enum MoeActivation : int32_t {
+    MOE_SWIGLU = 0,          // silu(g) · u
+    MOE_CLAMPED_SWIGLU = 1,  // g' · sigmoid(slope · g') · (u' + 1), g' = min(g, limit), u' = u within ± limit
+    MOE_GELU_TANH = 2,       // gelu(g) · u by the tanh formula
+    MOE_GELU_ERF = 3,        // gelu(g) · u by erf
+    MOE_RELU = 4,            // relu(g) · u
+};
+
+// One GEMM stage: moe_project_in_*, moe_hidden_*, moe_project_hidden_*, moe_output_*.
+struct MoeGemmParams {
+    const MoeExpert* experts;   // [experts_count]
+    const int32_t* offsets;     // [experts_count + 1]
+    const int32_t* order;       // [experts_count]
+    const int32_t* tile_first;  // [experts_count + 1] of this stage
+    const int32_t* pair_token;  // row of `input` of each pair; null: the pair itself. Only in project_in and hidden
+    const void* input;          // what dense matrices and V multiply: x, or h in project_hidden and output
+    const void* z;              // what U multiplies; hidden and output only
+    const void* base;           // hidden: base of gate and up [tokens, ld_base], or null
+    void* out;                  // project_*: z; hidden: h; output: y
+    int32_t experts_count;
+    int32_t hidden;
+    int32_t ld_input;
+    int32_t ld_z;
+    int32_t ld_base;
+    int32_t ld_out;
+    int32_t base_up;            // column of `base` where up begins
+    int32_t activation;         // MoeActivation
+    float limit;
+    float slope;
+};
+
+// hb[t] = sum of weight · h over the token's pairs whose down has MOE_BASE: moe_base_hidden_*.
+struct MoeBaseHiddenParams {
+    const MoeExpert* experts;
+    const int32_t* canonical;
+    const int32_t* ids;          // [tokens, slots]
+    const int32_t* slot_source;  // [tokens, slots]
+    const float* slot_weight;    // [tokens, slots]
+    const void* h;               // [P, ldh]
+    void* out;                   // [tokens, ld_out]
+    int32_t tokens;
+    int32_t slots;
+    int32_t width;
+    int32_t ldh;
+    int32_t ld_out;
+    int32_t reserved;
+};
+
+// out = residual + shared + base + sum over slots, in slot order, of weight · y, in f32: moe_combine_*.
+struct MoeCombineParams {
+    const MoeExpert* experts;    // for constants
+    const int32_t* slot_source;  // [tokens, slots]
+    const float* slot_weight;    // [tokens, slots]
+    const void* y;               // [P, ldy]
+    const void* base;            // [tokens, ldy], or null
+    const void* shared;          // [tokens, ld_shared], or null
+    const float* shared_weight;  // [tokens], or null: 1
+    const void* residual;        // [tokens, ld_residual], or null
+    void* out;                   // [tokens, ld_out]
+    int32_t tokens;
+    int32_t slots;
+    int32_t hidden;
+    int32_t ldy;
+    int32_t ld_shared;
+    int32_t ld_residual;
+    int32_t ld_out;
+    int32_t reserved;
+};
+
+static_assert(sizeof(MoeMatrix) == 40 && offsetof(MoeMatrix, flags) == 36, "MoeMatrix");
+static_assert(sizeof(MoeExpert) == 256 && offsetof(MoeExpert, form) == 144, "MoeExpert");
+static_assert(sizeof(MoeLogitsParams) == 48, "MoeLogitsParams");
+static_assert(sizeof(MoeRouteParams) == 136 && offsetof(MoeRouteParams, tokens) == 56, "MoeRouteParams");
+static_assert(sizeof(MoeSortParams) == 136 && offsetof(MoeSortParams, tokens) == 96, "MoeSortParams");
+static_assert(sizeof(MoeScaleInputParams) == 56, "MoeScaleInputParams");
+static_assert(sizeof(MoeGemmParams) == 112 && offsetof(MoeGemmParams, experts_count) == 72, "MoeGemmParams");
+static_assert(sizeof(MoeBaseHiddenParams) == 80, "MoeBaseHiddenParams");
+static_assert(sizeof(MoeCombineParams) == 104 && offsetof(MoeCombineParams, tokens) == 72, "MoeCombineParams");
