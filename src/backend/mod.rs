@@ -6,6 +6,8 @@
 //! GPU can run a whole layer without a host synchronisation, and the CPU is one implementation among others.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod form;
 mod moments;
 
