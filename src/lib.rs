@@ -20,6 +20,7 @@
 //! | [`linalg`] | truncated and whitened SVD |
 //! | [`compress`] | carries out a plan; the only place that writes weights |
 //! | [`eval`] | perplexity, agreement with the original, multiple choice |
+//! | [`compare`] | many methods on one model, side by side, in memory |
 //! | [`progress`] | how long work reports that it is alive |
 //!
 //! The whole chain in a few lines, as `examples/chain.rs` runs it on a model inside the repository:
@@ -57,6 +58,7 @@ pub mod architecture;
 pub mod backend;
 pub mod calibrate;
 pub mod checkpoint;
+pub mod compare;
 pub mod compress;
 pub mod eval;
 pub mod linalg;

@@ -8,7 +8,7 @@ mod sample;
 mod statistics;
 
 pub use error::Error;
-pub use pass::{Options, calibrate, second_moment_bytes};
+pub use pass::{Options, calibrate, measure, second_moment_bytes};
 pub use resume::Residual;
 pub use sample::Sample;
 pub use statistics::{LayerUsage, Statistics, TokenInfo};

@@ -51,14 +51,7 @@ pub fn calibrate<B: Backend>(
     let architecture = model.architecture();
     let backend = model.backend();
     let profile = profile(model.checkpoint(), architecture)?;
-    let tokens = TokenInfo {
-        sha256: windows.sha256(),
-        tokens: windows.real_tokens() as u64,
-        windows: windows.count as u64,
-        window_length: windows.length as u64,
-        files: windows.files.iter().map(|f| f.name.clone()).collect(),
-        sample: options.sample.to_string(),
-    };
+    let tokens = token_info(windows, options);
     let mut work = Residual::open(out, &key(&profile, &tokens, options, &backend.device()))?;
     if work.is_finished() {
         // Killed while its notes were being removed: what is left of them is of no use.
@@ -74,27 +67,11 @@ pub fn calibrate<B: Backend>(
         progress.step("done before");
     }
     for l in done..layers {
-        let source = LayerSource::open(model.checkpoint(), architecture, l)?;
-        let layer = model.prepare(&source)?;
-        let detail = if let Some(moe) = architecture.moe(l) {
-            let dims = MomentDims {
-                experts: source.moe().map_or(0, |m| m.experts.len()),
-                hidden_size: architecture.hidden_size,
-                width: moe.width,
-                files: windows.files.len(),
-            };
-            let mut observer = backend.observer(dims, &options.second)?;
-            stream.observe(&layer, &mut observer, |chunk| sampled_rows(windows, options.sample, chunk))?;
-            let moments = backend.moments(observer)?;
-            check_finite(l, &moments)?;
-            write_safetensors(&layer_file(l), &BTreeMap::new(), entries(l, &moments))?;
-            describe(l, &moments)
-        } else {
-            stream.advance(&layer, |_, _| Ok(()))?;
-            "dense".into()
-        };
-        drop(layer);
-        source.release();
+        let moments = advance(model, &mut stream, windows, options, l)?;
+        if let Some(moments) = &moments {
+            write_safetensors(&layer_file(l), &BTreeMap::new(), entries(l, moments))?;
+        }
+        let detail = moments.map_or("dense".into(), |m| describe(l, &m));
         work.save(backend, &stream, l + 1)?;
         progress.step(&detail);
     }
@@ -104,6 +81,75 @@ pub fn calibrate<B: Backend>(
     work.remove()?;
     progress.end();
     Statistics::open(out)
+}
+
+/// The statistics that [`calibrate`] writes, kept in memory: for callers that use them once. Second moments of all
+/// layers together can be large.
+///
+/// # Errors
+/// Names the layer or tensor.
+pub fn measure<B: Backend>(
+    model: &Model<'_, B>,
+    windows: &Windows,
+    options: &Options,
+    progress: &mut dyn Progress,
+) -> Result<Statistics> {
+    let profile = profile(model.checkpoint(), model.architecture())?;
+    let mut stream = Stream::new(model, windows)?;
+    let mut measured = Vec::new();
+    let layers = model.architecture().layers.len();
+    progress.begin("calibrate: layer", layers);
+    for l in 0..layers {
+        let moments = advance(model, &mut stream, windows, options, l)?;
+        progress.step(&moments.as_ref().map_or("dense".into(), |m| describe(l, m)));
+        measured.extend(moments.map(|m| (l, m)));
+    }
+    progress.end();
+    let name = Path::new("calibration tokens");
+    Statistics::in_memory(name, profile, token_info(windows, options), &measured)
+}
+
+fn token_info(windows: &Windows, options: &Options) -> TokenInfo {
+    TokenInfo {
+        sha256: windows.sha256(),
+        tokens: windows.real_tokens() as u64,
+        windows: windows.count as u64,
+        window_length: windows.length as u64,
+        files: windows.files.iter().map(|f| f.name.clone()).collect(),
+        sample: options.sample.to_string(),
+    }
+}
+
+/// Advances `stream` by layer `l` and measures, where the layer has experts.
+fn advance<B: Backend>(
+    model: &Model<'_, B>,
+    stream: &mut Stream<'_, B>,
+    windows: &Windows,
+    options: &Options,
+    l: usize,
+) -> Result<Option<Moments>> {
+    let (architecture, backend) = (model.architecture(), model.backend());
+    let source = LayerSource::open(model.checkpoint(), architecture, l)?;
+    let layer = model.prepare(&source)?;
+    let moments = if let Some(moe) = architecture.moe(l) {
+        let dims = MomentDims {
+            experts: source.moe().map_or(0, |m| m.experts.len()),
+            hidden_size: architecture.hidden_size,
+            width: moe.width,
+            files: windows.files.len(),
+        };
+        let mut observer = backend.observer(dims, &options.second)?;
+        stream.observe(&layer, &mut observer, |chunk| sampled_rows(windows, options.sample, chunk))?;
+        let moments = backend.moments(observer)?;
+        check_finite(l, &moments)?;
+        Some(moments)
+    } else {
+        stream.advance(&layer, |_, _| Ok(()))?;
+        None
+    };
+    drop(layer);
+    source.release();
+    Ok(moments)
 }
 
 /// Everything that the numbers depend on.

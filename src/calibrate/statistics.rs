@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::{Error, Result};
 use crate::architecture::Profile;
 use crate::backend::{Moment, MomentDims, Moments};
-use crate::checkpoint::{Dtype, Entry, Shard, Tensor, write_safetensors};
+use crate::checkpoint::{Dtype, Entry, Shard, Tensor, safetensors_bytes, write_safetensors};
 
 /// Which tokens the statistics were measured on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -115,6 +115,21 @@ impl Statistics {
             .map(|(l, path)| Ok((*l, Arc::new(Shard::open(path)?))))
             .collect::<Result<BTreeMap<_, _>>>()?;
         Ok(Statistics { path: PathBuf::new(), profile, tokens, shards })
+    }
+
+    /// Statistics that are in no file; messages call them `name`.
+    pub(super) fn in_memory(
+        name: &Path,
+        profile: Profile,
+        tokens: TokenInfo,
+        layers: &[(usize, Moments)],
+    ) -> Result<Self> {
+        let bytes = |l: usize, moments| safetensors_bytes(&BTreeMap::new(), entries(l, moments));
+        let shards = layers
+            .iter()
+            .map(|(l, moments)| Ok((*l, Arc::new(Shard::from_bytes(name, bytes(*l, moments))?))))
+            .collect::<Result<BTreeMap<_, _>>>()?;
+        Ok(Statistics { path: name.into(), profile, tokens, shards })
     }
 
     /// The file.

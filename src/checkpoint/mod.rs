@@ -19,7 +19,7 @@ pub use safetensors::Dtype;
 pub use shard::Shard;
 pub use tensor::{Tensor, decode_f32, encode_f32};
 pub use weight::{Storage, Stride, Weight};
-pub use writer::{Entry, write_safetensors};
+pub use writer::{Entry, safetensors_bytes, write_safetensors};
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! One memory-mapped safetensors file.
+//! One safetensors file, memory-mapped or held in memory.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -9,13 +9,31 @@ use safetensors::{SafeTensorError, SafeTensors, tensor::Metadata};
 
 use super::{Error, Result, Tensor};
 
-/// One safetensors file, mapped; its header checked, its data untouched.
+/// One safetensors file, mapped or in memory; its header checked, its data untouched.
 #[derive(Debug)]
 pub struct Shard {
     path: PathBuf,
-    map: Mmap,
+    map: Bytes,
     data_start: usize,
     header: Metadata,
+}
+
+/// Where the bytes of a file lie.
+#[derive(Debug)]
+enum Bytes {
+    Mapped(Mmap),
+    Owned(Vec<u8>),
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Bytes::Mapped(map) => map,
+            Bytes::Owned(bytes) => bytes,
+        }
+    }
 }
 
 impl Shard {
@@ -29,15 +47,30 @@ impl Shard {
         let io = |source| Error::Io { path: path.into(), source };
         let file = File::open(path).map_err(io)?;
         let size = file.metadata().map_err(io)?.len();
-        let broken = |what: String| Error::Shard { path: path.into(), what };
         if size < 8 {
-            return Err(broken(format!("{size} bytes are too few for a safetensors file")));
+            let what = format!("{size} bytes are too few for a safetensors file");
+            return Err(Error::Shard { path: path.into(), what });
         }
         // SAFETY: the map is read-only. Another process that truncates the file while it is mapped makes reads
         // fault; that is the documented price of reading weights through a map.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
-        let (header_length, header) =
-            SafeTensors::read_metadata(&map).map_err(|e| broken(explain(&e, &map, size)))?;
+        Shard::checked(path, Bytes::Mapped(map))
+    }
+
+    /// A file's contents in memory, as [`super::safetensors_bytes`] gives them; messages call it `name`.
+    ///
+    /// # Errors
+    /// Those of [`Shard::open`] about the contents.
+    pub fn from_bytes(name: &Path, bytes: Vec<u8>) -> Result<Self> {
+        Shard::checked(name, Bytes::Owned(bytes))
+    }
+
+    fn checked(path: &Path, map: Bytes) -> Result<Self> {
+        let broken = |e: SafeTensorError| Error::Shard {
+            path: path.into(),
+            what: explain(&e, &map, map.len() as u64),
+        };
+        let (header_length, header) = SafeTensors::read_metadata(&map).map_err(broken)?;
         Ok(Shard { path: path.into(), map, data_start: 8 + header_length, header })
     }
 
@@ -86,15 +119,14 @@ impl Shard {
     #[expect(unsafe_code, reason = "advice to the memory map")]
     pub(super) fn release(&self, start: usize, length: usize) {
         #[cfg(unix)]
-        {
+        if let Bytes::Mapped(map) = &self.map {
             // A fault also brings in its neighbourhood, up to a huge page, and with it tensors released before.
             const NEIGHBOURHOOD: usize = 2 << 20;
             let first = (self.data_start + start).saturating_sub(NEIGHBOURHOOD);
-            let end = (self.data_start + start + length + NEIGHBOURHOOD).min(self.map.len());
+            let end = (self.data_start + start + length + NEIGHBOURHOOD).min(map.len());
             // SAFETY: the map is shared and never written, so dropped pages come back unchanged from the file.
-            let _ = unsafe {
-                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, first, end - first)
-            };
+            let _ =
+                unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, first, end - first) };
         }
         #[cfg(not(unix))]
         let _ = (start, length);

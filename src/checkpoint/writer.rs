@@ -70,8 +70,7 @@ impl<'a> Entry<'a> {
     }
 }
 
-/// Writes `entries` to `path`, atomically. Entries are ordered by alignment, then name, and metadata by key, so
-/// equal contents give equal files (the `safetensors` crate writes metadata in hash order).
+/// Writes `entries` to `path`, atomically. Tensors are ordered by alignment, then name, so equal contents give equal files.
 ///
 /// # Errors
 /// Names the file; it is then as it was before.
@@ -80,13 +79,36 @@ pub fn write_safetensors(
     metadata: &BTreeMap<String, String>,
     mut entries: Vec<Entry<'_>>,
 ) -> Result<()> {
+    let header = header(metadata, &mut entries);
+    let mut file = AtomicFile::create(path)?;
+    file.write_all(&header)?;
+    for entry in &entries {
+        file.write_all(&entry.bytes)?;
+        // What was copied from a mapped file need not stay in memory.
+        entry.source.iter().for_each(|tensor| tensor.release());
+    }
+    file.commit()
+}
+
+/// What [`write_safetensors`] would write, in memory.
+pub fn safetensors_bytes(metadata: &BTreeMap<String, String>, mut entries: Vec<Entry<'_>>) -> Vec<u8> {
+    let mut bytes = header(metadata, &mut entries);
+    for entry in &entries {
+        bytes.extend_from_slice(&entry.bytes);
+    }
+    bytes
+}
+
+/// The header with its length field. Orders the entries by alignment, then name, and metadata by key (the
+/// `safetensors` crate writes metadata in hash order).
+fn header(metadata: &BTreeMap<String, String>, entries: &mut [Entry<'_>]) -> Vec<u8> {
     entries.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
     let mut header = Map::new();
     if !metadata.is_empty() {
         header.insert("__metadata__".into(), json!(metadata));
     }
     let mut start = 0;
-    for entry in &entries {
+    for entry in entries {
         let end = start + entry.bytes.len();
         header.insert(
             entry.name.clone(),
@@ -97,13 +119,5 @@ pub fn write_safetensors(
     let mut header = Value::Object(header).to_string().into_bytes();
     // Data begins on a multiple of eight bytes, as readers that cast in place expect.
     header.resize(header.len().next_multiple_of(8), b' ');
-    let mut file = AtomicFile::create(path)?;
-    file.write_all(&(header.len() as u64).to_le_bytes())?;
-    file.write_all(&header)?;
-    for entry in &entries {
-        file.write_all(&entry.bytes)?;
-        // What was copied from a mapped file need not stay in memory.
-        entry.source.iter().for_each(|tensor| tensor.release());
-    }
-    file.commit()
+    [&(header.len() as u64).to_le_bytes()[..], &header].concat()
 }

@@ -172,6 +172,14 @@ impl TextInput {
         Ok(windows)
     }
 
+    /// Other files, cut and tokenised like these; of each the first `windows`.
+    pub(crate) fn with_files(&self, tokens: &[PathBuf], text: &[PathBuf], windows: Option<usize>) -> Self {
+        let (tokens, text) = (tokens.to_vec(), text.to_vec());
+        // Token files have a length already.
+        let window_length = self.window_length.filter(|_| tokens.is_empty());
+        TextInput { tokens, text, windows, window_length, bos: self.bos }
+    }
+
     /// The files that are read.
     pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
         self.tokens.iter().chain(&self.text).map(PathBuf::as_path)
@@ -253,12 +261,13 @@ fn at(path: &Path, error: &TokensError) -> Failure {
     Failure::Work(format!("{}: {error}", path.display()))
 }
 
-/// Makes sure, before long work, that the file `--out` can be written and is none of `inputs`.
+/// Makes sure, before long work, that the file that `flag` names can be written and is none of `inputs`.
 pub(crate) fn check_output_file<P: AsRef<Path>>(
+    flag: &str,
     path: &Path,
     inputs: impl IntoIterator<Item = P>,
 ) -> Result<(), Failure> {
-    let wrong = |what: &str| Err(Failure::Work(format!("--out {}: {what}", path.display())));
+    let wrong = |what: &str| Err(Failure::Work(format!("{flag} {}: {what}", path.display())));
     if path.is_dir() {
         return wrong("is a folder; expected the name of a file");
     }

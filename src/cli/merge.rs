@@ -25,7 +25,7 @@ pub(crate) struct Args {
 
 impl Args {
     pub(crate) fn run(&self) -> Result<(), Failure> {
-        check_output_file(&self.out, &self.statistics)?;
+        check_output_file("--out", &self.out, &self.statistics)?;
         let parts =
             self.statistics.iter().map(|path| Statistics::open(path)).collect::<Result<Vec<_>, _>>()?;
         Statistics::merge(&parts, &self.out)?;

@@ -2,6 +2,7 @@
 
 mod calibrate;
 mod common;
+mod compare;
 mod compress;
 mod eval;
 mod failure;
@@ -46,6 +47,8 @@ enum Command {
     Compress(compress::Args),
     /// Perplexity, and agreement with the original
     Eval(eval::Args),
+    /// Try many methods on one model, side by side
+    Compare(compare::Args),
     /// List the compression methods, their options and papers
     Methods(methods::Args),
 }
@@ -61,6 +64,7 @@ pub(crate) fn main() -> ExitCode {
             Command::Plan(args) => args.run(),
             Command::Compress(args) => args.run(),
             Command::Eval(args) => args.run(),
+            Command::Compare(args) => args.run(),
             Command::Methods(args) => args.run(),
         },
         // Help and version go to standard output, with the terminal's colours.

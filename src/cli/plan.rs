@@ -59,7 +59,7 @@ pub(crate) struct Args {
     output: OutputArgs,
 }
 
-fn parse_fraction(text: &str) -> Result<f64, String> {
+pub(super) fn parse_fraction(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(fraction) if fraction > 0.0 && fraction < 1.0 => Ok(fraction),
         _ => Err("expected a number between 0 and 1".into()),
@@ -99,7 +99,7 @@ impl Args {
             (None, None) => return Err(Failure::Usage("one of --stats and --model is needed".into())),
         };
         let read = checkpoint.iter().flat_map(Checkpoint::files).chain(self.stats.clone());
-        check_output_file(&self.out, read)?;
+        check_output_file("--out", &self.out, read)?;
         let moments = statistics.as_ref().map(|s| self.moments(s, &profile.identity)).transpose()?;
         let source = statistics.as_ref().map(|s| StatisticsRef {
             file: s.path().display().to_string(),

@@ -55,7 +55,7 @@ impl Args {
     fn compute<B: Backend>(&self, backend: &B) -> Result<(), Failure> {
         let checkpoint = Checkpoint::open(&self.model)?;
         let windows = load_token_file(&self.tokens, &open_architecture(&checkpoint)?)?;
-        check_output_file(&self.out, checkpoint.files().chain([self.tokens.clone()]))?;
+        check_output_file("--out", &self.out, checkpoint.files().chain([self.tokens.clone()]))?;
         let model = Model::new(&checkpoint, backend, windows.length)?;
         let tokens = windows.real_tokens();
         let mut report = self.output.report();

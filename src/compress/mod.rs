@@ -7,6 +7,7 @@ mod error;
 mod factorise;
 mod fused;
 mod layout;
+mod lockstep;
 mod measure;
 mod output;
 mod run;
@@ -16,6 +17,7 @@ pub use apply::{CompressedLayer, apply_layer};
 pub use error::Error;
 pub use factorise::{FactorOptions, Whitening, factorise};
 pub use layout::{Layout, LayoutChoice};
+pub use lockstep::{Lockstep, PlannedLayer, stored_bytes};
 pub use run::{Options, Report, compress};
 pub use spectra::WeightSpectra;
 

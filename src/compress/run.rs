@@ -125,7 +125,7 @@ pub fn compress<B: Backend>(
         let mut source = LayerSource::open(checkpoint, architecture, l)?;
         let moments = follower.as_mut().map(|f| f.measure(&source)).transpose()?.flatten();
         let original = source.clone();
-        let detail = job.layer(&mut source, moments)?;
+        let detail = job.layer(&mut source, moments.as_ref())?;
         if let Some(follower) = &mut follower {
             follower.leave(&source)?;
         }
@@ -185,7 +185,7 @@ fn origin(plan: &Plan) -> Value {
 }
 
 /// One compression: what it works on and what it has to measure.
-struct Job<'a> {
+pub(super) struct Job<'a> {
     checkpoint: &'a Checkpoint,
     architecture: &'a Architecture,
     profile: &'a Profile,
@@ -195,13 +195,13 @@ struct Job<'a> {
     /// Low-rank experts are whitened.
     whiten: bool,
     /// Layers are measured on the compressed prefix.
-    propagate: bool,
+    pub(super) propagate: bool,
     /// A residual stream is needed.
-    follow: bool,
+    pub(super) follow: bool,
 }
 
 impl<'a> Job<'a> {
-    fn new(
+    pub(super) fn new(
         checkpoint: &'a Checkpoint,
         architecture: &'a Architecture,
         profile: &'a Profile,
@@ -255,7 +255,7 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn missing_tokens(&self) -> Error {
+    pub(super) fn missing_tokens(&self) -> Error {
         let what = if self.propagate {
             "the plan has propagate=true, which measures while compressing: give --tokens"
         } else {
@@ -266,7 +266,7 @@ impl<'a> Job<'a> {
     }
 
     /// Second moments that the stream measures.
-    fn second(&self) -> Vec<Moment> {
+    pub(super) fn second(&self) -> Vec<Moment> {
         if self.whiten { vec![Moment::InputGram, Moment::HiddenGram] } else { Vec::new() }
     }
 
@@ -284,24 +284,24 @@ impl<'a> Job<'a> {
     }
 
     /// Compresses the experts of one layer in place.
-    fn layer(&self, source: &mut LayerSource, measured: Option<Moments>) -> Result<String> {
+    pub(super) fn layer(&self, source: &mut LayerSource, measured: Option<&Moments>) -> Result<String> {
         let l = source.layer;
         let FeedForwardSource::Moe(moe) = &mut source.feed_forward else { return Ok("dense".into()) };
         let Some(index) = self.plan.layers.iter().position(|p| p.layer == l) else {
             return Ok("unchanged".into());
         };
         let mut plan = self.plan.layers[index].clone();
-        let grams = match (&measured, self.options.statistics) {
-            (Some(_), _) => measured,
+        let stored = match (measured, self.options.statistics) {
             (None, Some(statistics)) if self.whiten => {
                 Some(statistics.moments(l, &[Moment::InputGram, Moment::HiddenGram])?)
             }
             _ => None,
         };
-        if let (true, Some(moments)) = (self.propagate, &grams) {
+        let grams = measured.or(stored.as_ref());
+        if let (true, Some(moments)) = (self.propagate, grams) {
             self.choose_again(&mut plan, index, moments)?;
         }
-        let compressed = apply_layer(&plan, moe, grams.as_ref().filter(|_| self.whiten), self.factors)?;
+        let compressed = apply_layer(&plan, moe, grams.filter(|_| self.whiten), self.factors)?;
         *moe = compressed.moe;
         let low_rank = moe.experts.iter().filter(|e| e.form() == "low_rank").count();
         let kept = format!("{} of {} experts", moe.experts.len(), plan.experts.len());
@@ -350,15 +350,15 @@ impl<'a> Job<'a> {
 
 /// What a resumed run has to know about a finished layer.
 #[derive(Deserialize, Serialize)]
-struct Record {
+pub(super) struct Record {
     /// Entry of the layer in `moepress.json`; `None` where it has no router.
     entry: Option<LayerEntry>,
     /// Parameters of its routed experts.
-    routed_parameters: u64,
+    pub(super) routed_parameters: u64,
 }
 
 impl Record {
-    fn new(source: &LayerSource) -> Self {
+    pub(super) fn new(source: &LayerSource) -> Self {
         let experts = source.moe().into_iter().flat_map(|moe| &moe.experts);
         let routed_parameters = experts.map(StoredExpert::parameters).sum();
         Record { entry: source.moe().map(|moe| manifest_entry(source.layer, moe)), routed_parameters }

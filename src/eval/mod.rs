@@ -9,12 +9,14 @@ mod perplexity;
 mod questions;
 mod sequences;
 mod softmax;
+mod streams;
 mod wave;
 
 pub use error::Error;
 pub use multiple_choice::{MultipleChoice, Prediction, multiple_choice};
 pub use perplexity::{Against, Evaluation, FileScore, Score, against, perplexity};
 pub use questions::{Question, Questions};
+pub use streams::{StreamScore, check_windows, score_streams};
 pub use wave::TOKENS_PER_WAVE;
 
 /// Result of this module.

@@ -113,7 +113,7 @@ pub fn against<B: Backend>(
 
 /// Running sums over predicted positions.
 #[derive(Clone, Copy, Default)]
-struct Sums {
+pub(super) struct Sums {
     tokens: usize,
     loss: f64,
     compared: usize,
@@ -123,7 +123,7 @@ struct Sums {
 }
 
 impl Sums {
-    fn add(&mut self, other: &Sums) {
+    pub(super) fn add(&mut self, other: &Sums) {
         self.tokens += other.tokens;
         self.loss += other.loss;
         self.compared += other.compared;
@@ -138,7 +138,7 @@ impl Sums {
     }
 
     /// `None` where nothing was compared.
-    fn against(&self) -> Option<Against> {
+    pub(super) fn against(&self) -> Option<Against> {
         let original = Score::new(self.compared, self.original_loss)?;
         let tokens = self.compared as f64;
         Some(Against { kl: self.kl / tokens, top1_agreement: self.agreeing as f64 / tokens, original })
@@ -154,7 +154,7 @@ impl Score {
 
 /// Whose logits are not finite.
 #[derive(Clone, Copy)]
-enum Culprit {
+pub(super) enum Culprit {
     Model,
     Original,
 }
@@ -175,7 +175,7 @@ fn position(logits: &[f32], original: Option<&[f32]>, target: u32) -> std::resul
 }
 
 /// [`position`] for the places of a block, in parallel; results in their order. Logits are `[places, vocabulary]`.
-fn positions(
+pub(super) fn positions(
     places: &[Place],
     logits: &[f32],
     original: Option<&[f32]>,
@@ -252,7 +252,7 @@ fn evaluate<B: Backend>(
 ///
 /// # Errors
 /// Names the file that predicts nothing.
-fn scores(windows: &Windows, sums: &[Sums]) -> Result<(Vec<FileScore>, Score)> {
+pub(super) fn scores(windows: &Windows, sums: &[Sums]) -> Result<(Vec<FileScore>, Score)> {
     let score = |sums: &[Sums], name: &str| {
         total(sums).score().ok_or_else(|| Error::NothingPredicted { file: name.into() })
     };
@@ -266,7 +266,7 @@ fn scores(windows: &Windows, sums: &[Sums]) -> Result<(Vec<FileScore>, Score)> {
     Ok((files, score(sums, "the token windows")?))
 }
 
-fn total(sums: &[Sums]) -> Sums {
+pub(super) fn total(sums: &[Sums]) -> Sums {
     let mut total = Sums::default();
     for sums in sums {
         total.add(sums);
@@ -275,7 +275,7 @@ fn total(sums: &[Sums]) -> Sums {
 }
 
 /// Errors where a file predicts nothing, before any work.
-fn check_predictions(windows: &Windows) -> Result<()> {
+pub(super) fn check_predictions(windows: &Windows) -> Result<()> {
     let count = |window: usize| Sums { tokens: predicting(windows, window).count(), ..Sums::default() };
     let counts: Vec<Sums> = (0..windows.count).map(count).collect();
     scores(windows, &counts).map(|_| ())
@@ -290,7 +290,7 @@ fn predicting(windows: &Windows, window: usize) -> impl Iterator<Item = usize> {
 }
 
 /// Every position of a wave that predicts; `first` is the number of its first window.
-fn places(windows: &Windows, first: usize) -> Vec<Place> {
+pub(super) fn places(windows: &Windows, first: usize) -> Vec<Place> {
     let of_window = |w: usize| {
         predicting(windows, w).map(move |position| {
             let row = w * windows.length + position;

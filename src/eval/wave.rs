@@ -1,5 +1,7 @@
 //! Windows that pass the model together, and the logits of some of their positions.
 
+use std::sync::Arc;
+
 use super::Result;
 use crate::backend::Backend;
 use crate::model::{Chunk, Head, HeadScratch, LayerSource, Model, Stream};
@@ -26,7 +28,7 @@ pub(super) struct Place {
 pub(super) struct Wave<'m, B: Backend> {
     model: &'m Model<'m, B>,
     chunks: Vec<Chunk<B>>,
-    head: Head<B>,
+    head: Arc<Head<B>>,
     work: HeadScratch<B>,
     picked: B::Buffer,
     /// Rows of the chunk that was downloaded last, `[tokens, hidden]`.
@@ -64,15 +66,21 @@ impl<'m, B: Backend> Wave<'m, B> {
             source.release();
             progress.step(&format!("layer {l}"));
         }
-        Ok(Wave {
+        Ok(Wave::behind(model, stream.chunks, Arc::new(model.head()?)))
+    }
+
+    /// Chunks that have passed all layers, and the head of `model`.
+    pub(super) fn behind(model: &'m Model<'m, B>, chunks: Vec<Chunk<B>>, head: Arc<Head<B>>) -> Self {
+        let backend = model.backend();
+        Wave {
             model,
-            chunks: stream.chunks,
-            head: model.head()?,
+            chunks,
+            head,
             work: HeadScratch::new(backend),
             picked: backend.buffer(),
             hidden: Vec::new(),
             downloaded: None,
-        })
+        }
     }
 
     /// Places whose logits are worth computing at a time.
