@@ -99,12 +99,10 @@ fn press(
 ) -> Result<u64, Box<dyn Error>> {
     let options: BTreeMap<String, String> = set.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect();
     let plan = method(name)?.plan(&Request {
-        profile: statistics.profile(),
         statistics: Some(&statistics.first_moments()?),
-        source: None,
         budget: Some(Budget::remove(remove)?),
         options: &options,
-        spectra: None,
+        ..Request::new(statistics.profile())
     })?;
     let options = Compression { statistics: Some(statistics), ..Compression::default() };
     Ok(compress(model, &plan, &options, out, &mut ())?.bytes_after)

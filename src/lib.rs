@@ -10,9 +10,9 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | [`architecture`] | what a `config.json` says, as data; one small table per family |
 //! | [`checkpoint`] | memory-mapped safetensors, sharded or not, and atomic writing |
 //! | [`tokens`] | token windows, from token files or from text |
-//! | [`architecture`] | what a `config.json` says, as data; one small table per family |
 //! | [`backend`] | the operations of the forward pass, the forms of an expert, and the CPU that runs them |
 //! | [`model`] | the forward pass, written once for any backend, a layer at a time |
 //! | [`calibrate`] | one streamed pass over tokens, and the statistics that it leaves |
@@ -42,12 +42,10 @@
 //! let model = Model::new(&checkpoint, &Cpu, 2048)?;
 //! let statistics = calibrate(&model, &windows, &Options::default(), Path::new("olmoe.stats"), &mut ())?;
 //! let plan = method("reap")?.plan(&Request {
-//!     profile: statistics.profile(),
 //!     statistics: Some(&statistics.first_moments()?),
-//!     source: None,
 //!     budget: Some(Budget::remove(0.25)?),
 //!     options: &Default::default(),
-//!     spectra: None,
+//!     ..Request::new(statistics.profile())
 //! })?;
 //! compress(&model, &plan, &Default::default(), Path::new("OLMoE-75"), &mut ())?;
 //! # Ok(())

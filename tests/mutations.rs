@@ -169,12 +169,10 @@ impl Originals {
 fn plan_of(statistics: &Statistics) -> Option<Plan> {
     let moments = statistics.first_moments().ok()?;
     let request = Request {
-        profile: statistics.profile(),
         statistics: Some(&moments),
-        source: None,
         budget: Some(Budget::Remove(0.4)),
         options: &[("protect".to_string(), "super".to_string())].into(),
-        spectra: None,
+        ..Request::new(statistics.profile())
     };
     method("reap").unwrap().plan(&request).ok()
 }

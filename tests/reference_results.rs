@@ -54,12 +54,10 @@ impl Reference {
         let options: BTreeMap<String, String> = set.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect();
         let moments = self.statistics.first_moments().unwrap();
         let request = Request {
-            profile: self.statistics.profile(),
             statistics: Some(&moments),
-            source: None,
             budget: Some(Budget::Remove(remove)),
             options: &options,
-            spectra: None,
+            ..Request::new(self.statistics.profile())
         };
         method(name).unwrap().plan(&request).unwrap()
     }

@@ -8,12 +8,14 @@ mod names;
 mod profile;
 mod rope;
 mod router;
+mod skip;
 
 pub use error::Error;
 pub use names::{ExpertStorage, Names, Projection};
 pub use profile::{MoeProfile, Profile};
 pub use rope::{LongRope, Pairing, Rope};
 pub use router::{Choice, GroupLimit, GroupScore, RouterSpec, Scoring, WeightRule, WeightTarget};
+pub use skip::{Skip, SkipThreshold};
 
 use config::Config;
 

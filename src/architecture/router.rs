@@ -1,5 +1,7 @@
 //! Routing rules, as data.
 
+use super::Skip;
+
 /// From router logits z to chosen experts and combine weights: scores from the logits, then the `top_k` experts with
 /// the largest choice values, then weights from the scores of the chosen.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,6 +20,8 @@ pub struct RouterSpec {
     pub weights: WeightRule,
     /// What the weights multiply.
     pub target: WeightTarget,
+    /// Which of the chosen experts are left out after all; no published model has such a rule.
+    pub skip: Option<Skip>,
 }
 
 impl RouterSpec {
@@ -31,6 +35,7 @@ impl RouterSpec {
             groups: None,
             weights,
             target: WeightTarget::Output,
+            skip: None,
         }
     }
 }

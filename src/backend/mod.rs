@@ -136,10 +136,15 @@ pub struct Routes {
     /// Router logits, `[tokens, experts]`.
     pub logits: Vec<f32>,
     /// Chosen experts, `[tokens, top_k]`, in the order of choice: by descending weight, unless a bias that the weights
-    /// do not see takes part in the choice.
+    /// do not see takes part in the choice. [`Routes::SKIPPED`] for one that is left out.
     pub ids: Vec<u32>,
     /// Combine weights as used, `[tokens, top_k]`.
     pub weights: Vec<f32>,
+}
+
+impl Routes {
+    /// In place of the number of an expert that [`Skip`](crate::architecture::Skip) leaves out; its weight is 0.
+    pub const SKIPPED: u32 = u32::MAX;
 }
 
 /// The operations of a forward pass. Buffers are matrices of f32 values, one row per token, in the backend's memory

@@ -6,6 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::{Error, Result};
+use crate::architecture::Skip;
 
 /// Contents of `moepress.json`. `config.json` beside it stays the original's; the router of a listed layer has
 /// one row per entry of [`LayerEntry::experts`], in that order.
@@ -27,6 +28,9 @@ pub struct LayerEntry {
     pub layer: usize,
     /// Experts chosen per token.
     pub top_k: usize,
+    /// Which of those are left out, for layers that skip experts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skip: Option<Skip>,
     /// The experts that the router can choose, in the order of its rows.
     pub experts: Vec<ExpertEntry>,
 }
@@ -84,7 +88,7 @@ impl Manifest {
             return Err(invalid(format!("has version {}, this moepress reads version 1", manifest.moepress)));
         }
         let mut last = None;
-        for LayerEntry { layer, top_k, experts } in &manifest.layers {
+        for LayerEntry { layer, top_k, skip, experts } in &manifest.layers {
             if last.is_some_and(|l| l >= *layer) {
                 return Err(invalid(format!("layer {layer} is listed twice or out of order")));
             }
@@ -94,6 +98,9 @@ impl Manifest {
                 return Err(invalid(format!(
                     "layer {layer}: top_k is {top_k}, expected 1 to {n} (the experts listed)"
                 )));
+            }
+            if let Some(Err(what)) = skip.map(|s| s.check(*top_k)) {
+                return Err(invalid(format!("layer {layer}: skip: {what}")));
             }
             let is_alias = |entry: &ExpertEntry| matches!(entry.form, ExpertForm::Alias { .. });
             let stored: BTreeSet<usize> = experts.iter().filter(|e| !is_alias(e)).map(|e| e.expert).collect();

@@ -6,7 +6,7 @@ use clap::ArgGroup;
 use moepress::backend::Backend;
 use moepress::checkpoint::Checkpoint;
 use moepress::eval::{
-    Against, Evaluation, MultipleChoice, Questions, Score, against, multiple_choice, perplexity,
+    Against, Evaluation, MultipleChoice, Questions, Score, Skipping, against, multiple_choice, perplexity,
 };
 use moepress::model::{Model, open_architecture};
 use serde_json::json;
@@ -114,9 +114,22 @@ fn page(evaluation: &Evaluation) -> String {
             "KL divergence from the original {kl:.4} nats per token, top-1 agreement {agreement:.1} %\n"
         );
     }
+    text += &evaluation.skipping.iter().map(skipping_line).collect::<String>();
     text += &evaluation.multiple_choice.iter().map(choice_line).collect::<String>();
     let Evaluation { seconds: elapsed, tokens_per_second, device, .. } = evaluation;
     text + &format!("{} on {device} ({})\n", seconds(*elapsed), rate(*tokens_per_second))
+}
+
+/// How many of the chosen experts ran.
+fn skipping_line(skipping: &Skipping) -> String {
+    let means = || skipping.layers.iter().map(|l| l.mean_active);
+    let (least, most) = (means().fold(f64::INFINITY, f64::min), means().fold(0.0, f64::max));
+    let top_k = skipping.layers.iter().map(|l| l.top_k).max().unwrap_or(0);
+    let layers = counted(skipping.layers.len(), "layer");
+    format!(
+        "{:.1} % of the chosen experts skipped: {least:.2} to {most:.2} of {top_k} run per token, in {layers}\n",
+        100.0 * skipping.skipped
+    )
 }
 
 fn choice_line(choices: &MultipleChoice) -> String {

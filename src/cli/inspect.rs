@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
+use moepress::architecture::{Skip, SkipThreshold};
 use moepress::checkpoint::Checkpoint;
 use moepress::model::{AttentionSummary, Inspection, MoeSummary, RouterSummary, inspect};
 
@@ -133,6 +134,8 @@ fn layer_table(layers: &[MoeSummary]) -> Table {
     let ranks = layers.iter().any(|l| l.ranks.is_some());
     let mut columns =
         vec![("layers", Left), ("experts", Right), ("of", Right), ("top k", Right), ("width", Right)];
+    let skips = layers.iter().any(|l| l.skip.is_some());
+    columns.extend(skips.then_some(("skipped below", Right)));
     columns.extend(shared.then_some(("shared", Right)));
     columns.push(("forms", Left));
     columns.extend(ranks.then_some(("ranks", Right)));
@@ -148,6 +151,7 @@ fn layer_table(layers: &[MoeSummary]) -> Table {
         let mut cells = vec![layer_numbers(equal), layer.experts.to_string()];
         cells.extend(pruned.then(|| layer.original_experts.to_string()));
         cells.extend([layer.top_k.to_string(), layer.width.to_string()]);
+        cells.extend(skips.then(|| layer.skip.as_ref().map_or_else(|| "–".into(), threshold)));
         cells.extend(shared.then(|| layer.shared_width.map_or_else(|| "–".into(), |w| w.to_string())));
         cells.push(forms.join(", ").replace('_', " "));
         cells.extend(ranks.then(|| layer.ranks.map_or_else(|| "–".into(), |r| range(r.into_iter()))));
@@ -156,6 +160,15 @@ fn layer_table(layers: &[MoeSummary]) -> Table {
         table.row(cells);
     }
     table
+}
+
+/// When experts are skipped: below this multiple of the first one's weight, or where all of them together are below
+/// this share.
+fn threshold(skip: &Skip) -> String {
+    match skip.threshold {
+        SkipThreshold::Ratio(ratio) => format!("{ratio:.3}"),
+        SkipThreshold::Tail(tail) => format!("{:.1} %", 100.0 * tail),
+    }
 }
 
 /// How many layers at the front of `layers` are equal and evenly spaced.

@@ -111,12 +111,12 @@ impl Args {
             WeightSpectra::new(checkpoint, architecture, statistics.as_ref().filter(|_| whiten))
         });
         let plan = method.plan(&Request {
-            profile: &profile,
             statistics: moments.as_deref(),
             source: source.as_ref(),
             budget: self.budget(),
             options: &self.set.iter().cloned().collect(),
             spectra: spectra.as_ref().map(|s| s as &dyn SpectrumSource),
+            ..Request::new(&profile)
         });
         let plan = plan.map_err(|e| self.named(e))?;
         let mut report = self.output.report();

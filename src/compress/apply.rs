@@ -69,6 +69,7 @@ pub fn apply_layer(
     };
     let mut spec = source.spec.clone();
     spec.top_k = plan.top_k;
+    spec.skip = plan.skip.or(spec.skip);
     let moe = MoeSource {
         router,
         spec,

@@ -135,6 +135,9 @@ fn stock_config(
     let mut kept = None;
     for layer in &plan.layers {
         let l = layer.layer;
+        if stored.iter().any(|entry| entry.layer == l && entry.skip.is_some()) {
+            return Err(format!("layer {l} skips experts, which no stock checkpoint can say"));
+        }
         let Some(moe) = architecture.moe(l) else { return Err(format!("layer {l} has no experts")) };
         let fits = |action: &Action| match action {
             Action::Keep | Action::Drop => true,
@@ -148,6 +151,9 @@ fn stock_config(
         if layer.top_k != moe.router.top_k {
             let (k, own) = (layer.top_k, moe.router.top_k);
             return Err(format!("layer {l} chooses {k} experts, config.json says {own} for every layer"));
+        }
+        if layer.skip.is_some() {
+            return Err(format!("layer {l} skips experts, which no stock checkpoint can say"));
         }
         let factorised = layer.experts.iter().any(|e| matches!(e.action, Action::LowRank { .. }));
         if factorised && architecture.packing.is_some() {
@@ -217,5 +223,5 @@ pub(super) fn manifest_entry(l: usize, moe: &MoeSource) -> LayerEntry {
     };
     let entry = |(&expert, form_of): (&usize, &StoredExpert)| ExpertEntry { expert, form: form(form_of) };
     let experts = moe.numbers.iter().zip(&moe.experts).map(entry).collect();
-    LayerEntry { layer: l, top_k: moe.spec.top_k, experts }
+    LayerEntry { layer: l, top_k: moe.spec.top_k, skip: moe.spec.skip, experts }
 }

@@ -8,6 +8,7 @@ mod multiple_choice;
 mod perplexity;
 mod questions;
 mod sequences;
+mod skipping;
 mod softmax;
 mod streams;
 mod wave;
@@ -16,6 +17,7 @@ pub use error::Error;
 pub use multiple_choice::{MultipleChoice, Prediction, multiple_choice};
 pub use perplexity::{Against, Evaluation, FileScore, Score, against, perplexity};
 pub use questions::{Question, Questions};
+pub use skipping::{LayerSkipping, Skipping};
 pub use streams::{StreamScore, check_windows, score_streams};
 pub use wave::TOKENS_PER_WAVE;
 

@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::sequences::{self, Sequence};
 use super::softmax::Softmax;
 use super::wave::{Place, Wave};
-use super::{Error, Questions, Result};
+use super::{Error, Questions, Result, Skipping};
 use crate::backend::Backend;
 use crate::model::Model;
 use crate::progress::Progress;
@@ -97,7 +97,7 @@ fn score<B: Backend>(
     for wave in waves {
         let places = sequences::places(sequences, wave);
         let parts: Vec<_> = wave.iter().map(|part| sequences::windows(sequences, part)).collect();
-        let mut wave = Wave::run(model, &parts, progress)?;
+        let mut wave = Wave::run(model, &parts, &mut Skipping::default(), progress)?;
         for block in places.chunks(wave.block()) {
             let logits = wave.logits(block)?;
             let row = logits.len() / block.len();

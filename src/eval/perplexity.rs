@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::softmax::Softmax;
 use super::wave::{Place, TOKENS_PER_WAVE, Wave};
-use super::{Error, MultipleChoice, Result};
+use super::{Error, MultipleChoice, Result, Skipping};
 use crate::backend::Backend;
 use crate::model::Model;
 use crate::progress::Progress;
@@ -57,6 +57,9 @@ pub struct Evaluation {
     pub windows: Vec<Option<Score>>,
     /// Comparison with the original, where there was one.
     pub against: Option<Against>,
+    /// How many experts ran, where layers skip some.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skipping: Option<Skipping>,
     /// Multiple-choice questions, where there were any. [`perplexity`] and [`against`] leave it `None`; the caller puts
     /// the result of [`multiple_choice`](super::multiple_choice()) here.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -206,11 +209,13 @@ fn evaluate<B: Backend>(
     progress.begin("evaluate: layer", layers * windows.count.div_ceil(per_wave));
 
     let mut sums = vec![Sums::default(); windows.count];
+    let mut skipping = Skipping::default();
     for first in (0..windows.count).step_by(per_wave) {
         let part = [slice(windows, first, per_wave.min(windows.count - first))];
         let places = places(&part[0], first);
-        let mut wave = Wave::run(model, &part, progress)?;
-        let mut original_wave = original.map(|o| Wave::run(o, &part, progress)).transpose()?;
+        let mut wave = Wave::run(model, &part, &mut skipping, progress)?;
+        let mut original_wave =
+            original.map(|o| Wave::run(o, &part, &mut Skipping::default(), progress)).transpose()?;
         for block in places.chunks(wave.block()) {
             let logits = wave.logits(block)?;
             let original_logits = original_wave.as_mut().map(|w| w.logits(block)).transpose()?;
@@ -241,6 +246,7 @@ fn evaluate<B: Backend>(
         overall,
         windows: sums.iter().map(Sums::score).collect(),
         against: total(&sums).against(),
+        skipping: skipping.finish(),
         multiple_choice: None,
         seconds,
         tokens_per_second: windows.real_tokens() as f64 / seconds.max(f64::MIN_POSITIVE),

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::Result;
+use super::{Result, Skipping};
 use crate::backend::Backend;
 use crate::model::{Chunk, Head, HeadScratch, LayerSource, Model, Stream};
 use crate::progress::Progress;
@@ -39,10 +39,12 @@ pub(super) struct Wave<'m, B: Backend> {
 
 impl<'m, B: Backend> Wave<'m, B> {
     /// Runs `parts`, at least one, through all layers. Windows are equally long within a part; the rows of a wave are
-    /// those of its parts, one after the other. One step of progress per layer, whose pages are released after use.
+    /// those of its parts, one after the other. Layers that skip experts are counted in `skipping`. One step of progress per layer, whose
+    /// pages are released after use.
     pub(super) fn run(
         model: &'m Model<'m, B>,
         parts: &[Windows],
+        skipping: &mut Skipping,
         progress: &mut dyn Progress,
     ) -> Result<Self> {
         let (backend, checkpoint) = (model.backend(), model.checkpoint());
@@ -61,7 +63,13 @@ impl<'m, B: Backend> Wave<'m, B> {
         for l in 0..sized.architecture().layers.len() {
             let source = LayerSource::open(checkpoint, sized.architecture(), l)?;
             let layer = sized.prepare(&source)?;
-            stream.advance(&layer, |_, _| Ok(()))?;
+            let skips = source.moe().is_some_and(|moe| moe.spec.skip.is_some());
+            stream.advance(&layer, |chunk, scratch| {
+                if skips {
+                    skipping.add(l, &backend.routes(&scratch.routing)?, &chunk.batch);
+                }
+                Ok(())
+            })?;
             drop(layer);
             source.release();
             progress.step(&format!("layer {l}"));

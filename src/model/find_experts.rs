@@ -15,6 +15,7 @@ impl Finder<'_> {
         let mut spec = moe.router.clone();
         let (experts, fused, numbers) = if let Some(entry) = entry {
             spec.top_k = entry.top_k;
+            spec.skip = entry.skip;
             let numbers: Vec<usize> = entry.experts.iter().map(|e| e.expert).collect();
             (self.listed_experts(entry, moe, &numbers)?, Vec::new(), numbers)
         } else {

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::{LayerSource, MoeSource, Result, open_architecture};
-use crate::architecture::{Architecture, AttentionSpec, GroupLimit, RouterSpec, Scoring, Span, WeightRule};
+use crate::architecture::{
+    Architecture, AttentionSpec, GroupLimit, RouterSpec, Scoring, Skip, Span, WeightRule,
+};
 use crate::backend::{Expert, Matrix, StoredExpert};
 use crate::checkpoint::{Checkpoint, Dtype, Tensor};
 
@@ -87,7 +89,7 @@ pub struct RouterSummary {
 }
 
 /// One MoE layer.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct MoeSummary {
     /// 0-based decoder layer.
     pub layer: usize,
@@ -97,6 +99,9 @@ pub struct MoeSummary {
     pub original_experts: usize,
     /// Experts chosen per token.
     pub top_k: usize,
+    /// When some of those are left out, in layers that skip experts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skip: Option<Skip>,
     /// Intermediate width of a routed expert.
     pub width: usize,
     /// Intermediate width of the shared expert, if there is one.
@@ -250,6 +255,7 @@ impl MoeSummary {
             experts: source.experts.len(),
             original_experts: source.original_experts,
             top_k: source.spec.top_k,
+            skip: source.spec.skip,
             width,
             shared_width,
             forms,

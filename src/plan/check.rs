@@ -43,6 +43,9 @@ fn layer_structure(layer: &LayerPlan) -> Result<()> {
         };
         return Err(place.field("top_k").plan(problem));
     }
+    if let Some(Err(problem)) = layer.skip.map(|s| s.check(layer.top_k)) {
+        return Err(place.field("skip").plan(problem));
+    }
     merge_shares(layer, &place)
 }
 

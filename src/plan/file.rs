@@ -11,7 +11,7 @@ use serde_json::ser::Formatter;
 use super::check;
 use super::costs::Costs;
 use super::{Action, Error, Expected, FactorDtype, Options, Result};
-use crate::architecture::Profile;
+use crate::architecture::{Profile, Skip};
 
 /// Version of the plan file that this module reads and writes.
 pub const VERSION: u64 = 1;
@@ -67,6 +67,9 @@ pub struct LayerPlan {
     pub layer: usize,
     /// Experts chosen per token.
     pub top_k: usize,
+    /// Which of those are left out at run time, where the plan has the layer skip experts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skip: Option<Skip>,
     /// Every original expert, in order.
     pub experts: Vec<ExpertPlan>,
     /// Experts that the super-expert guard protected; a later choice of other experts must keep them too.
@@ -224,7 +227,8 @@ fn layer_json(layer: &LayerPlan) -> String {
         [] => String::new(),
         protected => format!(", \"protected\": {}", line(&protected)),
     };
-    format!("{{\"layer\": {number}, \"top_k\": {top_k}, \"experts\": {experts}{protected}}}")
+    let skip = layer.skip.map_or_else(String::new, |skip| format!(", \"skip\": {}", line(&skip)));
+    format!("{{\"layer\": {number}, \"top_k\": {top_k}{skip}, \"experts\": {experts}{protected}}}")
 }
 
 /// A JSON array with one item per line.

@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 use super::error::Place;
 use super::file::{ExpertPlan, LayerPlan, ModelRef, StatisticsRef, VERSION};
 use super::{Action, Channels, Expected, Options, Plan, Ranks, Result};
+use crate::architecture::{Skip, SkipThreshold};
 
 /// The plan that `value` describes; sorted, but not yet checked for contradictions.
 pub(super) fn plan(value: &Value) -> Result<Plan> {
@@ -68,7 +69,7 @@ fn expected(object: &Object<'_>) -> Result<Expected> {
 fn layer(value: &Value) -> Result<LayerPlan> {
     let number = Object::new(value, Place::top().field("layers"))?.index("layer")?;
     let object = Object::new(value, Place::layer(number))?;
-    object.only(&["layer", "top_k", "experts", "protected"])?;
+    object.only(&["layer", "top_k", "skip", "experts", "protected"])?;
     let read = |value| expert(value, &object.place);
     let mut experts = object.array("experts")?.iter().map(read).collect::<Result<Vec<_>>>()?;
     experts.sort_by_key(|e| e.expert);
@@ -76,7 +77,26 @@ fn layer(value: &Value) -> Result<LayerPlan> {
         Some(_) => object.indices("protected")?,
         None => Vec::new(),
     };
-    Ok(LayerPlan { layer: number, top_k: object.index("top_k")?, experts, protected })
+    let skip = match object.map.get("skip") {
+        Some(_) => Some(skip(&object.object("skip")?)?),
+        None => None,
+    };
+    Ok(LayerPlan { layer: number, top_k: object.index("top_k")?, skip, experts, protected })
+}
+
+fn skip(object: &Object<'_>) -> Result<Skip> {
+    object.only(&["ratio", "tail", "rescale"])?;
+    let threshold = match (object.map.get("ratio"), object.map.get("tail")) {
+        (Some(_), None) => SkipThreshold::Ratio(object.real("ratio")?),
+        (None, Some(_)) => SkipThreshold::Tail(object.real("tail")?),
+        _ => return Err(object.place.clone().plan("give either ratio or tail")),
+    };
+    let rescale = match object.map.get("rescale") {
+        None => true,
+        Some(Value::Bool(rescale)) => *rescale,
+        Some(other) => return Err(wrong(&object.place.field("rescale"), other, "true or false")),
+    };
+    Ok(Skip { threshold, rescale })
 }
 
 fn expert(value: &Value, layer: &Place) -> Result<ExpertPlan> {

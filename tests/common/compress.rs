@@ -31,12 +31,10 @@ pub fn plan(model: &Path, name: &str, budget: Option<Budget>, set: &[(&str, &str
         calibrate(&opened, &tokens(), &CalibrateOptions::default(), &dir.path().join("s"), &mut ()).unwrap();
     let moments = statistics.first_moments().unwrap();
     let request = Request {
-        profile: statistics.profile(),
         statistics: Some(&moments),
-        source: None,
         budget,
         options: &options(set),
-        spectra: None,
+        ..Request::new(statistics.profile())
     };
     method(name).unwrap().plan(&request).unwrap()
 }

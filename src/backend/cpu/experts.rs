@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::linear::{CpuWeight, linear};
 use super::pointwise::{activate, add_bias};
 use super::{CpuBuffer, CpuRouting};
-use crate::backend::{Expert, Linear, Matrix, Mlp, Result, StoredExpert};
+use crate::backend::{Expert, Linear, Matrix, Mlp, Result, Routes, StoredExpert};
 use crate::checkpoint::{Tensor, Weight};
 
 /// The prepared experts of a layer, one per router row.
@@ -39,7 +39,7 @@ pub(super) struct Workspace {
     pub(super) pair_weight: Vec<f32>,
     /// Factor of each pair's input; empty where combine weights multiply outputs.
     pub(super) pair_scale: Vec<f32>,
-    /// Pair of each token and slot, `[tokens, top_k]`; [`Workspace::NO_PAIR`] for a duplicate.
+    /// Pair of each token and slot, `[tokens, top_k]`; [`Workspace::NO_PAIR`] for a duplicate or one left out.
     pub(super) slot_pair: Vec<u32>,
     /// Inputs, `[pairs, hidden]`.
     input: Vec<f32>,
@@ -144,14 +144,16 @@ impl CpuExperts {
         offsets.resize(self.len() + 1, 0);
         slot_pair.clear();
         slot_pair.resize(ids.len(), Workspace::NO_PAIR);
-        let expert = |id: u32| self.canonical[id as usize];
+        let expert = |id: u32| self.canonical.get(id as usize).copied().unwrap_or(Routes::SKIPPED);
         // The earlier slot of the same token with the same weights, if any; different inputs have to run on their own.
         let earlier = |ids: &[u32], slot: usize| {
             let same = |&id: &u32| expert(id) == expert(ids[slot]);
             if *weighs_input { None } else { ids[..slot].iter().position(same) }
         };
         for ids in ids.chunks_exact(*top_k) {
-            for slot in (0..*top_k).filter(|&slot| earlier(ids, slot).is_none()) {
+            for slot in
+                (0..*top_k).filter(|&slot| ids[slot] != Routes::SKIPPED && earlier(ids, slot).is_none())
+            {
                 offsets[expert(ids[slot]) as usize + 1] += 1;
             }
         }
@@ -167,7 +169,7 @@ impl CpuExperts {
             .zip(weights.chunks_exact(*top_k))
             .zip(slot_pair.chunks_exact_mut(*top_k));
         for (token, ((ids, weights), slot_pair)) in tokens.enumerate() {
-            for slot in 0..*top_k {
+            for slot in (0..*top_k).filter(|&slot| ids[slot] != Routes::SKIPPED) {
                 if let Some(first) = earlier(ids, slot) {
                     pair_weight[slot_pair[first] as usize] += weights[slot];
                     continue;

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::experts::CpuExperts;
 use super::{CpuBuffer, CpuRouting};
-use crate::backend::{Batch, Moment, Moments};
+use crate::backend::{Batch, Moment, Moments, Routes};
 
 /// Adds what the routed tokens of `batch` show. `out` is the combined output. Padding is left out.
 pub(super) fn routed(
@@ -92,10 +92,10 @@ fn per_token(moments: &mut Moments, routing: &CpuRouting, out: &CpuBuffer, batch
     }
     if let Some(co) = moments.get_mut(Moment::CoActivation) {
         for &t in &real {
-            let ids = &routing.ids[t * k..(t + 1) * k];
-            for &a in ids {
-                for &b in ids {
-                    co[a as usize * e + b as usize] += 1.0;
+            let chosen = || chosen(&routing.ids[t * k..(t + 1) * k]);
+            for a in chosen() {
+                for b in chosen() {
+                    co[a * e + b] += 1.0;
                 }
             }
         }
@@ -103,14 +103,19 @@ fn per_token(moments: &mut Moments, routing: &CpuRouting, out: &CpuBuffer, batch
     if let Some(coverage) = moments.get_mut(Moment::Coverage) {
         for &t in &real {
             let file = batch.files[t / batch.length] as usize;
-            for &id in &routing.ids[t * k..(t + 1) * k] {
-                coverage[file * e + id as usize] += 1.0;
+            for id in chosen(&routing.ids[t * k..(t + 1) * k]) {
+                coverage[file * e + id] += 1.0;
             }
         }
     }
     if let Some(sum) = moments.get_mut(Moment::RoutedSqSum) {
         sum[0] += real.iter().map(|&t| square_norm(out.row(t))).sum::<f64>();
     }
+}
+
+/// The experts of a token that run.
+fn chosen(ids: &[u32]) -> impl Iterator<Item = usize> {
+    ids.iter().filter(|id| **id != Routes::SKIPPED).map(|id| *id as usize)
 }
 
 fn square_norm(row: &[f32]) -> f64 {

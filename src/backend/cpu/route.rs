@@ -6,7 +6,7 @@ use super::CpuBuffer;
 use super::gemm::{Columns, Product, Source};
 use super::math::sigmoid;
 use super::simd::Isa;
-use crate::architecture::{Choice, GroupLimit, GroupScore, Scoring, WeightRule, WeightTarget};
+use crate::architecture::{Choice, GroupLimit, GroupScore, Scoring, Skip, WeightRule, WeightTarget};
 use crate::backend::{Result, RouterRule, RouterWeights, Routes};
 use crate::checkpoint::{Dtype, Tensor};
 
@@ -133,8 +133,24 @@ impl RouterRule {
             }
         }
         if let Scoring::SparseMixer { threshold } = self.spec.scoring {
-            return self.sparse_mixer(logits, threshold, ids, weights);
+            self.sparse_mixer(logits, threshold, ids, weights);
+        } else {
+            self.choose_and_weigh(logits, choice_bias, scores, ids, weights);
         }
+        if let Some(skip) = &self.spec.skip {
+            leave_out(skip, ids, weights);
+        }
+    }
+
+    /// The chosen experts by their scores, and their weights.
+    fn choose_and_weigh(
+        &self,
+        logits: &[f32],
+        choice_bias: &[f32],
+        scores: &[f32],
+        ids: &mut [u32],
+        weights: &mut [f32],
+    ) {
         match self.spec.choice {
             Choice::Score => self.choose(|i| scores[i], ids),
             Choice::BiasedScore => self.choose(|i| scores[i] + choice_bias[i], ids),
@@ -208,6 +224,37 @@ impl RouterRule {
     }
 }
 
+/// Leaves out the slots of least weight, see [`Skip`]: their ids become [`Routes::SKIPPED`] and their weights 0; the
+/// others stay in place. Where a weight is NaN, nothing is left out.
+fn leave_out(skip: &Skip, ids: &mut [u32], weights: &mut [f32]) {
+    let k = weights.len();
+    // Slot m in descending order of weight, ties to the earlier slot; the slots usually stand in this order.
+    let sorted = weights.is_sorted_by(|a, b| a >= b);
+    let slot = |weights: &[f32], m: usize| {
+        let ahead = |a: usize, b: usize| weights[b] > weights[a] || (weights[b] == weights[a] && b < a);
+        let rank = |a: usize| (0..k).filter(|&b| ahead(a, b)).count();
+        if sorted { m } else { (0..k).find(|&a| rank(a) == m).unwrap_or(m) }
+    };
+    let tail =
+        |weights: &[f32], m: usize| (m..k).rev().fold(0.0f32, |sum, m| sum + weights[slot(weights, m)]);
+    let total = tail(weights, 0);
+    let limit = skip.tail() * total;
+    let Some(kept) = (1..k).find(|&i| tail(weights, i) < limit) else { return };
+    let sum = (0..kept).fold(0.0f32, |sum, m| sum + weights[slot(weights, m)]);
+    // From the least on, each of which then stays the least.
+    for m in (kept..k).rev() {
+        let s = slot(weights, m);
+        (ids[s], weights[s]) = (Routes::SKIPPED, 0.0);
+    }
+    if skip.rescale {
+        for (id, weight) in ids.iter().zip(weights) {
+            if *id != Routes::SKIPPED {
+                *weight = total * (*weight / sum);
+            }
+        }
+    }
+}
+
 /// The groups that a token may choose from.
 struct KeptGroups {
     kept: [bool; GroupLimit::MAX_GROUPS],
@@ -245,7 +292,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::architecture::RouterSpec;
+    use crate::architecture::{RouterSpec, SkipThreshold};
 
     fn rule(spec: RouterSpec, experts: usize) -> RouterRule {
         let size = spec.groups.map_or(experts, |g| experts / g.count);
@@ -361,6 +408,45 @@ mod tests {
         let (ids, weights, _) = decide(&rule(spec, 3), &[-1.2, -1.0, -9.0], &[]);
         assert_eq!(ids, [1, 0]);
         close(&weights, &[1.0 / (1.0 + (-0.2f64).exp()), 1.0]);
+    }
+
+    fn skipping(threshold: SkipThreshold, rescale: bool, weights: &[f32]) -> (Vec<u32>, Vec<f32>) {
+        let (mut ids, mut weights) = ((0..weights.len() as u32).collect::<Vec<_>>(), weights.to_vec());
+        leave_out(&Skip { threshold, rescale }, &mut ids, &mut weights);
+        (ids, weights)
+    }
+
+    /// The second of two goes where its weight is strictly below the ratio, and the first then weighs exactly 1.
+    #[test]
+    fn the_second_of_two_is_skipped() {
+        let ratio = SkipThreshold::Ratio(1.0 / 3.0);
+        assert_eq!(skipping(ratio, true, &[0.8, 0.2]), (vec![0, Routes::SKIPPED], vec![1.0, 0.0]));
+        assert_eq!(skipping(ratio, false, &[0.8, 0.2]), (vec![0, Routes::SKIPPED], vec![0.8, 0.0]));
+        assert_eq!(skipping(ratio, true, &[0.7, 0.3]), (vec![0, 1], vec![0.7, 0.3]));
+        assert_eq!(skipping(ratio, true, &[0.75, 0.25]), (vec![0, 1], vec![0.75, 0.25]));
+    }
+
+    /// The vectors of the general rule, and weights that do not stand in order.
+    #[test]
+    fn tails_are_skipped() {
+        for (weights, tail, kept) in [
+            (vec![0.4, 0.3, 0.2, 0.1], 0.15, vec![0, 1, 2]),
+            (vec![0.4, 0.3, 0.2, 0.1], 0.35, vec![0, 1]),
+            (vec![0.4, 0.3, 0.2, 0.1], 0.65, vec![0]),
+            (vec![0.7, 0.1, 0.1, 0.1], 0.3 + 1e-6, vec![0]),
+            (vec![0.1, 0.4, 0.2, 0.3], 0.35, vec![1, 3]),
+            (vec![0.25, 0.25, 0.25, 0.25], 0.3, vec![0, 1, 2]),
+            (vec![f32::NAN, 0.5], 0.9, vec![0, 1]),
+            (vec![0.0, 0.0], 0.9, vec![0, 1]),
+        ] {
+            let (ids, scaled) = skipping(SkipThreshold::Tail(tail), true, &weights);
+            let left: Vec<u32> = ids.iter().copied().filter(|id| *id != Routes::SKIPPED).collect();
+            assert_eq!(left, kept, "{weights:?} {tail}");
+            let sum: f32 = weights.iter().sum();
+            if !sum.is_nan() {
+                assert!((scaled.iter().sum::<f32>() - sum).abs() < 1e-6, "{scaled:?}");
+            }
+        }
     }
 
     /// The rules of all families that choose `top_k` of 8 experts.

@@ -366,5 +366,5 @@ fn layer_plan(layer: &MoeProfile, ranks: &[Ranks]) -> LayerPlan {
     let action = |rank: &Ranks| if rank.is_dense() { Action::Keep } else { Action::LowRank { rank: *rank } };
     let entry = |(expert, rank)| ExpertPlan { expert, action: action(rank) };
     let experts = ranks.iter().enumerate().map(entry).collect();
-    LayerPlan { layer: layer.layer, top_k: layer.top_k, experts, protected: Vec::new() }
+    LayerPlan { layer: layer.layer, top_k: layer.top_k, skip: None, experts, protected: Vec::new() }
 }

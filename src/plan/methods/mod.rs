@@ -60,6 +60,15 @@ pub struct Request<'a> {
     pub spectra: Option<&'a dyn SpectrumSource>,
 }
 
+impl<'a> Request<'a> {
+    /// A request for the checkpoint of `profile` with nothing else given; the rest goes around it:
+    /// `Request { budget, ..Request::new(profile) }`.
+    pub fn new(profile: &'a Profile) -> Self {
+        static NO_OPTIONS: BTreeMap<String, String> = BTreeMap::new();
+        Request { profile, statistics: None, source: None, budget: None, options: &NO_OPTIONS, spectra: None }
+    }
+}
+
 /// One way of making a plan.
 pub trait Method: Sync {
     /// Its name on the command line and in the plan.

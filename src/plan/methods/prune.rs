@@ -311,7 +311,7 @@ fn layer_plan(layer: &MoeProfile, dropped: &[usize], protected: &[bool]) -> Laye
         experts[*expert].action = Action::Drop;
     }
     let protected = protected.iter().enumerate().filter(|(_, p)| **p).map(|(e, _)| e).collect();
-    LayerPlan { layer: layer.layer, top_k: layer.top_k, experts, protected }
+    LayerPlan { layer: layer.layer, top_k: layer.top_k, skip: None, experts, protected }
 }
 
 /// One warning for each layer with experts that saw no token.

@@ -234,12 +234,11 @@ fn the_file_has_one_expert_per_line() {
     let source = StatisticsRef { file: "s.safetensors".into(), sha256: "ab".into(), tokens: 640 };
     let options = BTreeMap::new();
     let request = Request {
-        profile: &profile,
         statistics: Some(&statistics),
         source: Some(&source),
         budget: Some(Budget::Experts(1)),
         options: &options,
-        spectra: None,
+        ..Request::new(&profile)
     };
     let mut plan = method("frequency").unwrap().plan(&request).unwrap();
     plan.layers[0].experts[0].action =

@@ -347,12 +347,11 @@ fn changed(change: impl FnOnce(&mut Value)) -> String {
     let source = StatisticsRef { file: "s".into(), sha256: "ab".into(), tokens: 36 };
     let options = BTreeMap::new();
     let request = Request {
-        profile: &profile,
         statistics: Some(&statistics),
         source: Some(&source),
         budget: Some(Budget::Experts(4)),
         options: &options,
-        spectra: None,
+        ..Request::new(&profile)
     };
     let plan = method("frequency").unwrap().plan(&request).unwrap();
     let mut value = serde_json::to_value(&plan).unwrap();
@@ -412,7 +411,7 @@ fn shapes_of_the_file() {
         (|p| p["layers"][1] = json!({}), "layers.layer: this field is missing"),
         (
             |p| p["layers"][1]["top_p"] = json!(7),
-            "layer 2: top_p: unknown field; known here: layer, top_k, experts, protected",
+            "layer 2: top_p: unknown field; known here: layer, top_k, skip, experts, protected",
         ),
         (
             |p| p["layers"][1]["top_k"] = json!(2.5),
@@ -537,6 +536,18 @@ fn contradictions_of_a_plan() {
             |p| p["layers"][1]["top_k"] = json!(5),
             "layer 2: top_k: 5 with 4 experts left to choose from; use 1 to 4",
         ),
+        (
+            |p| p["layers"][1]["skip"] = json!({ "ratio": 1.5 }),
+            "layer 2: skip: ratio is 1.5, expected 0 to 1",
+        ),
+        (
+            |p| {
+                p["layers"][1]["top_k"] = json!(3);
+                p["layers"][1]["skip"] = json!({ "ratio": 0.5 });
+            },
+            "layer 2: skip: ratio is for routers that choose 2 experts, this one chooses 3; use tail",
+        ),
+        (|p| p["layers"][1]["skip"] = json!({ "rescale": true }), "layer 2: skip: give either ratio or tail"),
     ] {
         assert_eq!(changed(change), message);
     }

@@ -84,7 +84,7 @@ pub(super) fn plan_with(
 ) -> Result<Plan> {
     let pair = |s: &&str| s.split_once('=').map(|(k, v)| (k.to_owned(), v.to_owned())).unwrap();
     let options = options.iter().map(pair).collect();
-    method(name)?.plan(&Request { profile, statistics, source: None, budget, options: &options, spectra })
+    method(name)?.plan(&Request { statistics, budget, options: &options, spectra, ..Request::new(profile) })
 }
 
 /// The dropped experts of every layer.
