@@ -13,6 +13,7 @@
 //        moe_sort_scan          1, 256                            histogram -> offsets, histogram (bases), tile prefixes
 //        moe_sort_scatter       as count                          -> pair_token, pair_weight, slot_source
 //   moe_scale_input_*           P, 128      Llama 4 only          x, weights -> x of each pair, times its weight
+//   moe_base_plan               1, 32       layers with a base    -> offsets and tiles of the table of the base
 //   moe_project_in_*            with the table of the base        x -> base_in [T, ld_base]
 //   moe_project_in_*            persistent                        x -> z [P, ldz]: V x of gate and up (and S x)
 //   moe_hidden_*                persistent                        x or z, base_in -> h [P, ldh] = act(gate, up)
@@ -29,9 +30,10 @@
 // kernels of the stages: moe_project_in_* with v_in = the stacked base of gate and up, moe_output_* with down = the base.
 //
 // The GEMM stages come in families by the most rows (tokens of one expert) of a tile:
-//   t8, t16   16 weight rows x 8 or 16 tokens, K split over 8 warps      decode: weights stream once
-//   t32, t64  64 weight rows x 32 or 64 tokens, K split over 2 warps     up to the ridge: still weight bound
-//   t128      128 tokens x 128 weight rows (two of them in moe_hidden)   compute bound
+//   t8        16 weight rows x 8 tokens, K split over 8 warps       decode: weights stream once
+//   t16       32 weight rows x 16 tokens, K split over 4 warps
+//   t32, t64  128 weight rows x 32 or 64 tokens                     up to the ridge: still bound by weights
+//   t128      128 tokens x 128 weight rows (of two matrices in moe_hidden)    bound by arithmetic
 // The rule, `rows` = ceil(T · slots / experts): t8 if T <= 8; else the smallest family with 16, 32, 64 >= 2 · rows; else
 // t128. Every family is correct for every number of tokens; a result does not depend on the grid, but families differ
 // in the order of their sums. f32 has one family, t64. `moe_GEMM_tN_DTYPE` with DTYPE bf16, f16 or f32.
@@ -62,7 +64,7 @@ constexpr int MOE_GEMM_SHARED = 96 * 1024;
 constexpr int MOE_LOGITS_TILE = 64;  // tokens and rows per block
 constexpr int MOE_LOGITS_SHARED = 2 * 32 * (MOE_LOGITS_TILE + 4) * 4;
 constexpr int moe_gemm_threads(int tile_rows, bool is_hidden) { return tile_rows == 128 && !is_hidden ? 128 : 256; }
-constexpr int moe_gemm_tile_cols(int tile_rows) { return tile_rows <= 16 ? 16 : tile_rows <= 64 ? 64 : 128; }
+constexpr int moe_gemm_tile_cols(int tile_rows) { return tile_rows == 8 ? 16 : tile_rows == 16 ? 32 : 128; }
 constexpr int moe_route_shared(int experts) { return 4 * MOE_ROUTE_TOKENS * (2 * experts + MOE_MAX_GROUPS); }
 constexpr int moe_sort_shared(int experts) { return 4 * (MOE_SORT_THREADS / 32 * experts + 64); }
 
@@ -164,7 +166,7 @@ enum MoeStage : int32_t { MOE_PROJECT_IN = 0, MOE_HIDDEN = 1, MOE_PROJECT_HIDDEN
 struct MoeSortParams {
     const int32_t* ids;         // [tokens, slots]; negative = skip
     const float* weights;       // [tokens, slots]
-    const int32_t* canonical;   // [experts]: the slot whose weights each slot runs
+    const int32_t* canonical;   // [experts]: the slot whose weights each slot runs, -1: nobody's, skip
     const MoeExpert* experts;   // [experts]
     const int32_t* order;       // [experts]: the order in which tiles are dealt out, costly experts first
     int32_t* offsets;           // [experts + 1]: first pair of each expert
@@ -182,6 +184,18 @@ struct MoeSortParams {
                                 // slot_weight is 1 (pair_weight is the factor of the input)
     int32_t tile_rows;          // tokens of a tile in all stages
     int32_t tile_cols[MOE_STAGES];
+};
+
+// Offsets and tiles of a layer's base, a table of one expert that all tokens visit: moe_base_plan.
+struct MoeBasePlanParams {
+    const MoeExpert* base;  // [1]
+    int32_t* offsets;       // [2]: 0, tokens
+    int32_t* tile_first;    // [MOE_STAGES, 2]
+    int32_t tokens;
+    int32_t hidden;
+    int32_t tile_rows;
+    int32_t tile_cols[MOE_STAGES];
+    int32_t reserved;
 };
 
 // x of each pair times its weight: moe_scale_input_*.
@@ -271,6 +285,7 @@ static_assert(sizeof(MoeExpert) == 256 && offsetof(MoeExpert, form) == 144, "Moe
 static_assert(sizeof(MoeLogitsParams) == 48, "MoeLogitsParams");
 static_assert(sizeof(MoeRouteParams) == 136 && offsetof(MoeRouteParams, tokens) == 56, "MoeRouteParams");
 static_assert(sizeof(MoeSortParams) == 136 && offsetof(MoeSortParams, tokens) == 96, "MoeSortParams");
+static_assert(sizeof(MoeBasePlanParams) == 56 && offsetof(MoeBasePlanParams, tokens) == 24, "MoeBasePlanParams");
 static_assert(sizeof(MoeScaleInputParams) == 56, "MoeScaleInputParams");
 static_assert(sizeof(MoeGemmParams) == 112 && offsetof(MoeGemmParams, experts_count) == 72, "MoeGemmParams");
 static_assert(sizeof(MoeBaseHiddenParams) == 80, "MoeBaseHiddenParams");

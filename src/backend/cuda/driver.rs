@@ -13,7 +13,7 @@ use cudarc::driver::{DriverError, result};
 use libloading::Library;
 
 use super::images::{ARCHITECTURES, IMAGES};
-use super::kernels::KERNELS;
+use super::kernels;
 use super::{Block, Error, Launch, Memory, Result, Unavailable};
 
 const LIBRARY: &str = if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so.1" };
@@ -88,6 +88,7 @@ pub struct Device {
     modules: Vec<sys::CUmodule>,
     functions: HashMap<&'static str, Function>,
     multiprocessors: u32,
+    shared_per_multiprocessor: u32,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -126,10 +127,13 @@ impl Device {
             handle,
             context,
             modules: Vec::new(),
-            functions: HashMap::with_capacity(KERNELS.len()),
+            functions: HashMap::new(),
             multiprocessors: 0,
+            shared_per_multiprocessor: 0,
         };
         this.multiprocessors = this.attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        this.shared_per_multiprocessor =
+            this.attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?;
         let _current = this.enter()?;
         this.load()?;
         Ok(Arc::new(this))
@@ -162,7 +166,7 @@ impl Device {
             let module = module.map_err(|error| self.not_loaded(image.source, error))?;
             self.modules.push(module);
         }
-        for &kernel in KERNELS {
+        for kernel in kernels::all() {
             let function = self.find(kernel)?;
             self.functions.insert(kernel, prepare(kernel, function, most)?);
         }
@@ -300,6 +304,10 @@ impl Launch for Stream {
 
     fn multiprocessors(&self) -> u32 {
         self.device.multiprocessors
+    }
+
+    fn shared_per_multiprocessor(&self) -> u32 {
+        self.device.shared_per_multiprocessor
     }
 }
 

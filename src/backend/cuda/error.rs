@@ -31,12 +31,15 @@ pub enum Unavailable {
 }
 
 /// Errors of this module.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// No GPU can be used.
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
+    /// A weight that cannot be read.
+    #[error(transparent)]
+    Checkpoint(#[from] crate::checkpoint::Error),
     /// A GPU that is not there.
     #[error("there is no GPU {ordinal}, expected a number below {count}")]
     Ordinal {

@@ -25,6 +25,9 @@ pub trait Launch {
 
     /// Number of multiprocessors, from which grids are made.
     fn multiprocessors(&self) -> u32;
+
+    /// Bytes of shared memory in a multiprocessor, which decide how many blocks share one.
+    fn shared_per_multiprocessor(&self) -> u32;
 }
 
 /// Memory of the device that a [`Launch`] runs on. Used for preparing only, never on the way of a token.

@@ -1,0 +1,184 @@
+//! The routing rule of a layer, as the kernel takes it.
+
+use super::arena::Arena;
+use super::layer::RouterTable;
+use super::params::MoeRouteParams;
+use super::{Error, Result};
+use crate::architecture::{Choice, GroupLimit, GroupScore, Scoring, WeightRule, WeightTarget};
+use crate::backend::RouterRule;
+use crate::checkpoint::{Tensor, encode_f32};
+
+/// A router: the rule, and what of its tensors the layer is to apply.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerRouter<'a> {
+    /// From logits to experts and weights.
+    pub rule: &'a RouterRule,
+    /// `[experts, hidden]`: to make the logits from the tokens; else they come from the caller.
+    pub weight: Option<&'a Tensor>,
+    /// Bias of the logits, `[experts]`.
+    pub bias: Option<&'a Tensor>,
+    /// Bias that only choices see, `[experts]`.
+    pub choice_bias: Option<&'a Tensor>,
+}
+
+/// What the router has to agree with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sizes {
+    pub(super) hidden: usize,
+    pub(super) experts: usize,
+    pub(super) top_k: usize,
+    pub(super) shared: bool,
+}
+
+/// Places the router's tables. `gate` is that of the shared expert.
+pub(super) fn place(
+    router: &LayerRouter<'_>,
+    sizes: Sizes,
+    gate: Option<&Tensor>,
+    target: WeightTarget,
+    arena: &mut Arena<'_>,
+) -> Result<RouterTable> {
+    check(router.rule, sizes, target)?;
+    let Sizes { hidden, experts, top_k, shared } = sizes;
+    let RouterRule { spec, group_of, live } = router.rule;
+    let rows = experts + usize::from(gate.is_some());
+    let mut vector = |tensor: Option<&Tensor>, what: &str| match tensor {
+        Some(tensor) => {
+            check_len(what, tensor, experts)?;
+            arena.put_values(&tensor.to_f32()?)
+        }
+        None => Ok(0),
+    };
+    let logit_bias = vector(router.bias, "router bias")?;
+    let choice_bias = vector(router.choice_bias, "router choice bias")?;
+    if spec.bias && logit_bias == 0 && router.bias.is_none() {
+        return Err(Error::argument("router bias", "none", "one, by the rule"));
+    }
+    if spec.choice == Choice::BiasedScore && router.choice_bias.is_none() {
+        return Err(Error::argument("router choice bias", "none", "one, by the rule"));
+    }
+    let weight_stride = hidden.next_multiple_of(4);
+    let weight = match router.weight {
+        Some(weight) => {
+            check_len("router weight", weight, experts * hidden)?;
+            if let Some(gate) = gate {
+                check_len("gate of the shared expert", gate, hidden)?;
+            }
+            arena.put(rows * weight_stride, 4, || logit_weights(weight, gate, hidden, weight_stride))?
+        }
+        None => 0,
+    };
+    let group_of = spec.groups.map_or(Ok(0), |_| arena.put_values(group_of))?;
+    let all_live = live.iter().all(|&live| live);
+    let live: Vec<u8> = live.iter().map(|&live| u8::from(live)).collect();
+    let params = MoeRouteParams {
+        logit_bias,
+        choice_bias,
+        group_of,
+        live: if all_live { 0 } else { arena.put_values(&live)? },
+        experts: experts as i32,
+        top_k: top_k as i32,
+        slots: (top_k + usize::from(shared)) as i32,
+        shared_expert: if shared { experts as i32 } else { -1 },
+        shared_gate: if gate.is_some() { experts as i32 } else { -1 },
+        ..rule_params(router.rule)
+    };
+    Ok(RouterTable { params, weight, has_weight: router.weight.is_some(), weight_stride, rows })
+}
+
+/// The rule alone.
+fn rule_params(rule: &RouterRule) -> MoeRouteParams {
+    let (spec, groups) = (&rule.spec, rule.spec.groups);
+    let (scoring, jitter) = match spec.scoring {
+        Scoring::Softmax => (0, 0.0),
+        Scoring::Sigmoid => (1, 0.0),
+        Scoring::SparseMixer { threshold } => (2, threshold),
+    };
+    let choice = match spec.choice {
+        Choice::Score => 0,
+        Choice::BiasedScore => 1,
+        Choice::Logit => 2,
+    };
+    let (renormalise, scale, added, least) = match spec.weights {
+        WeightRule::Scaled(scale) => (0, scale, 0.0, 0.0),
+        WeightRule::Renormalised { added, least, scale } => (1, scale, added, least),
+    };
+    let group_score = match groups.map(|limit| limit.score) {
+        None | Some(GroupScore::Largest) => 0,
+        Some(GroupScore::TwoLargest) => 1,
+    };
+    MoeRouteParams {
+        scoring,
+        jitter,
+        choice,
+        renormalise,
+        scale,
+        added,
+        least,
+        groups: groups.map_or(0, |limit| limit.count as i32),
+        groups_kept: groups.map_or(0, |limit| limit.kept as i32),
+        group_score,
+        ..bytemuck::Zeroable::zeroed()
+    }
+}
+
+/// f32 `[rows, stride]`: the router's rows, then the shared expert's gate.
+fn logit_weights(weight: &Tensor, gate: Option<&Tensor>, hidden: usize, stride: usize) -> Result<Vec<u8>> {
+    let mut values = weight.to_f32()?;
+    if let Some(gate) = gate {
+        values.extend(gate.to_f32()?);
+    }
+    let mut padded = vec![0.0; values.len() / hidden * stride];
+    for (row, values) in padded.chunks_exact_mut(stride).zip(values.chunks_exact(hidden)) {
+        row[..hidden].copy_from_slice(values);
+    }
+    Ok(encode_f32(crate::checkpoint::Dtype::F32, &padded))
+}
+
+fn check(rule: &RouterRule, sizes: Sizes, target: WeightTarget) -> Result<()> {
+    let wrong = |what: &str, found: String, expected: String| {
+        Err(Error::argument(format!("router, {what}"), found, expected))
+    };
+    let Sizes { experts, top_k, .. } = sizes;
+    if rule.spec.top_k != top_k {
+        return wrong("top_k", rule.spec.top_k.to_string(), top_k.to_string());
+    }
+    if rule.spec.target != target {
+        return wrong("target of weights", format!("{:?}", rule.spec.target), format!("{target:?}"));
+    }
+    if rule.live.len() != experts || rule.group_of.len() != experts {
+        let found = format!("live {}, group_of {}", rule.live.len(), rule.group_of.len());
+        return wrong("rows", found, experts.to_string());
+    }
+    let live = rule.live.iter().filter(|&&live| live).count();
+    if live < top_k {
+        return wrong("live rows", live.to_string(), format!("{top_k} or more"));
+    }
+    let Some(limit) = rule.spec.groups else { return Ok(()) };
+    if limit.count == 0 || limit.count > GroupLimit::MAX_GROUPS || limit.kept > limit.count || limit.kept == 0 {
+        let expected = format!("1 to {} groups, and as many kept at most", GroupLimit::MAX_GROUPS);
+        return wrong("groups", format!("{} of {}", limit.kept, limit.count), expected);
+    }
+    let mut sizes = vec![0; limit.count];
+    for (&group, _) in rule.group_of.iter().zip(&rule.live).filter(|(_, live)| **live) {
+        match sizes.get_mut(group as usize) {
+            Some(size) => *size += 1,
+            None => return wrong("group", group.to_string(), format!("below {}", limit.count)),
+        }
+    }
+    sizes.sort_unstable();
+    let fewest: usize = sizes.iter().take(limit.kept).sum();
+    if fewest < top_k {
+        let expected = format!("{top_k} or more in any {} groups", limit.kept);
+        return wrong("live rows of the kept groups", fewest.to_string(), expected);
+    }
+    Ok(())
+}
+
+fn check_len(what: &str, tensor: &Tensor, expected: usize) -> Result<()> {
+    if tensor.len() != expected {
+        let found = format!("{:?}", tensor.shape());
+        return Err(Error::argument(what, found, format!("{expected} elements")));
+    }
+    Ok(())
+}
