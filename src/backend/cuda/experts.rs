@@ -145,8 +145,7 @@ where
     found.down = describe("down", &mlp.down, [hidden, width], &mut of_h, base[2])?;
     let v_in = stack(&of_x.parts, hidden, element, &format!("{name}, V of gate and up"), arena)?;
     let v_down = stack(&of_h.parts, width, element, &format!("{name}, V of down"), arena)?;
-    (found.v_in, found.v_in_ld, found.v_in_rows) =
-        (v_in.address, v_in.stride as i32, size(of_x.rows, name)?);
+    (found.v_in, found.v_in_ld, found.v_in_rows) = (v_in.address, v_in.stride as i32, size(of_x.rows, name)?);
     (found.v_down, found.v_down_ld, found.v_down_rows) =
         (v_down.address, v_down.stride as i32, size(of_h.rows, name)?);
     Ok(())

@@ -3,13 +3,13 @@
 use bytemuck::{NoUninit, bytes_of};
 
 use super::arena::{ALIGNMENT, Arena};
-use super::kernels::{self, FAMILIES, F32_FAMILY};
+use super::kernels::{self, F32_FAMILY, FAMILIES};
 use super::layer::{BaseTable, MoeLayer, RouterTable, Tables};
 use super::params::{
     self, GEMM_SHARED, HIDDEN, LOGITS_SHARED, LOGITS_THREADS, LOGITS_TILE, MoeBaseHiddenParams,
-    MoeBasePlanParams, MoeCombineParams, MoeGemmParams, MoeLogitsParams, MoeRouteParams,
-    MoeScaleInputParams, MoeSortParams, OUTPUT, PROJECT_HIDDEN, PROJECT_IN, ROUTE_THREADS, ROUTE_TOKENS,
-    ROW_THREADS, SORT_CHUNK, SORT_THREADS, STAGES, gemm_threads, gemm_tile_cols,
+    MoeBasePlanParams, MoeCombineParams, MoeGemmParams, MoeLogitsParams, MoeRouteParams, MoeScaleInputParams,
+    MoeSortParams, OUTPUT, PROJECT_HIDDEN, PROJECT_IN, ROUTE_THREADS, ROUTE_TOKENS, ROW_THREADS, SORT_CHUNK,
+    SORT_THREADS, STAGES, gemm_threads, gemm_tile_cols,
 };
 use super::weights::check_rows;
 use super::workspace::{Workspace, chunks, stride};
@@ -132,9 +132,11 @@ impl Tables {
                 words("ids", ids)?;
                 words("weights", weights)
             }
-            (_, None) => {
-                Err(Error::argument("routing", format!("{routing:?}"), "ids and weights: no router in this layer"))
-            }
+            (_, None) => Err(Error::argument(
+                "routing",
+                format!("{routing:?}"),
+                "ids and weights: no router in this layer",
+            )),
             (Routing::Router, Some(RouterTable { has_weight: false, .. })) => {
                 Err(Error::argument("routing", "Router", "logits: this layer's router has no weight"))
             }

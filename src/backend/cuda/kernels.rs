@@ -35,11 +35,7 @@ impl PerElement {
 
 macro_rules! per_element {
     ($name:literal) => {
-        PerElement {
-            f32: concat!($name, "_f32"),
-            f16: concat!($name, "_f16"),
-            bf16: concat!($name, "_bf16"),
-        }
+        PerElement { f32: concat!($name, "_f32"), f16: concat!($name, "_f16"), bf16: concat!($name, "_bf16") }
     };
 }
 
@@ -58,11 +54,7 @@ pub(super) struct Gemm {
 
 macro_rules! gemm {
     ($name:literal) => {
-        Gemm {
-            f32: concat!($name, "_t64_f32"),
-            f16: gemm!($name, "_f16"),
-            bf16: gemm!($name, "_bf16"),
-        }
+        Gemm { f32: concat!($name, "_t64_f32"), f16: gemm!($name, "_f16"), bf16: gemm!($name, "_bf16") }
     };
     ($name:literal, $element:literal) => {
         [

@@ -252,7 +252,8 @@ fn places<W, V>(
                 let valid = local.get(*of).is_some_and(|target| !matches!(target, Expert::Alias(_)));
                 let target = place.get(*of).copied().flatten().filter(|_| valid);
                 let expected = "an expert that is here and no alias itself";
-                target.ok_or_else(|| Error::argument(format!("expert {e}, alias"), of.to_string(), expected))?
+                target
+                    .ok_or_else(|| Error::argument(format!("expert {e}, alias"), of.to_string(), expected))?
             }
             Expert::None => return Ok(-1),
             _ => place[e].unwrap_or(row),

@@ -58,6 +58,8 @@ mod launch;
 mod layer;
 mod params;
 mod router;
+#[cfg(test)]
+mod tests;
 mod weights;
 mod workspace;
 

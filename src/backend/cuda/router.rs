@@ -155,7 +155,8 @@ fn check(rule: &RouterRule, sizes: Sizes, target: WeightTarget) -> Result<()> {
         return wrong("live rows", live.to_string(), format!("{top_k} or more"));
     }
     let Some(limit) = rule.spec.groups else { return Ok(()) };
-    if limit.count == 0 || limit.count > GroupLimit::MAX_GROUPS || limit.kept > limit.count || limit.kept == 0 {
+    if limit.count == 0 || limit.count > GroupLimit::MAX_GROUPS || limit.kept > limit.count || limit.kept == 0
+    {
         let expected = format!("1 to {} groups, and as many kept at most", GroupLimit::MAX_GROUPS);
         return wrong("groups", format!("{} of {}", limit.kept, limit.count), expected);
     }

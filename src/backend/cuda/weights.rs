@@ -103,7 +103,8 @@ pub(super) fn stack(
     what: &str,
     arena: &mut Arena<'_>,
 ) -> Result<Placed> {
-    let parts: Vec<_> = parts.iter().copied().filter(|(_, matrix)| matrix.rows() * matrix.cols() > 0).collect();
+    let parts: Vec<_> =
+        parts.iter().copied().filter(|(_, matrix)| matrix.rows() * matrix.cols() > 0).collect();
     let host: Vec<_> = parts
         .iter()
         .filter_map(|&(row, matrix)| match matrix {
@@ -122,7 +123,12 @@ pub(super) fn stack(
     }
 }
 
-fn copied(parts: &[(usize, &Weight)], cols: usize, element: Element, arena: &mut Arena<'_>) -> Result<Placed> {
+fn copied(
+    parts: &[(usize, &Weight)],
+    cols: usize,
+    element: Element,
+    arena: &mut Arena<'_>,
+) -> Result<Placed> {
     let stride = cols.next_multiple_of(8);
     let rows = parts.iter().map(|(row, weight)| row + weight.rows()).max().unwrap_or(0);
     let row_bytes = stride * element.bytes();
