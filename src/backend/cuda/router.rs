@@ -4,7 +4,7 @@ use super::arena::Arena;
 use super::layer::RouterTable;
 use super::params::MoeRouteParams;
 use super::{Error, Result};
-use crate::architecture::{Choice, GroupLimit, GroupScore, Scoring, WeightRule, WeightTarget};
+use crate::architecture::{Choice, GroupLimit, GroupScore, Scoring, Skip, WeightRule, WeightTarget};
 use crate::backend::RouterRule;
 use crate::checkpoint::{Tensor, encode_f32};
 
@@ -107,6 +107,11 @@ fn rule_params(rule: &RouterRule) -> MoeRouteParams {
         None | Some(GroupScore::Largest) => 0,
         Some(GroupScore::TwoLargest) => 1,
     };
+    let skip_rule = match &spec.skip {
+        None => 0,
+        Some(skip) if !skip.rescale => 1,
+        Some(_) => 2,
+    };
     MoeRouteParams {
         scoring,
         jitter,
@@ -118,6 +123,8 @@ fn rule_params(rule: &RouterRule) -> MoeRouteParams {
         groups: groups.map_or(0, |limit| limit.count as i32),
         groups_kept: groups.map_or(0, |limit| limit.kept as i32),
         group_score,
+        skip_rule,
+        skip: spec.skip.as_ref().map_or(0.0, Skip::tail),
         ..bytemuck::Zeroable::zeroed()
     }
 }
