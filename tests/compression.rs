@@ -155,7 +155,7 @@ fn full_rank_changes_nothing() {
         let weight = checkpoint.tensor(&name).unwrap();
         let (rows, cols) = (weight.shape()[0], weight.shape()[1]);
         for (dtype, tolerance) in [(Dtype::F32, 1e-6), (Dtype::F16, 2e-3), (Dtype::BF16, 2e-2)] {
-            let options = FactorOptions { dtype: Some(dtype), densify: false };
+            let options = FactorOptions { dtype: Some(dtype), ..FactorOptions::default() };
             let stored = Weight::plain(weight.clone()).unwrap();
             let factors = factorise(&stored, rows.min(cols), Whitening::None, options).unwrap();
             let moepress::backend::Matrix::LowRank { u, v } = factors else { unreachable!() };

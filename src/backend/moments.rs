@@ -90,6 +90,17 @@ impl Moment {
     pub const SECOND: [Moment; 4] =
         [Moment::InputGram, Moment::GateInputGram, Moment::HiddenGram, Moment::GateHiddenGram];
 
+    /// The word for a second moment in `calibrate --moments`; `None` for first moments, which are always measured.
+    pub fn flag(self) -> Option<&'static str> {
+        match self {
+            Moment::InputGram => Some("input"),
+            Moment::GateInputGram => Some("gate-input"),
+            Moment::HiddenGram => Some("hidden"),
+            Moment::GateHiddenGram => Some("gate-hidden"),
+            _ => None,
+        }
+    }
+
     /// Name in the statistics file, after `layers.{l}.`.
     pub fn name(self) -> &'static str {
         match self {

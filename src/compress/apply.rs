@@ -6,6 +6,7 @@ use super::factorise::{FactorOptions, Whitening, factorise};
 use super::{Error, Result};
 use crate::architecture::Projection;
 use crate::backend::{Expert, Linear, Matrix, Mlp, Moment, Moments, StoredExpert};
+use crate::checkpoint::{Dtype, Tensor};
 use crate::model::MoeSource;
 use crate::plan::{Action, LayerPlan, Plan, Ranks};
 
@@ -22,7 +23,10 @@ pub struct CompressedLayer {
 pub(super) fn check_actions(plan: &Plan) -> Result<()> {
     for layer in &plan.layers {
         for entry in &layer.experts {
-            if !matches!(entry.action, Action::Keep | Action::Drop | Action::LowRank { .. }) {
+            if !matches!(
+                entry.action,
+                Action::Keep | Action::Drop | Action::Constant | Action::LowRank { .. }
+            ) {
                 return Err(unknown_action(layer.layer, entry.expert, &entry.action));
             }
         }
@@ -32,21 +36,22 @@ pub(super) fn check_actions(plan: &Plan) -> Result<()> {
 
 fn unknown_action(layer: usize, expert: usize, action: &Action) -> Error {
     let what = format!(
-        "action `{}` cannot be carried out by this version; known: keep, drop, low_rank",
+        "action `{}` cannot be carried out by this version; known: keep, drop, constant, low_rank",
         action.name()
     );
     Error::Action { layer, expert, what }
 }
 
-/// Applies `plan` to the experts of `source`. `grams` holds the second moments of the layer where low-rank experts are
-/// to be whitened: [`Moment::InputGram`] for gate and up, [`Moment::HiddenGram`] for down.
+/// Applies `plan` to the experts of `source`. `moments` holds what was measured of the layer and is needed: for
+/// constants [`Moment::Count`] and [`Moment::OutputSum`]; where low-rank experts are to be whitened
+/// [`Moment::InputGram`] for gate and up, [`Moment::HiddenGram`] for down.
 ///
 /// # Errors
 /// Names the layer and expert, and what cannot be done.
 pub fn apply_layer(
     plan: &LayerPlan,
     source: &MoeSource,
-    grams: Option<&Moments>,
+    moments: Option<&Moments>,
     options: FactorOptions,
 ) -> Result<CompressedLayer> {
     let slots: Vec<usize> =
@@ -56,8 +61,9 @@ pub fn apply_layer(
         match &plan.experts[slot].action {
             Action::Keep | Action::Drop => keep(source, slot, &slots).map_err(refuse),
             Action::LowRank { rank } => {
-                low_rank(plan.layer, slot, &source.experts[slot], *rank, grams, options)
+                low_rank(plan.layer, slot, &source.experts[slot], *rank, moments, options)
             }
+            Action::Constant => novice(slot, moments).map_err(refuse),
             other => Err(unknown_action(plan.layer, slot, other)),
         }
     };
@@ -93,6 +99,18 @@ fn keep(source: &MoeSource, slot: usize, slots: &[usize]) -> std::result::Result
     }
 }
 
+/// The mean output over the tokens routed to the expert, in f32; 0 where there were none (MoNE, arXiv 2507.00390).
+fn novice(slot: usize, moments: Option<&Moments>) -> std::result::Result<StoredExpert, String> {
+    let get = |moment: Moment| moments.and_then(|m| m.get(moment));
+    let (Some(count), Some(sum)) = (get(Moment::Count), get(Moment::OutputSum)) else {
+        return Err("its mean output, which is to take its place, was not measured".into());
+    };
+    let d = sum.len() / count.len();
+    let tokens = count[slot].max(1.0);
+    let mean: Vec<f32> = sum[slot * d..(slot + 1) * d].iter().map(|s| (s / tokens) as f32).collect();
+    Ok(Expert::Constant(Tensor::from_f32("constant", Dtype::F32, vec![d], &mean)))
+}
+
 fn low_rank(
     layer: usize,
     slot: usize,
@@ -113,7 +131,7 @@ fn low_rank(
             return Err(Error::Action { layer, expert: slot, what });
         };
         let moment = if p == Projection::Down { Moment::HiddenGram } else { Moment::InputGram };
-        let gram = grams.and_then(|g| g.get(moment)).map(|all| {
+        let gram = grams.filter(|_| options.whiten).and_then(|g| g.get(moment)).map(|all| {
             let side = weight.cols();
             &all[slot * side * side..(slot + 1) * side * side]
         });

@@ -11,6 +11,8 @@ pub struct FactorOptions {
     pub dtype: Option<Dtype>,
     /// Whether to multiply the factors back into a matrix of the original shape.
     pub densify: bool,
+    /// Whether experts are factorised in the basis of their inputs.
+    pub whiten: bool,
 }
 
 /// The data that a factorisation has to be good on.

@@ -9,6 +9,7 @@ mod fused;
 mod layout;
 mod lockstep;
 mod measure;
+mod needs;
 mod output;
 mod run;
 mod spectra;

@@ -11,6 +11,7 @@ use super::apply::{apply_layer, check_actions};
 use super::factorise::FactorOptions;
 use super::layout::{Layout, LayoutChoice, manifest_entry};
 use super::measure::Follower;
+use super::needs::Need;
 use super::output::Output;
 use super::{Error, Result};
 use crate::architecture::{Architecture, Profile};
@@ -18,7 +19,7 @@ use crate::backend::{Backend, Moment, Moments, StoredExpert};
 use crate::calibrate::{Residual, Statistics};
 use crate::checkpoint::{Checkpoint, Dtype, LayerEntry, Manifest, Tensor, hex, write_atomic};
 use crate::model::{FeedForwardSource, Inspection, LayerSource, Model, inspect, profile};
-use crate::plan::{Action, LayerPlan, Plan, rescore_layer};
+use crate::plan::{Action, ExpertPlan, LayerPlan, Plan, rescore_layer};
 use crate::progress::Progress;
 use crate::tokens::Windows;
 
@@ -73,10 +74,10 @@ pub fn compress<B: Backend>(
     Output::check_name(out)?;
     let layout = Layout::choose(options.layout, checkpoint, architecture, plan, options.densify)?;
     let job = Job::new(checkpoint, architecture, &profile, plan, options)?;
+    check_actions(plan)?;
     if job.follow && options.tokens.is_none() {
         return Err(job.missing_tokens());
     }
-    check_actions(plan)?;
     let key = job.key(&layout);
     let mark = origin_mark(&key);
     if Output::is_complete(out, &mark) {
@@ -192,8 +193,8 @@ pub(super) struct Job<'a> {
     plan: &'a Plan,
     options: &'a Options<'a>,
     factors: FactorOptions,
-    /// Low-rank experts are whitened.
-    whiten: bool,
+    /// What has to be measured of every layer.
+    needs: Vec<Need>,
     /// Layers are measured on the compressed prefix.
     pub(super) propagate: bool,
     /// A residual stream is needed.
@@ -216,8 +217,8 @@ impl<'a> Job<'a> {
             Some(Value::Bool(flag)) => Ok(*flag),
             Some(other) => Err(wrong(name, other, "true or false")),
         };
-        let factorises = |l: &LayerPlan| l.experts.iter().any(|e| matches!(e.action, Action::LowRank { .. }));
-        let whiten = flag("whiten")? && plan.layers.iter().any(factorises);
+        let whiten = flag("whiten")?;
+        let needs = Need::all(plan);
         let propagate = flag("propagate")?;
         let dtype = match plan.options.get("factor_dtype").unwrap_or(&Value::Null) {
             Value::Null => None,
@@ -238,10 +239,10 @@ impl<'a> Job<'a> {
                 checkpoint.dir().display()
             )));
         }
-        let measured = |s: &Statistics| [Moment::InputGram, Moment::HiddenGram].into_iter().all(|m| s.has(m));
-        let follow = propagate || (whiten && !options.statistics.is_some_and(measured));
-        let factors = FactorOptions { dtype, densify: options.densify };
-        Ok(Job { checkpoint, architecture, profile, plan, options, factors, whiten, propagate, follow })
+        let measured = |need: &Need| options.statistics.is_some_and(|s| need.is_met_by(s));
+        let follow = propagate || !needs.iter().all(measured);
+        let factors = FactorOptions { dtype, densify: options.densify, whiten };
+        Ok(Job { checkpoint, architecture, profile, plan, options, factors, needs, propagate, follow })
     }
 
     fn report(&self, layout: &Layout, bytes_after: u64, routed_after: u64, start: Instant) -> Report {
@@ -256,25 +257,35 @@ impl<'a> Job<'a> {
     }
 
     pub(super) fn missing_tokens(&self) -> Error {
-        let what = if self.propagate {
-            "the plan has propagate=true, which measures while compressing: give --tokens"
-        } else {
-            "the plan whitens low-rank experts, which needs second moments: give --tokens, or --stats from calibrate \
-             --moments input,hidden, or plan with --set whiten=false"
-        };
-        Error::Missing(what.into())
+        if self.propagate {
+            let what = "the plan has propagate=true, which measures while compressing: give --tokens";
+            return Error::Missing(what.into());
+        }
+        let met = |need: &&Need| self.options.statistics.is_some_and(|s| need.is_met_by(s));
+        let missing = self.needs.iter().find(|need| !met(need));
+        Error::Missing(missing.map(Need::missing).unwrap_or_default())
+    }
+
+    /// Everything that the plan needs of a layer, in file order.
+    fn needed(&self) -> Vec<Moment> {
+        let needed = |m: &Moment| self.needs.iter().any(|need| need.moments.contains(m));
+        Moment::ALL.into_iter().filter(needed).collect()
     }
 
     /// Second moments that the stream measures.
     pub(super) fn second(&self) -> Vec<Moment> {
-        if self.whiten { vec![Moment::InputGram, Moment::HiddenGram] } else { Vec::new() }
+        let mut moments = self.needed();
+        moments.retain(|m| Moment::SECOND.contains(m));
+        moments
     }
 
     /// Everything that the output depends on.
     fn key(&self, layout: &Layout) -> String {
         let tokens = self.options.tokens.filter(|_| self.follow).map(|w| (w.sha256(), w.length));
-        let statistics =
-            self.options.statistics.map(|s| (s.tokens().sha256.clone(), s.has(Moment::InputGram)));
+        let statistics = self
+            .options
+            .statistics
+            .map(|s| (s.tokens().sha256.clone(), self.needed().iter().all(|m| s.has(*m))));
         let identity = &self.profile.identity;
         let densify = self.factors.densify;
         format!(
@@ -292,33 +303,37 @@ impl<'a> Job<'a> {
         };
         let mut plan = self.plan.layers[index].clone();
         let stored = match (measured, self.options.statistics) {
-            (None, Some(statistics)) if self.whiten => {
-                Some(statistics.moments(l, &[Moment::InputGram, Moment::HiddenGram])?)
+            (None, Some(statistics)) if !self.needs.is_empty() => {
+                Some(statistics.moments(l, &self.needed())?)
             }
             _ => None,
         };
-        let grams = measured.or(stored.as_ref());
-        if let (true, Some(moments)) = (self.propagate, grams) {
+        let moments = measured.or(stored.as_ref());
+        if let (true, Some(moments)) = (self.propagate, moments) {
             self.choose_again(&mut plan, index, moments)?;
         }
-        let compressed = apply_layer(&plan, moe, grams.filter(|_| self.whiten), self.factors)?;
+        let compressed = apply_layer(&plan, moe, moments, self.factors)?;
         *moe = compressed.moe;
-        let low_rank = moe.experts.iter().filter(|e| e.form() == "low_rank").count();
-        let kept = format!("{} of {} experts", moe.experts.len(), plan.experts.len());
-        Ok(if low_rank > 0 { format!("{kept}, {low_rank} low rank") } else { kept })
+        let mut detail = format!("{} of {} experts", moe.experts.len(), plan.experts.len());
+        for (form, words) in [("low_rank", "low rank"), ("constant", "constant")] {
+            let count = moe.experts.iter().filter(|e| e.form() == form).count();
+            if count > 0 {
+                detail += &format!(", {count} {words}");
+            }
+        }
+        Ok(detail)
     }
 
-    /// Drops as many experts as the plan says, by scores on the compressed prefix.
+    /// Drops (or replaces by constants) as many experts as the plan says, by scores on the compressed prefix.
     fn choose_again(&self, plan: &mut LayerPlan, index: usize, moments: &Moments) -> Result<()> {
-        let count = plan.dropped().count();
-        if count == 0 {
-            return Ok(());
-        }
+        let chosen = |e: &&ExpertPlan| matches!(e.action, Action::Drop | Action::Constant);
+        let Some(action) = plan.experts.iter().find(chosen).map(|e| e.action.clone()) else { return Ok(()) };
+        let count = plan.experts.iter().filter(chosen).count();
         let layer = &self.profile.moe_layers[index];
         let protected = &plan.protected;
-        let dropped = rescore_layer(&self.plan.method, &self.plan.options, layer, moments, count, protected)?;
+        let chosen = rescore_layer(&self.plan.method, &self.plan.options, layer, moments, count, protected)?;
         for expert in &mut plan.experts {
-            expert.action = if dropped.contains(&expert.expert) { Action::Drop } else { Action::Keep };
+            expert.action = if chosen.contains(&expert.expert) { action.clone() } else { Action::Keep };
         }
         Ok(())
     }

@@ -115,12 +115,20 @@ pub(super) struct Costs<'a> {
     dtype: FactorDtype,
     /// Tensors of one dense expert: 3, or 0 where all experts of a layer share fused tensors.
     expert_tensors: u64,
+    /// Experts that are dropped leave a constant and their router row behind.
+    novices: bool,
 }
 
 impl<'a> Costs<'a> {
     pub(super) fn new(profile: &'a Profile, dtype: FactorDtype) -> Self {
         let matrices = profile.moe_layers.iter().map(|l| 3 * l.experts as u64).sum::<u64>();
-        Costs { profile, dtype, expert_tensors: if profile.tensors >= matrices { 3 } else { 0 } }
+        let expert_tensors = if profile.tensors >= matrices { 3 } else { 0 };
+        Costs { profile, dtype, expert_tensors, novices: false }
+    }
+
+    /// The same where [`Costs::dropped`] is about experts that get `action`.
+    pub(super) fn replacing(self, action: &Action) -> Self {
+        Costs { novices: *action == Action::Constant, ..self }
     }
 
     /// Cost of one expert, without what the layer shares.
@@ -134,7 +142,8 @@ impl<'a> Costs<'a> {
         match action {
             Action::Keep => dense,
             Action::Drop | Action::Merge { .. } => Sizes::default(),
-            Action::Constant => Sizes { parameters: d, bytes: stored(layer, d), tensors: 1 },
+            // Always f32: it is small, and no kernel reads it as a matrix.
+            Action::Constant => Sizes { parameters: d, bytes: 4 * d, tensors: 1 },
             Action::LowRank { rank } => {
                 let mut sizes = dense;
                 for projection in Projection::ALL {
@@ -173,8 +182,17 @@ impl<'a> Costs<'a> {
         if base { sizes + self.expert(layer, &Action::Keep) } else { sizes }
     }
 
-    /// What goes with one dropped expert: its weights and its router row.
+    /// What goes with one dropped expert: its weights and its router row, or where a constant takes its place, what is
+    /// more than that.
     pub(super) fn dropped(&self, layer: &MoeProfile) -> Sizes {
+        if self.novices {
+            let constant = self.expert(layer, &Action::Constant);
+            return Sizes {
+                parameters: layer.expert_parameters.saturating_sub(constant.parameters),
+                bytes: layer.expert_bytes.saturating_sub(constant.bytes),
+                tensors: self.expert_tensors.saturating_sub(constant.tensors),
+            };
+        }
         Sizes {
             parameters: layer.expert_parameters + layer.router_parameters,
             bytes: layer.expert_bytes + layer.router_bytes,

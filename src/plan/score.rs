@@ -17,6 +17,9 @@ pub(super) enum Rule {
     Sum(Moment),
     /// The moment divided by the number of tokens routed to the expert.
     Mean(Moment),
+    /// The moment times the spread of the expert's outputs f: the root of the sum over coordinates of their population
+    /// variance over the routed tokens (MoNE, arXiv 2507.00390).
+    Spread(Moment),
 }
 
 /// Scores of the experts of `layer`; 0 for an expert that saw no token.
@@ -26,23 +29,26 @@ pub(super) fn scores(
     moments: Option<&Moments>,
     seed: u64,
 ) -> Result<Vec<f64>> {
-    let (moment, mean) = match rule {
+    let moment = match rule {
         Rule::Random => return Ok(random(layer, seed)),
-        Rule::Sum(moment) => (moment, false),
-        Rule::Mean(moment) => (moment, true),
+        Rule::Sum(moment) | Rule::Mean(moment) | Rule::Spread(moment) => moment,
     };
     let Some(moments) = moments else {
         return Err(Place::top().statistics("this method needs them; give those that calibrate wrote"));
     };
     let count = counts(layer, moments)?;
     let sums = finite(layer, moments, moment)?;
-    let score = |(&sum, &n): (&f64, &f64)| match (n > 0.0, mean) {
-        (false, _) => 0.0,
-        (true, false) => sum,
-        (true, true) => sum / n,
+    let factors = match rule {
+        Rule::Spread(_) => spreads(layer, moments, count)?,
+        _ => vec![1.0; count.len()],
+    };
+    let score = |e: usize| match rule {
+        _ if count[e] <= 0.0 => 0.0,
+        Rule::Mean(_) => sums[e] / count[e],
+        _ => sums[e] * factors[e],
     };
     // Adding 0 turns -0 into 0, so that the two tie.
-    let scores = sums.iter().zip(count).map(|pair| score(pair) + 0.0).collect::<Vec<_>>();
+    let scores = (0..count.len()).map(|e| score(e) + 0.0).collect::<Vec<_>>();
     match scores.iter().position(|s| !s.is_finite()) {
         Some(e) => {
             let place = Place::layer(layer.layer).expert(e).field(moment.name());
@@ -50,6 +56,22 @@ pub(super) fn scores(
         }
         None => Ok(scores),
     }
+}
+
+/// Root of the summed variances of every expert's outputs; 0 where there were none.
+fn spreads(layer: &MoeProfile, moments: &Moments, count: &[f64]) -> Result<Vec<f64>> {
+    let sums = finite(layer, moments, Moment::OutputSum)?;
+    let squares = finite(layer, moments, Moment::OutputSqSum)?;
+    let d = sums.len() / count.len();
+    let spread = |(e, &n): (usize, &f64)| {
+        if n <= 0.0 {
+            return 0.0;
+        }
+        let pairs = sums[e * d..(e + 1) * d].iter().zip(&squares[e * d..(e + 1) * d]);
+        // Rounding may leave a variance of 0 slightly negative.
+        pairs.map(|(sum, square)| (square / n - (sum / n).powi(2)).max(0.0)).sum::<f64>().sqrt()
+    };
+    Ok(count.iter().enumerate().map(spread).collect())
 }
 
 /// Tokens per expert of a layer, at least one of which is not zero.
@@ -62,20 +84,23 @@ pub(super) fn counts<'a>(layer: &MoeProfile, moments: &'a Moments) -> Result<&'a
     Ok(count)
 }
 
-/// A moment with one finite number per expert.
+/// A moment with one finite number, or one vector of them, per expert.
 pub(super) fn finite<'a>(layer: &MoeProfile, moments: &'a Moments, moment: Moment) -> Result<&'a [f64]> {
     let place = || Place::layer(layer.layer);
     let Some(values) = moments.get(moment) else {
         return Err(place().field(moment.name()).statistics("not measured; calibrate again"));
     };
-    if values.len() != layer.experts {
-        let problem = format!("measured for {} experts, the checkpoint has {}", values.len(), layer.experts);
+    let dims = moments.dims();
+    let each = moment.shape(dims).iter().skip(1).product::<usize>();
+    if values.len() != layer.experts * each {
+        let experts = values.len() / each.max(1);
+        let problem = format!("measured for {experts} experts, the checkpoint has {}", layer.experts);
         return Err(place().field(moment.name()).statistics(problem));
     }
     match values.iter().position(|v| !v.is_finite()) {
-        Some(e) => {
-            let place = place().expert(e).field(moment.name());
-            Err(place.statistics(format!("found {}, expected a finite number; calibrate again", values[e])))
+        Some(i) => {
+            let place = place().expert(i / each).field(moment.name());
+            Err(place.statistics(format!("found {}, expected a finite number; calibrate again", values[i])))
         }
         None => Ok(values),
     }

@@ -21,6 +21,7 @@ use moepress::model::{HeadScratch, Model, Stream};
 use moepress::tokens::{SourceFile, Windows};
 
 pub mod compress;
+pub mod reference;
 
 /// A small checkpoint kept in the repository.
 pub fn data(name: &str) -> PathBuf {

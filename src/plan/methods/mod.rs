@@ -1,6 +1,7 @@
 //! The methods: from sizes, statistics and a budget to a plan.
 
 mod low_rank;
+mod mone;
 mod prune;
 
 use std::collections::BTreeMap;
@@ -97,7 +98,7 @@ pub trait Method: Sync {
 
 static METHODS: LazyLock<Vec<&'static dyn Method>> = LazyLock::new(|| {
     let prune = prune::METHODS.iter().map(|m| m as &dyn Method);
-    prune.chain([&low_rank::LowRank as &dyn Method]).collect()
+    prune.chain([&mone::Mone as &dyn Method, &low_rank::LowRank]).collect()
 });
 
 /// Every method.

@@ -1,6 +1,6 @@
 //! Expert pruning: every expert gets a score, those with the lowest are dropped.
 
-use super::{Method, Needs, Paper, Request};
+use super::{Method, Needs, Paper, Request, mone};
 use crate::architecture::{MoeProfile, Profile};
 use crate::backend::{Moment, Moments};
 use crate::plan::budget;
@@ -38,6 +38,11 @@ const REAP: Paper = Paper {
     title: "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression",
     arxiv: "2510.13999",
 };
+
+/// The rule of the score called `name`.
+pub(super) fn rule(name: &str) -> Option<Rule> {
+    METHODS.iter().find(|m| m.name == name).map(|m| m.rule)
+}
 
 /// The scores. `N` tokens are routed to the expert, `g` is its combine weight and `f` its output for one of
 /// them.
@@ -111,7 +116,7 @@ pub(super) static METHODS: [Prune; 11] = [
 ];
 
 /// The options of every score; the last one is for `random` alone.
-static OPTIONS: [OptionSpec; 6] = [
+pub(super) const OPTIONS_OF_SCORES: [OptionSpec; 6] = [
     OptionSpec {
         name: "scope",
         kind: OptionKind::Choice(&["layer", "global"]),
@@ -150,6 +155,8 @@ static OPTIONS: [OptionSpec; 6] = [
     },
 ];
 
+static OPTIONS: [OptionSpec; 6] = OPTIONS_OF_SCORES;
+
 impl Method for Prune {
     fn name(&self) -> &'static str {
         self.name
@@ -175,13 +182,35 @@ impl Method for Prune {
     }
 
     fn plan(&self, request: &Request<'_>) -> Result<Plan> {
-        let profile = request.profile;
-        check::profile(profile)?;
+        check::profile(request.profile)?;
         let options = options::resolve(self.name, self.options(), request.options)?;
+        self.selection().plan(request, options)
+    }
+}
+
+impl Prune {
+    fn selection(&self) -> Selection {
+        Selection { method: self.name, rule: self.rule, action: Action::Drop }
+    }
+}
+
+/// The experts with the lowest scores, and what becomes of them.
+pub(super) struct Selection {
+    /// Name of the method, for the plan and for messages.
+    pub(super) method: &'static str,
+    pub(super) rule: Rule,
+    /// [`Action::Drop`] or [`Action::Constant`].
+    pub(super) action: Action,
+}
+
+impl Selection {
+    /// The plan for a checked profile and resolved options.
+    pub(super) fn plan(&self, request: &Request<'_>, options: Options) -> Result<Plan> {
+        let profile = request.profile;
         let guard = options::is(&options, "protect", "super");
         let statistics = if guard || self.rule != Rule::Random { Some(moments(request)?) } else { None };
         let Some(budget) = request.budget else {
-            let message = format!("{}: no budget; give --remove, --experts or --bytes", self.name);
+            let message = format!("{}: no budget; give --remove, --experts or --bytes", self.method);
             return Err(Error::Budget(message));
         };
 
@@ -194,14 +223,14 @@ impl Method for Prune {
         for (i, layer) in profile.moe_layers.iter().enumerate() {
             scores.push(score::scores(self.rule, layer, statistics.map(|s| &s[i]), seed)?);
         }
-        let layers = profile
-            .moe_layers
+        let open: Vec<MoeProfile> = profile.moe_layers.iter().map(|l| self.choices(l)).collect();
+        let layers = open
             .iter()
             .zip(&protected)
             .map(|(layer, protected)| Ok(Layer::new(layer, floor(&options, layer)?, protected.clone())))
             .collect::<Result<Vec<_>>>()?;
 
-        let costs = Costs::new(profile, FactorDtype::Auto);
+        let costs = Costs::new(profile, FactorDtype::Auto).replacing(&self.action);
         let dropped = if options::is(&options, "scope", "global") {
             let sequence = select::sequence(&layers, &scores);
             let owners = sequence.iter().map(|(i, _)| &profile.moe_layers[*i]).collect::<Vec<_>>();
@@ -220,23 +249,54 @@ impl Method for Prune {
 
         let mut plans = Vec::with_capacity(layers.len());
         for ((layer, dropped), protected) in profile.moe_layers.iter().zip(&dropped).zip(&protected) {
-            plans.push(layer_plan(layer, dropped, protected));
+            plans.push(layer_plan(layer, dropped, protected, &self.action));
         }
         let warnings = match statistics {
             Some(statistics) => unrouted(profile, statistics)?,
             None => Vec::new(),
         };
         let source = statistics.and(request.source).cloned();
-        Plan::assemble(profile, self.name, options, source, plans, warnings)
+        Plan::assemble(profile, self.method, options, source, plans, warnings)
+    }
+
+    /// The layer as far as choosing goes: experts that keep their router row keep every group of the router usable.
+    fn choices(&self, layer: &MoeProfile) -> MoeProfile {
+        if self.action.is_routed() {
+            MoeProfile { groups: 1, top_groups: 1, ..layer.clone() }
+        } else {
+            layer.clone()
+        }
+    }
+
+    /// The experts of one layer that get the action, ascending: `n` of them, none of `protected`.
+    fn choose(
+        &self,
+        options: &Options,
+        layer: &MoeProfile,
+        moments: &Moments,
+        n: usize,
+        protected: &[usize],
+    ) -> Result<Vec<usize>> {
+        let scores = score::scores(self.rule, layer, Some(moments), seed(options))?;
+        let mut keep = vec![false; layer.experts];
+        for &expert in protected {
+            let Some(slot) = keep.get_mut(expert) else {
+                let problem = format!("protected, but the layer has {} experts", layer.experts);
+                return Err(Place::layer(layer.layer).expert(expert).plan(problem));
+            };
+            *slot = true;
+        }
+        let open = self.choices(layer);
+        Layer::new(&open, floor(options, layer)?, keep).choose(&score::worst_first(&scores), n)
     }
 }
 
 /// Chooses the experts of one layer again, from moments measured again, with the method and the options of a
-/// plan. Returns the `n_drop` experts to drop, ascending; none of `protected` (see [`LayerPlan::protected`])
-/// is among them.
+/// plan. Returns the `n` experts to drop (or, with `mone`, to replace), ascending; none of `protected` (see
+/// [`LayerPlan::protected`]) is among them.
 ///
 /// # Errors
-/// [`Error::Method`] for a method that does not drop experts by score, [`Error::UnknownOption`] and
+/// [`Error::Method`] for a method that does not choose experts by score, [`Error::UnknownOption`] and
 /// [`Error::Option`] for options the method does not take, [`Error::Statistics`] for moments that are missing
 /// or damaged, [`Error::Budget`] where the layer cannot lose so many.
 pub fn rescore_layer(
@@ -244,24 +304,20 @@ pub fn rescore_layer(
     options: &Options,
     layer: &MoeProfile,
     moments: &Moments,
-    n_drop: usize,
+    n: usize,
     protected: &[usize],
 ) -> Result<Vec<usize>> {
-    let Some(prune) = METHODS.iter().find(|m| m.name == method) else {
-        let known = METHODS.iter().map(|m| m.name).collect::<Vec<_>>().join(", ");
+    let given = options::given(options);
+    let (selection, options) = if let Some(prune) = METHODS.iter().find(|m| m.name == method) {
+        (prune.selection(), options::resolve(method, prune.options(), &given)?)
+    } else if method == mone::NAME {
+        let options = options::resolve(method, &mone::OPTIONS, &given)?;
+        (mone::selection(&options), options)
+    } else {
+        let known = METHODS.iter().map(|m| m.name).chain([mone::NAME]).collect::<Vec<_>>().join(", ");
         return Err(Error::Method { name: method.into(), known });
     };
-    let options = options::resolve(method, prune.options(), &options::given(options))?;
-    let scores = score::scores(prune.rule, layer, Some(moments), seed(&options))?;
-    let mut keep = vec![false; layer.experts];
-    for &expert in protected {
-        let Some(slot) = keep.get_mut(expert) else {
-            let problem = format!("protected, but the layer has {} experts", layer.experts);
-            return Err(Place::layer(layer.layer).expert(expert).plan(problem));
-        };
-        *slot = true;
-    }
-    Layer::new(layer, floor(&options, layer)?, keep).choose(&score::worst_first(&scores), n_drop)
+    selection.choose(&options, layer, moments, n, protected)
 }
 
 /// The moments of every MoE layer.
@@ -304,11 +360,11 @@ fn seed(options: &Options) -> u64 {
     options::integer(options, "seed").unwrap_or(0)
 }
 
-fn layer_plan(layer: &MoeProfile, dropped: &[usize], protected: &[bool]) -> LayerPlan {
+fn layer_plan(layer: &MoeProfile, chosen: &[usize], protected: &[bool], action: &Action) -> LayerPlan {
     let mut experts =
         (0..layer.experts).map(|expert| ExpertPlan { expert, action: Action::Keep }).collect::<Vec<_>>();
-    for expert in dropped {
-        experts[*expert].action = Action::Drop;
+    for expert in chosen {
+        experts[*expert].action = action.clone();
     }
     let protected = protected.iter().enumerate().filter(|(_, p)| **p).map(|(e, _)| e).collect();
     LayerPlan { layer: layer.layer, top_k: layer.top_k, skip: None, experts, protected }
