@@ -21,6 +21,7 @@
 //! | [`compress`] | carries out a plan; the only place that writes weights |
 //! | [`eval`] | perplexity, agreement with the original, multiple choice |
 //! | [`compare`] | many methods on one model, side by side, in memory |
+//! | [`generate`] | text from a prompt, token by token |
 //! | [`progress`] | how long work reports that it is alive |
 //!
 //! The whole chain in a few lines, as `examples/chain.rs` runs it on a model inside the repository:
@@ -59,6 +60,7 @@ pub mod checkpoint;
 pub mod compare;
 pub mod compress;
 pub mod eval;
+pub mod generate;
 pub mod linalg;
 pub mod model;
 pub mod plan;

@@ -91,6 +91,16 @@ pub enum AttentionSpec {
     Latent(LatentAttention),
 }
 
+impl AttentionSpec {
+    /// The rotary embedding, if there is one.
+    pub fn rope(&self) -> Option<&Rope> {
+        match self {
+            AttentionSpec::Grouped(attention) => attention.rope.as_ref(),
+            AttentionSpec::Latent(attention) => Some(&attention.rope),
+        }
+    }
+}
+
 /// Multi-head or grouped-query attention: softmax(scale · q kᵀ) v with `heads / kv_heads` query heads per key head.
 #[derive(Clone, Debug)]
 pub struct GroupedAttention {

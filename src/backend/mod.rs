@@ -2,7 +2,7 @@
 //!
 //! A [`Backend`] is a stream-ordered executor: every operation is enqueued, reads and writes buffers that the caller
 //! allocated, and takes its sizes from arguments that the host knows. How many tokens an expert receives is known to
-//! the backend alone; only [`Backend::download`], [`Backend::routes`] and [`Backend::moments`] wait for results. So a
+//! the backend alone; only the downloads, [`Backend::routes`] and [`Backend::moments`] wait for results. So a
 //! GPU can run a whole layer without a host synchronisation, and the CPU is one implementation among others.
 
 pub mod cpu;
@@ -37,7 +37,8 @@ pub enum Error {
 /// Result of this module.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Windows of equal length that pass a layer together. Row `w · length + p` of a buffer is position p of window w.
+/// Windows of equal length that pass a layer together. Row `w · length + p` of a buffer is position `start + p` of
+/// window w.
 #[derive(Clone, Debug)]
 pub struct Batch {
     /// Number of windows.
@@ -48,9 +49,18 @@ pub struct Batch {
     pub mask: Option<Vec<bool>>,
     /// Input file of each window.
     pub files: Vec<u32>,
+    /// Position of the first token; above 0 where a cache holds the keys of those before it.
+    pub start: usize,
+    /// Tokens of the whole text of which these are a part: what LongRoPE goes by.
+    pub text_length: usize,
 }
 
 impl Batch {
+    /// Tokens `start .. start + length` of one text of `text_length` tokens.
+    pub fn piece(start: usize, length: usize, text_length: usize) -> Self {
+        Batch { windows: 1, length, mask: None, files: Vec::new(), start, text_length }
+    }
+
     /// Number of tokens, padding included.
     pub fn tokens(&self) -> usize {
         self.windows * self.length
@@ -103,6 +113,30 @@ pub struct AttentionShape {
     pub temperature: Option<Temperature>,
     /// Which earlier keys are visible.
     pub span: Span,
+    /// Position of the first row of keys and values in every window; they reach to the window's last token.
+    pub first_key: usize,
+}
+
+/// Sizes of multi-head latent attention in its absorbed form.
+#[derive(Clone, Copy, Debug)]
+pub struct LatentShape {
+    /// Heads.
+    pub heads: usize,
+    /// Width of the latent.
+    pub latent_dim: usize,
+    /// Part of a head without rotation.
+    pub nope_dim: usize,
+    /// Part of a head with rotation.
+    pub rope_dim: usize,
+    /// Width of a value head.
+    pub value_dim: usize,
+}
+
+impl LatentShape {
+    /// Rows of the expansion that belong to one head: its keys, then its values.
+    pub fn expanded_dim(&self) -> usize {
+        self.nope_dim + self.value_dim
+    }
 }
 
 /// Where in a row the rotated elements lie: `heads` times `dim` columns, each head `stride` wide, beginning at `start`.
@@ -179,8 +213,19 @@ pub trait Backend: Sync {
     fn upload(&self, host: &[f32], rows: usize, cols: usize, buffer: &mut Self::Buffer) -> Result<()>;
     /// Copies `count` rows of `x`, from row `start` on, into `out`.
     fn copy_rows(&self, x: &Self::Buffer, start: usize, count: usize, out: &mut Self::Buffer) -> Result<()>;
+    /// Copies the rows of `x` over the rows of `out` from `row` on, into its first columns.
+    fn write_rows(&self, x: &Self::Buffer, out: &mut Self::Buffer, row: usize) -> Result<()>;
+    /// Gives `buffer` `rows` rows, the first `count` of which are what was in it from row `start` on; the others are
+    /// undefined. Memory that has to grow does so by a factor, lest a cache be copied for every token.
+    fn keep_rows(&self, buffer: &mut Self::Buffer, start: usize, count: usize, rows: usize) -> Result<()>;
+    /// Waits, then appends a buffer to `host`, row-major.
+    fn download_to(&self, buffer: &Self::Buffer, host: &mut Vec<f32>) -> Result<()>;
     /// Waits, then copies a buffer to the host, row-major.
-    fn download(&self, buffer: &Self::Buffer) -> Result<Vec<f32>>;
+    fn download(&self, buffer: &Self::Buffer) -> Result<Vec<f32>> {
+        let mut host = Vec::new();
+        self.download_to(buffer, &mut host)?;
+        Ok(host)
+    }
 
     /// Prepares a matrix `[out, in]`.
     fn weight(&self, weight: &Weight) -> Result<Self::Weight>;
@@ -211,7 +256,7 @@ pub trait Backend: Sync {
     ) -> Result<()>;
     /// The former in place, over each consecutive `weight.len()` columns on their own.
     fn rms_norm_heads(&self, x: &mut Self::Buffer, weight: &Self::Vector, eps: f32) -> Result<()>;
-    /// x Wᵀ (+ bias).
+    /// x Wᵀ (+ bias), of the first columns of `x`, as many as W has.
     fn linear(
         &self,
         x: &Self::Buffer,
@@ -221,7 +266,7 @@ pub trait Backend: Sync {
     ) -> Result<()>;
     /// Clamps to ± `limit`.
     fn clamp(&self, x: &mut Self::Buffer, limit: f32) -> Result<()>;
-    /// Rotates the heads of every row by the row's position in its window.
+    /// Rotates the heads of every row by the row's position.
     fn rotate(
         &self,
         x: &mut Self::Buffer,
@@ -238,6 +283,25 @@ pub trait Backend: Sync {
         sinks: Option<&Self::Vector>,
         shape: AttentionShape,
         batch: &Batch,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// The queries of latent attention against the latent itself (DeepSeek-V2, arXiv 2405.04434, §2.1.2): per head,
+    /// `[nope | rope]` becomes `[W_kᵀ nope | rope]`, where W_k `[nope_dim, latent_dim]` are the head's first rows in
+    /// `expand`. The scores of these queries and the cached `[latent | rope]` are those of the expanded keys.
+    fn absorb_queries(
+        &self,
+        query: &Self::Buffer,
+        expand: &Self::Weight,
+        shape: LatentShape,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// The values of latent attention from sums of latents, `latent_dim` columns per head: W_v times these, where W_v
+    /// `[value_dim, latent_dim]` are the head's last rows in `expand`.
+    fn expand_values(
+        &self,
+        sums: &Self::Buffer,
+        expand: &Self::Weight,
+        shape: LatentShape,
         out: &mut Self::Buffer,
     ) -> Result<()>;
     /// The activation of gate and up into `gate`.

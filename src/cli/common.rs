@@ -144,11 +144,22 @@ pub(crate) struct TextInput {
 
 /// What `--bos` may say.
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
-enum BosArg {
+pub(crate) enum BosArg {
     #[default]
     Auto,
     Always,
     Never,
+}
+
+impl BosArg {
+    /// As the library says it.
+    pub(crate) fn mode(self) -> Bos {
+        match self {
+            BosArg::Auto => Bos::Auto,
+            BosArg::Always => Bos::Always,
+            BosArg::Never => Bos::Never,
+        }
+    }
 }
 
 impl TextInput {
@@ -192,12 +203,7 @@ impl TextInput {
 
     /// The tokenizer in `model_dir`.
     pub(crate) fn tokenizer(&self, model_dir: &Path) -> Result<Tokenizer, Failure> {
-        let bos = match self.bos {
-            BosArg::Auto => Bos::Auto,
-            BosArg::Always => Bos::Always,
-            BosArg::Never => Bos::Never,
-        };
-        Ok(Tokenizer::open(model_dir, bos)?)
+        Ok(Tokenizer::open(model_dir, self.bos.mode())?)
     }
 
     fn load_tokens(&self, architecture: &Architecture) -> Result<Windows, Failure> {

@@ -6,6 +6,7 @@ mod compare;
 mod compress;
 mod eval;
 mod failure;
+mod generate;
 mod inspect;
 mod merge;
 mod methods;
@@ -49,6 +50,8 @@ enum Command {
     Eval(eval::Args),
     /// Try many methods on one model, side by side
     Compare(compare::Args),
+    /// Continue a text, token by token
+    Generate(generate::Args),
     /// List the compression methods, their options and papers
     Methods(methods::Args),
 }
@@ -65,6 +68,7 @@ pub(crate) fn main() -> ExitCode {
             Command::Compress(args) => args.run(),
             Command::Eval(args) => args.run(),
             Command::Compare(args) => args.run(),
+            Command::Generate(args) => args.run(),
             Command::Methods(args) => args.run(),
         },
         // Help and version go to standard output, with the terminal's colours.

@@ -1,5 +1,8 @@
 //! The forward pass, written once: a checkpoint and its architecture, run on any [`Backend`], a layer at a time.
 
+mod attention;
+mod cache;
+mod decode;
 mod error;
 mod feed_forward;
 mod find;
@@ -11,6 +14,8 @@ mod run;
 mod source;
 mod stream;
 
+pub use cache::LayerCache;
+pub use decode::{Decoder, Sequence};
 pub use error::Error;
 pub use inspect::{
     AttentionSummary, ByteCounts, Inspection, MoeSummary, ParameterCounts, RouterSummary, inspect,
@@ -21,7 +26,9 @@ pub use run::{LayerTrace, RunOutput, RunSize, run};
 pub use source::{AttentionSource, FeedForwardSource, LayerSource, LinearSource, MoeSource, NormSource};
 pub use stream::{Chunk, Stream, TOKENS_PER_CHUNK};
 
-use crate::architecture::Architecture;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::architecture::{Architecture, Rope};
 use crate::backend::Backend;
 use crate::checkpoint::{Checkpoint, Tensor, Weight};
 
@@ -34,7 +41,11 @@ pub struct Model<'a, B: Backend> {
     architecture: Architecture,
     backend: &'a B,
     length: usize,
+    rotations: Mutex<Rotations<B>>,
 }
+
+/// The rotary embeddings that layers have asked for; most models have one or two.
+type Rotations<B> = Vec<(Rope, Arc<<B as Backend>::Rotation>)>;
 
 impl<'a, B: Backend> Model<'a, B> {
     /// A model for windows of up to `length` tokens.
@@ -47,7 +58,7 @@ impl<'a, B: Backend> Model<'a, B> {
         if length > max_positions {
             return Err(crate::tokens::Error::TooLong { length, max_positions }.into());
         }
-        Ok(Model { checkpoint, architecture, backend, length })
+        Ok(Model { checkpoint, architecture, backend, length, rotations: Mutex::default() })
     }
 
     /// The architecture.
@@ -65,6 +76,11 @@ impl<'a, B: Backend> Model<'a, B> {
         self.backend
     }
 
+    /// Most tokens of a window or text.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
     /// Loads and prepares layer `l`.
     ///
     /// # Errors
@@ -76,7 +92,28 @@ impl<'a, B: Backend> Model<'a, B> {
 
     /// Prepares a layer whose tensors are at hand, such as one with compressed experts.
     pub fn prepare(&self, source: &LayerSource) -> Result<Layer<B>> {
-        Layer::prepare(self.backend, &self.architecture, source, self.length)
+        let rope = self.architecture.layers[source.layer].attention.rope();
+        let rotation = rope.map(|rope| self.rotation(rope)).transpose()?;
+        Layer::prepare(self.backend, &self.architecture, source, rotation)
+    }
+
+    /// The prepared rotary embedding, shared by all layers that have it.
+    fn rotation(&self, rope: &Rope) -> Result<Arc<B::Rotation>> {
+        let mut rotations = self.rotations.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, rotation)) = rotations.iter().find(|(known, _)| known == rope) {
+            return Ok(rotation.clone());
+        }
+        let rotation = Arc::new(self.backend.rotation(rope, self.length)?);
+        rotations.push((rope.clone(), rotation.clone()));
+        Ok(rotation)
+    }
+
+    /// Whether a text of `total` tokens rotates its first `held` otherwise than a text of `held` tokens does.
+    fn rotation_changes(&self, held: usize, total: usize) -> bool {
+        let mut ropes = self.architecture.layers.iter().filter_map(|layer| layer.attention.rope());
+        ropes.any(|rope| {
+            rope.long.as_ref().is_some_and(|l| held > 0 && held <= l.positions && l.positions < total)
+        })
     }
 
     /// The embedding table `[vocabulary, hidden]`.
@@ -173,11 +210,26 @@ impl<B: Backend> Head<B> {
         count: usize,
         work: &mut HeadScratch<B>,
     ) -> Result<Vec<f32>> {
+        let mut logits = Vec::new();
+        self.append_logits(backend, x, start, count, work, &mut logits)?;
+        Ok(logits)
+    }
+
+    /// As [`Head::logits`], appended to `logits`.
+    pub fn append_logits(
+        &self,
+        backend: &B,
+        x: &B::Buffer,
+        start: usize,
+        count: usize,
+        work: &mut HeadScratch<B>,
+        logits: &mut Vec<f32>,
+    ) -> Result<()> {
         backend.copy_rows(x, start, count, &mut work.rows)?;
         let Head { norm, norm_bias, eps, weight, bias, .. } = self;
         backend.norm(&work.rows, norm, norm_bias.as_ref(), *eps, &mut work.normed)?;
         backend.linear(&work.normed, weight, bias.as_ref(), &mut work.logits)?;
-        Ok(backend.download(&work.logits)?)
+        Ok(backend.download_to(&work.logits, logits)?)
     }
 }
 

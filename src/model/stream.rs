@@ -94,6 +94,8 @@ fn batches(windows: &Windows) -> Vec<(usize, Batch)> {
                 length: windows.length,
                 mask: windows.mask.as_ref().map(|m| m[tokens].to_vec()),
                 files: files[first..first + count].to_vec(),
+                start: 0,
+                text_length: windows.length,
             };
             (first, batch)
         })

@@ -29,6 +29,17 @@ pub enum Error {
         /// Size of the vocabulary.
         vocabulary: usize,
     },
+    /// A text without tokens.
+    #[error("there are no tokens to begin with")]
+    NoTokens,
+    /// A text longer than the model was prepared for.
+    #[error("a text of {length} tokens is longer than the {most} that the model was prepared for")]
+    TextTooLong {
+        /// Its tokens.
+        length: usize,
+        /// What fits.
+        most: usize,
+    },
     /// Windows longer than the model's positions.
     #[error(
         "windows of {length} tokens are longer than the model's {max_positions} positions; choose --window-length \

@@ -36,7 +36,7 @@ impl Tokenizer {
         let path = dir.join("tokenizer.json");
         let invalid = |path: &Path, what: String| Error::File { path: path.into(), what };
         if !path.exists() {
-            let what = "missing; text needs the checkpoint's tokenizer, or pass token ids with --tokens";
+            let what = "missing; text needs the checkpoint's tokenizer (token ids do not)";
             return Err(invalid(&path, what.into()));
         }
         let mut inner = tokenizers::Tokenizer::from_file(&path)

@@ -111,8 +111,13 @@ pub struct Mutant {
 impl Mutant {
     /// A copy of the repository's checkpoint `name`, without its golden outputs.
     pub fn of(name: &str) -> Self {
+        Mutant::copy(&data(name))
+    }
+
+    /// A copy of the checkpoint in `dir`, without golden outputs.
+    pub fn copy(dir: &Path) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        for entry in std::fs::read_dir(data(name)).unwrap() {
+        for entry in std::fs::read_dir(dir).unwrap() {
             let file = entry.unwrap();
             if file.file_name() != "golden.safetensors" {
                 std::fs::copy(file.path(), folder.path().join(file.file_name())).unwrap();

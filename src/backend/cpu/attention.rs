@@ -16,7 +16,7 @@ pub struct CpuRotation {
     pairing: Pairing,
     half: usize,
     usual: Table,
-    /// For windows longer than this.
+    /// For texts longer than this.
     long: Option<(usize, Table)>,
 }
 
@@ -47,7 +47,7 @@ impl CpuRotation {
         }
     }
 
-    /// The table for windows of `length` tokens.
+    /// The table for texts of `length` tokens.
     fn table(&self, length: usize) -> &Table {
         match &self.long {
             Some((positions, table)) if length > *positions => table,
@@ -58,10 +58,10 @@ impl CpuRotation {
 
 pub(super) fn rotate(x: &mut CpuBuffer, rotation: &CpuRotation, heads: HeadLayout, batch: &Batch) {
     let half = rotation.half;
-    let table = rotation.table(batch.length);
+    let table = rotation.table(batch.text_length);
     let rows = x.data.par_chunks_exact_mut(x.cols).enumerate().with_min_len(16);
     rows.for_each(|(t, row)| {
-        let position = t % batch.length;
+        let position = batch.start + t % batch.length;
         let cos = &table.cos[position * half..(position + 1) * half];
         let sin = &table.sin[position * half..(position + 1) * half];
         for h in 0..heads.heads {
@@ -83,8 +83,9 @@ pub(super) fn rotate(x: &mut CpuBuffer, rotation: &CpuRotation, heads: HeadLayou
 /// Queries that share one block of scores.
 const QUERY_BLOCK: usize = 64;
 
-/// One piece of work per window, block of queries and head. A query's result does not depend on the queries that share
-/// its block: what it sees is summed in the same order, and what it does not see has weight 0.
+/// One piece of work per window, block of queries and head; where windows have one query each, per window and heads that
+/// share keys. A query's result does not depend on the queries or heads that share its piece: what it sees is summed in
+/// the same order, and what it does not see has weight 0.
 pub(super) fn attend(
     query: &CpuBuffer,
     keys: &Keys<'_, CpuBuffer>,
@@ -93,65 +94,84 @@ pub(super) fn attend(
     batch: &Batch,
     out: &mut CpuBuffer,
 ) {
-    let length = batch.length;
-    let blocks = length.div_ceil(QUERY_BLOCK);
     let (rows, cols) = (out.rows, out.cols);
     let out = Columns::new(&mut out.data, rows, cols, cols);
+    let attention = Attention { query, keys, sinks, shape, batch, out };
+    let Batch { windows, length, .. } = *batch;
+    let blocks = length.div_ceil(QUERY_BLOCK);
+    let group = match keys {
+        Keys::Grouped { kv_heads, .. } if length == 1 => shape.heads / kv_heads,
+        _ => 1,
+    };
+    // Heads in a piece: those of a group, unless threads would be left without work.
+    let heads = group.min((windows * shape.heads).div_ceil(rayon::current_num_threads()));
+    let (groups, per_group) = (shape.heads / group, group.div_ceil(heads));
     // Later blocks see more keys and go first, lest the longest piece be the last.
-    (0..batch.windows * blocks * shape.heads).into_par_iter().for_each(|i| {
+    (0..windows * blocks * groups * per_group).into_par_iter().for_each(|i| {
         let (block, i) = (blocks - 1 - i % blocks, i / blocks);
-        let (head, window) = (i % shape.heads, i / shape.heads);
-        let first_query = block * QUERY_BLOCK;
-        let queries = QUERY_BLOCK.min(length - first_query);
-        let block = Block { first_row: window * length, first_query, queries };
-        let target =
-            out.part(window * length + first_query, queries, head * shape.value_dim, shape.value_dim);
-        let sink = sinks.map(|s| s[head]);
-        block.attend_head(head, query, keys, sink, shape, batch, target);
+        let (part, i) = (i % per_group, i / per_group);
+        let (group_index, window) = (i % groups, i / groups);
+        let (first, first_query) = (part * heads, block * QUERY_BLOCK);
+        attention.run(&Piece {
+            window,
+            first_query,
+            queries: QUERY_BLOCK.min(length - first_query),
+            head: group_index * group + first,
+            heads: heads.min(group - first),
+        });
     });
 }
 
-/// Some consecutive queries of one window.
-struct Block {
-    /// Row of the window's first token.
-    first_row: usize,
-    /// Position of the first query in the window.
-    first_query: usize,
-    queries: usize,
+/// What all pieces of work share.
+struct Attention<'a> {
+    query: &'a CpuBuffer,
+    keys: &'a Keys<'a, CpuBuffer>,
+    sinks: Option<&'a [f32]>,
+    shape: AttentionShape,
+    batch: &'a Batch,
+    out: Columns<'a>,
 }
 
-impl Block {
-    fn attend_head(
-        &self,
-        head: usize,
-        query: &CpuBuffer,
-        keys: &Keys<'_, CpuBuffer>,
-        sink: Option<f32>,
-        shape: AttentionShape,
-        batch: &Batch,
-        out: Columns<'_>,
-    ) {
-        let Block { first_row, first_query, queries } = *self;
+/// Some consecutive queries of one window and one head, or one query and some heads with the same keys. Either way the
+/// pairs of query and head are the rows of a matrix.
+struct Piece {
+    window: usize,
+    /// In the window's part of the batch.
+    first_query: usize,
+    queries: usize,
+    head: usize,
+    heads: usize,
+}
+
+impl Attention<'_> {
+    fn run(&self, piece: &Piece) {
+        let Attention { query, shape, batch, .. } = *self;
+        let Piece { window, first_query, queries, head, heads } = *piece;
         let isa = Isa::current();
-        // Keys that at least one query of the block sees.
-        let key_start = shape.span.first(first_query);
-        let key_count = first_query + queries - key_start;
-        let key_row = first_row + key_start;
-        let mut scores = Scratch::take(queries * key_count);
+        let first_position = batch.start + first_query;
+        // Keys that at least one query of the piece sees.
+        let key_start = shape.span.first(first_position);
+        let key_count = first_position + queries - key_start;
+        let keys_per_window = batch.start + batch.length - shape.first_key;
+        let key_row = window * keys_per_window + key_start - shape.first_key;
+        let query_row = window * batch.length + first_query;
+        let rows = queries * heads;
+        let stride = if heads == 1 { query.cols } else { shape.query_dim };
+        let mut scores = Scratch::take(rows * key_count);
         // Queries times some columns of the keys: `col ..` of the head's query, `key_col ..` of the key.
         let mut score = |key: &CpuBuffer, key_col: usize, col: usize, width: usize, accumulate: bool| {
-            let start = (first_row + first_query) * query.cols + head * shape.query_dim + col;
+            let start = query_row * query.cols + head * shape.query_dim + col;
             let w = &key.data[key_row * key.cols + key_col..];
             Product {
                 x: &query.data[start..],
-                stride: query.cols,
+                stride,
                 w: Source::strided(bytemuck::cast_slice(w), Dtype::F32, key_count, width, key.cols),
-                out: Columns::new(&mut scores, queries, key_count, key_count),
+                out: Columns::new(&mut scores, rows, key_count, key_count),
                 accumulate,
             }
             .run_here(isa);
         };
-        let (value, value_col) = match *keys {
+        let (value, value_col) = match *self.keys {
             Keys::Grouped { key, value, kv_heads } => {
                 let kv = head / (shape.heads / kv_heads);
                 score(key, kv * shape.query_dim, 0, shape.query_dim, false);
@@ -165,27 +185,32 @@ impl Block {
             }
         };
         for (i, row) in scores.chunks_exact_mut(key_count).enumerate() {
-            let position = first_query + i;
+            let position = first_position + i % queries;
             let first = shape.span.first(position) - key_start;
             let end = position + 1 - key_start;
             row[..first].fill(0.0);
             row[end..].fill(0.0);
             let visible = &mut row[first..end];
             if let Some(mask) = &batch.mask {
-                for (score, real) in visible.iter_mut().zip(&mask[key_row + first..]) {
+                // Keys that were there before the batch are no padding.
+                let before = batch.start.saturating_sub(key_start + first).min(visible.len());
+                let own = window * batch.length + (key_start + first).saturating_sub(batch.start);
+                for (score, real) in visible[before..].iter_mut().zip(&mask[own..]) {
                     *score = if *real { *score } else { f32::NEG_INFINITY };
                 }
             }
             let temperature = shape.temperature.map_or(1.0, |t| t.at(position));
+            let sink = self.sinks.map(|s| s[head + i / queries]);
             isa.run(Softmax { scores: visible, scale: shape.scale * temperature, sink });
         }
+        let out = self.out.part(query_row, queries, head * shape.value_dim, heads * shape.value_dim);
         isa.run(WeightedRows {
             weights: &scores,
             count: key_count,
             rows: &value.data[key_row * value.cols + value_col..],
             stride: value.cols,
             first: key_start,
-            out,
+            out: if heads == 1 { out } else { out.fold(shape.value_dim) },
         });
     }
 }

@@ -238,12 +238,12 @@ impl Job<'_> {
 /// out = x Wᵀ, or (x Vᵀ) Uᵀ with the intermediate in `rank`; plus the bias.
 fn apply(map: &CpuLinear, x: &[f32], rank: &mut [f32], out: &mut [f32]) {
     match &map.weight {
-        Matrix::Dense(w) => linear(x, w, out),
+        Matrix::Dense(w) => linear(x, w.cols(), w, out),
         Matrix::LowRank { u, v } => {
             let n = if v.cols() == 0 { 0 } else { x.len() / v.cols() };
             let intermediate = &mut rank[..n * v.rows()];
-            linear(x, v, intermediate);
-            linear(intermediate, u, out);
+            linear(x, v.cols(), v, intermediate);
+            linear(intermediate, u.cols(), u, out);
         }
     }
     if let Some(bias) = &map.bias {

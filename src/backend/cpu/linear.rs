@@ -39,15 +39,20 @@ impl CpuWeight {
 
     /// The stored matrix, where the kernels can read it as it is.
     fn source(&self) -> Option<Source<'_>> {
-        match self.weight.storage() {
-            Storage::Plain(tensor) => Some(Source::new(tensor.bytes(), tensor.dtype(), self.rows, self.cols)),
-            _ => None,
-        }
+        self.source_rows(0, self.rows)
+    }
+
+    /// `count` rows of the stored matrix from `first` on, where the kernels can read it as it is.
+    pub(super) fn source_rows(&self, first: usize, count: usize) -> Option<Source<'_>> {
+        let Storage::Plain(tensor) = self.weight.storage() else { return None };
+        let row = self.cols * tensor.dtype().bitsize() / 8;
+        let bytes = &tensor.bytes()[first * row..(first + count) * row];
+        Some(Source::new(bytes, tensor.dtype(), count, self.cols))
     }
 }
 
-/// `out [n, rows] = x [n, cols] · Wᵀ`, row-major.
-pub(super) fn linear(x: &[f32], weight: &CpuWeight, out: &mut [f32]) {
+/// `out [n, rows] = x [n, cols] · Wᵀ`, row-major; the rows of x are `stride` apart.
+pub(super) fn linear(x: &[f32], stride: usize, weight: &CpuWeight, out: &mut [f32]) {
     if out.is_empty() {
         return;
     }
@@ -56,7 +61,7 @@ pub(super) fn linear(x: &[f32], weight: &CpuWeight, out: &mut [f32]) {
     let isa = Isa::current();
     let out = Columns::new(out, n, rows, rows);
     if let Some(w) = weight.source() {
-        return Product { x, stride: cols, w, out, accumulate: false }.run(isa);
+        return Product { x, stride, w, out, accumulate: false }.run(isa);
     }
     // Packed weights are widened a tile at a time. Values do not depend on the tiles.
     let tile_rows = (CpuWeight::TILE / cols.max(1)).max(16);
@@ -66,7 +71,7 @@ pub(super) fn linear(x: &[f32], weight: &CpuWeight, out: &mut [f32]) {
         let mut tile = Scratch::take(count * cols);
         weight.decode_rows(first, &mut tile);
         let w = Source::new(bytemuck::must_cast_slice(&tile), Dtype::F32, count, cols);
-        Product { x, stride: cols, w, out: out.part(0, n, first, count), accumulate: false }.run(isa);
+        Product { x, stride, w, out: out.part(0, n, first, count), accumulate: false }.run(isa);
     });
 }
 
@@ -87,7 +92,7 @@ mod tests {
                 let stored = Weight::plain(Tensor::from_f32("w", dtype, vec![rows, cols], &w)).unwrap();
                 let weight = CpuWeight::new(&stored);
                 let mut out = vec![f32::NAN; n * rows];
-                linear(&x, &weight, &mut out);
+                linear(&x, cols, &weight, &mut out);
                 for (i, row) in out.chunks_exact(rows).enumerate() {
                     for (j, found) in row.iter().enumerate() {
                         let terms = x[i * cols..][..cols].iter().zip(&w[j * cols..][..cols]);

@@ -5,6 +5,7 @@
 mod attention;
 mod experts;
 mod gemm;
+mod latent;
 mod linear;
 mod math;
 mod observe;
@@ -17,8 +18,8 @@ use crate::architecture::{Activation, Rope};
 use crate::checkpoint::{Tensor, Weight};
 
 use super::{
-    AttentionShape, Backend, Batch, HeadLayout, Keys, Moment, MomentDims, Moments, Result, RouterRule,
-    RouterWeights, Routes, StoredExpert,
+    AttentionShape, Backend, Batch, HeadLayout, Keys, LatentShape, Moment, MomentDims, Moments, Result,
+    RouterRule, RouterWeights, Routes, StoredExpert,
 };
 pub use attention::CpuRotation;
 pub use experts::CpuExperts;
@@ -100,8 +101,26 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn download(&self, buffer: &CpuBuffer) -> Result<Vec<f32>> {
-        Ok(buffer.data.clone())
+    fn write_rows(&self, x: &CpuBuffer, out: &mut CpuBuffer, row: usize) -> Result<()> {
+        let rows = out.data.chunks_exact_mut(out.cols).skip(row);
+        for (to, from) in rows.zip(x.data.chunks_exact(x.cols)) {
+            to[..x.cols].copy_from_slice(from);
+        }
+        Ok(())
+    }
+
+    fn keep_rows(&self, buffer: &mut CpuBuffer, start: usize, count: usize, rows: usize) -> Result<()> {
+        let cols = buffer.cols;
+        if start > 0 {
+            buffer.data.copy_within(start * cols..(start + count) * cols, 0);
+        }
+        buffer.reshape(rows, cols);
+        Ok(())
+    }
+
+    fn download_to(&self, buffer: &CpuBuffer, host: &mut Vec<f32>) -> Result<()> {
+        host.extend_from_slice(&buffer.data);
+        Ok(())
     }
 
     fn weight(&self, weight: &Weight) -> Result<CpuWeight> {
@@ -166,7 +185,7 @@ impl Backend for Cpu {
         out: &mut CpuBuffer,
     ) -> Result<()> {
         out.reshape(x.rows, weight.rows());
-        linear::linear(&x.data, weight, &mut out.data);
+        linear::linear(&x.data, x.cols, weight, &mut out.data);
         if let Some(bias) = bias {
             pointwise::add_bias(&mut out.data, bias);
         }
@@ -200,6 +219,30 @@ impl Backend for Cpu {
     ) -> Result<()> {
         out.reshape(query.rows, shape.heads * shape.value_dim);
         attention::attend(query, &keys, sinks.map(Vec::as_slice), shape, batch, out);
+        Ok(())
+    }
+
+    fn absorb_queries(
+        &self,
+        query: &CpuBuffer,
+        expand: &CpuWeight,
+        shape: LatentShape,
+        out: &mut CpuBuffer,
+    ) -> Result<()> {
+        out.reshape(query.rows, shape.heads * (shape.latent_dim + shape.rope_dim));
+        latent::absorb_queries(query, expand, shape, out);
+        Ok(())
+    }
+
+    fn expand_values(
+        &self,
+        sums: &CpuBuffer,
+        expand: &CpuWeight,
+        shape: LatentShape,
+        out: &mut CpuBuffer,
+    ) -> Result<()> {
+        out.reshape(sums.rows, shape.heads * shape.value_dim);
+        latent::expand_values(sums, expand, shape, out);
         Ok(())
     }
 

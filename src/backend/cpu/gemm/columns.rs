@@ -45,6 +45,12 @@ impl<'a> Columns<'a> {
         Columns { start, rows, cols, ..self }
     }
 
+    /// The only row as several rows of `cols` columns.
+    pub(in super::super) fn fold(self, cols: usize) -> Self {
+        assert!(self.rows == 1 && self.cols.is_multiple_of(cols), "fold of a matrix");
+        Columns { rows: self.cols / cols, cols, stride: cols, ..self }
+    }
+
     /// Columns `col .. col + count` of row `row`.
     ///
     /// # Safety

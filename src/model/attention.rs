@@ -1,0 +1,291 @@
+//! The attention half of a layer, with and without a cache of earlier tokens.
+
+use std::sync::Arc;
+
+use super::cache::{LayerCache, Rows};
+use super::layer::{Linear, Scratch};
+use super::source::{AttentionSource, LinearSource};
+use crate::architecture::{AttentionSpec, GroupedAttention, LatentAttention, QkNorm, Span};
+use crate::backend::{AttentionShape, Backend, Batch, HeadLayout, Keys, LatentShape, Result};
+use crate::checkpoint::{Dtype, Tensor};
+
+pub(super) enum Attention<B: Backend> {
+    Grouped(Grouped<B>),
+    Latent(Latent<B>),
+}
+
+pub(super) struct Grouped<B: Backend> {
+    spec: GroupedAttention,
+    qkv: [Linear<B>; 3],
+    norms: Option<[B::Vector; 2]>,
+    sinks: Option<B::Vector>,
+    output: Linear<B>,
+    rotation: Option<Arc<B::Rotation>>,
+}
+
+#[expect(clippy::struct_field_names, reason = "the names of the field")]
+pub(super) struct Latent<B: Backend> {
+    spec: LatentAttention,
+    query: Linear<B>,
+    query_latent: Option<(Linear<B>, B::Vector)>,
+    latent: Linear<B>,
+    latent_norm: B::Vector,
+    expand: Linear<B>,
+    output: Linear<B>,
+    rotation: Option<Arc<B::Rotation>>,
+}
+
+impl<B: Backend> Attention<B> {
+    pub(super) fn prepare(
+        backend: &B,
+        spec: &AttentionSpec,
+        source: &AttentionSource,
+        rotation: Option<Arc<B::Rotation>>,
+    ) -> Result<Self> {
+        let linear = |source: &LinearSource| Linear::prepare(backend, source);
+        Ok(match (spec, source) {
+            (
+                AttentionSpec::Grouped(spec),
+                AttentionSource::Grouped { qkv: [q, k, v], norms, sinks, output },
+            ) => {
+                let ones = Tensor::from_f32("", Dtype::F32, vec![spec.head_dim], &vec![1.0; spec.head_dim]);
+                let norms = match (norms, spec.qk_norm) {
+                    (Some([q, k]), _) => Some([backend.vector(q)?, backend.vector(k)?]),
+                    (None, QkNorm::Unweighted) => Some([backend.vector(&ones)?, backend.vector(&ones)?]),
+                    (None, _) => None,
+                };
+                Attention::Grouped(Grouped {
+                    spec: spec.clone(),
+                    qkv: [linear(q)?, linear(k)?, linear(v)?],
+                    norms,
+                    sinks: sinks.as_ref().map(|s| backend.vector(s)).transpose()?,
+                    output: linear(output)?,
+                    rotation,
+                })
+            }
+            (
+                AttentionSpec::Latent(spec),
+                AttentionSource::Latent { query, query_latent, latent, latent_norm, expand, output },
+            ) => Attention::Latent(Latent {
+                spec: spec.clone(),
+                query: linear(query)?,
+                query_latent: match query_latent {
+                    None => None,
+                    Some((down, norm)) => Some((linear(down)?, backend.vector(norm)?)),
+                },
+                latent: linear(latent)?,
+                latent_norm: backend.vector(latent_norm)?,
+                expand: linear(expand)?,
+                output: linear(output)?,
+                rotation,
+            }),
+            _ => unreachable!("a layer's source is read by its own spec"),
+        })
+    }
+
+    /// An empty cache for this attention.
+    pub(super) fn cache(&self, backend: &B) -> Result<LayerCache<B>> {
+        let buffer = |cols: usize| -> Result<B::Buffer> {
+            let mut buffer = backend.buffer();
+            backend.resize(&mut buffer, 0, cols)?;
+            Ok(buffer)
+        };
+        Ok(match self {
+            Attention::Grouped(Grouped { spec, .. }) => {
+                let width = spec.kv_heads * spec.head_dim;
+                let rows = Rows::Grouped { keys: buffer(width)?, values: buffer(width)? };
+                LayerCache::new(rows, spec.span)
+            }
+            Attention::Latent(Latent { spec, .. }) => {
+                LayerCache::new(Rows::Latent(buffer(spec.latent_dim + spec.rope_dim)?), Span::Full)
+            }
+        })
+    }
+
+    /// Reads `scratch.normed`, writes `scratch.out`; queries see what `cache` holds, and it takes up the new tokens.
+    pub(super) fn apply(
+        &self,
+        backend: &B,
+        eps: f32,
+        batch: &Batch,
+        scratch: &mut Scratch<B>,
+        cache: Option<&mut LayerCache<B>>,
+    ) -> Result<()> {
+        match self {
+            Attention::Grouped(grouped) => grouped.apply(backend, eps, batch, scratch, cache),
+            Attention::Latent(latent) => latent.apply(backend, batch, scratch, cache),
+        }
+    }
+}
+
+impl<B: Backend> Grouped<B> {
+    fn apply(
+        &self,
+        backend: &B,
+        eps: f32,
+        batch: &Batch,
+        s: &mut Scratch<B>,
+        cache: Option<&mut LayerCache<B>>,
+    ) -> Result<()> {
+        let Grouped { spec, qkv: [q, k, v], norms, sinks, output, rotation } = self;
+        q.apply(backend, &s.normed, &mut s.query)?;
+        k.apply(backend, &s.normed, &mut s.key)?;
+        v.apply(backend, &s.normed, &mut s.value)?;
+        let norm = |s: &mut Scratch<B>| match norms {
+            None => Ok(()),
+            Some([q_norm, k_norm]) => {
+                backend.rms_norm_heads(&mut s.query, q_norm, eps)?;
+                backend.rms_norm_heads(&mut s.key, k_norm, eps)
+            }
+        };
+        if spec.qk_norm != QkNorm::Unweighted {
+            norm(s)?;
+        }
+        if let Some(limit) = spec.clip {
+            for buffer in [&mut s.query, &mut s.key, &mut s.value] {
+                backend.clamp(buffer, limit)?;
+            }
+        }
+        let heads = |heads: usize| HeadLayout { heads, stride: spec.head_dim, start: 0 };
+        if let Some(rotation) = rotation {
+            backend.rotate(&mut s.query, rotation, heads(spec.heads), batch)?;
+            backend.rotate(&mut s.key, rotation, heads(spec.kv_heads), batch)?;
+        }
+        if spec.qk_norm == QkNorm::Unweighted {
+            norm(s)?;
+        }
+        let (first_key, key, value) = match cache {
+            None => (batch.start, &s.key, &s.value),
+            Some(cache) => {
+                cache.append(backend, batch, |rows, at| match rows {
+                    Rows::Grouped { keys, values } => {
+                        backend.write_rows(&s.key, keys, at)?;
+                        backend.write_rows(&s.value, values, at)
+                    }
+                    Rows::Latent(_) => unreachable!("a layer's cache is made by itself"),
+                })?;
+                match cache.rows() {
+                    Rows::Grouped { keys, values } => (cache.first(), keys, values),
+                    Rows::Latent(_) => unreachable!("a layer's cache is made by itself"),
+                }
+            }
+        };
+        let shape = AttentionShape {
+            heads: spec.heads,
+            query_dim: spec.head_dim,
+            value_dim: spec.head_dim,
+            scale: spec.scale,
+            temperature: spec.temperature,
+            span: spec.span,
+            first_key,
+        };
+        let keys = Keys::Grouped { key, value, kv_heads: spec.kv_heads };
+        backend.attend(&s.query, keys, sinks.as_ref(), shape, batch, &mut s.attended)?;
+        output.apply(backend, &s.attended, &mut s.out)
+    }
+}
+
+impl<B: Backend> Latent<B> {
+    fn apply(
+        &self,
+        backend: &B,
+        batch: &Batch,
+        s: &mut Scratch<B>,
+        cache: Option<&mut LayerCache<B>>,
+    ) -> Result<()> {
+        let Latent { spec, query, query_latent, latent, latent_norm, output, rotation, .. } = self;
+        match query_latent {
+            None => query.apply(backend, &s.normed, &mut s.query)?,
+            Some((down, norm)) => {
+                down.apply(backend, &s.normed, &mut s.key)?;
+                backend.norm(&s.key, norm, None, spec.latent_eps, &mut s.value)?;
+                query.apply(backend, &s.value, &mut s.query)?;
+            }
+        }
+        // `key`: the latent, then the shared rotated key. `value`: the latent alone, normed.
+        latent.apply(backend, &s.normed, &mut s.key)?;
+        backend.norm(&s.key, latent_norm, None, spec.latent_eps, &mut s.value)?;
+        let query_dim = spec.nope_dim + spec.rope_dim;
+        let query_heads = HeadLayout { heads: spec.heads, stride: query_dim, start: spec.nope_dim };
+        let shared = HeadLayout { heads: 1, stride: spec.rope_dim, start: spec.latent_dim };
+        if let Some(rotation) = rotation {
+            backend.rotate(&mut s.query, rotation, query_heads, batch)?;
+            backend.rotate(&mut s.key, rotation, shared, batch)?;
+        }
+        match cache {
+            None => {
+                self.expand.apply(backend, &s.value, &mut s.up)?;
+                self.attend_expanded(backend, batch, batch.start, &s.query, &s.up, &s.key, &mut s.attended)?;
+            }
+            Some(cache) => {
+                cache.append(backend, batch, |rows, at| match rows {
+                    Rows::Latent(rows) => {
+                        backend.write_rows(&s.key, rows, at)?;
+                        backend.write_rows(&s.value, rows, at)
+                    }
+                    Rows::Grouped { .. } => unreachable!("a layer's cache is made by itself"),
+                })?;
+                let Rows::Latent(rows) = cache.rows() else {
+                    unreachable!("a layer's cache is made by itself")
+                };
+                if self.absorbs(batch.length, cache.held()) {
+                    self.attend_absorbed(backend, batch, rows, s)?;
+                } else {
+                    self.expand.apply(backend, rows, &mut s.up)?;
+                    let first = cache.first();
+                    self.attend_expanded(backend, batch, first, &s.query, &s.up, rows, &mut s.attended)?;
+                }
+            }
+        }
+        output.apply(backend, &s.attended, &mut s.out)
+    }
+
+    /// Whether `queries` against `keys` cached latents cost fewer multiplications in the absorbed form, where heads are
+    /// wider, than with all keys and values expanded anew, which a few queries do not pay back.
+    fn absorbs(&self, queries: usize, keys: usize) -> bool {
+        let LatentAttention { latent_dim, nope_dim, rope_dim, value_dim, .. } = self.spec;
+        let expansion = latent_dim * (nope_dim + value_dim);
+        let absorbed = queries * (expansion + keys * (2 * latent_dim + rope_dim));
+        let expanded = keys * (expansion + queries * (nope_dim + rope_dim + value_dim));
+        absorbed < expanded
+    }
+
+    fn attend_expanded(
+        &self,
+        backend: &B,
+        batch: &Batch,
+        first_key: usize,
+        query: &B::Buffer,
+        expanded: &B::Buffer,
+        shared: &B::Buffer,
+        out: &mut B::Buffer,
+    ) -> Result<()> {
+        let LatentAttention { heads, latent_dim, nope_dim, rope_dim, value_dim, .. } = self.spec;
+        let shape = self.shape(heads, nope_dim + rope_dim, value_dim, first_key);
+        let keys = Keys::Latent { expanded, shared, rope_start: latent_dim, nope_dim };
+        backend.attend(query, keys, None, shape, batch, out)
+    }
+
+    /// Attention over the latents themselves: one key head `[latent | rope]`, whose first part is the value as well.
+    fn attend_absorbed(
+        &self,
+        backend: &B,
+        batch: &Batch,
+        rows: &B::Buffer,
+        s: &mut Scratch<B>,
+    ) -> Result<()> {
+        let LatentAttention { heads, latent_dim, nope_dim, rope_dim, value_dim, .. } = self.spec;
+        let dims = LatentShape { heads, latent_dim, nope_dim, rope_dim, value_dim };
+        backend.absorb_queries(&s.query, &self.expand.weight, dims, &mut s.gate)?;
+        // The latent of all tokens is visible, so the first row is that of position 0.
+        let shape = self.shape(heads, latent_dim + rope_dim, latent_dim, 0);
+        let keys = Keys::Grouped { key: rows, value: rows, kv_heads: 1 };
+        backend.attend(&s.gate, keys, None, shape, batch, &mut s.up)?;
+        backend.expand_values(&s.up, &self.expand.weight, dims, &mut s.attended)
+    }
+
+    fn shape(&self, heads: usize, query_dim: usize, value_dim: usize, first_key: usize) -> AttentionShape {
+        let scale = self.spec.scale;
+        AttentionShape { heads, query_dim, value_dim, scale, temperature: None, span: Span::Full, first_key }
+    }
+}
