@@ -1,0 +1,178 @@
+// What the GEMM kernels of all families share: which tile is whose, which operands a stage multiplies, and what becomes
+// of the sums.
+//
+// A stage computes, for every pair of every expert, one or two products input_row · weight_rowᵀ. Tiles are dealt out by
+// number: tile_first[i] is the first tile of expert order[i], and within an expert tiles run along the pairs first, so
+// that blocks that run together read the same weights. A tile's result does not depend on which block computes it.
+#pragma once
+
+#include "element.cuh"
+#include "params.cuh"
+
+constexpr unsigned FULL_WARP = 0xFFFFFFFFu;
+
+// A block of pairs x weight rows of one expert.
+struct Tile {
+    int expert;
+    int first_pair;
+    int rows;  // pairs, at most those of a tile
+    int col;   // first weight row
+
+    // The tile of a number below tile_first[experts_count]. By a whole warp: two reads whatever the number of experts.
+    template <int TILE_ROWS, int TILE_COLS>
+    __device__ static Tile find(const MoeGemmParams& p, int number) {
+        const int lane = threadIdx.x % 32;
+        const auto starts_by = [&](int i) { return i <= p.experts_count && p.tile_first[i] <= number; };
+        const int block = __popc(__ballot_sync(FULL_WARP, starts_by(32 * (lane + 1))));
+        const int index = 32 * block + __popc(__ballot_sync(FULL_WARP, starts_by(32 * block + lane + 1)));
+        Tile tile;
+        tile.expert = p.order[index];
+        const int begin = p.offsets[tile.expert], end = p.offsets[tile.expert + 1];
+        const int row_tiles = (end - begin + TILE_ROWS - 1) / TILE_ROWS;
+        const int local = number - p.tile_first[index];
+        tile.first_pair = begin + local % row_tiles * TILE_ROWS;
+        tile.rows = min(end - tile.first_pair, TILE_ROWS);
+        tile.col = local / row_tiles * TILE_COLS;
+        return tile;
+    }
+};
+static_assert(MOE_MAX_EXPERTS <= 32 * 32, "Tile::find looks at 32 blocks of 32");
+
+// Products per tile: gate and up in the hidden stage.
+template <int STAGE>
+constexpr int PRODUCTS = STAGE == MOE_HIDDEN ? 2 : 1;
+
+// Weight rows of the expert in this stage.
+template <int STAGE>
+__device__ __forceinline__ int stage_cols(const MoeGemmParams& p, const MoeExpert& e) {
+    if (STAGE == MOE_PROJECT_IN) return e.v_in_rows;
+    if (STAGE == MOE_HIDDEN) return e.width;
+    if (STAGE == MOE_PROJECT_HIDDEN) return e.v_down_rows;
+    return p.hidden;
+}
+
+// The operands of one product.
+template <class T>
+struct Operands {
+    const T* input;  // row of pair i: input + row(i) · ld_input
+    const T* weight;
+    int ld_input;
+    int ld_weight;
+    int k;
+    bool gathered;  // row(i) is the token of pair i, otherwise i
+
+    template <int STAGE>
+    __device__ static Operands of(const MoeGemmParams& p, const MoeExpert& e, int product) {
+        Operands o;
+        o.input = static_cast<const T*>(p.input);
+        o.ld_input = p.ld_input;
+        o.gathered = (STAGE == MOE_PROJECT_IN || STAGE == MOE_HIDDEN) && p.pair_token != nullptr;
+        if (STAGE == MOE_PROJECT_IN) {
+            o.weight = static_cast<const T*>(e.v_in);
+            o.ld_weight = e.v_in_ld;
+            o.k = p.hidden;
+        } else if (STAGE == MOE_PROJECT_HIDDEN) {
+            o.weight = static_cast<const T*>(e.v_down);
+            o.ld_weight = e.v_down_ld;
+            o.k = e.width;
+        } else {
+            const MoeMatrix& m = STAGE == MOE_OUTPUT ? e.down : product == 0 ? e.gate : e.up;
+            o.weight = static_cast<const T*>(m.weight);
+            o.ld_weight = m.ld;
+            o.k = m.k;
+            if (m.flags & MOE_LOW_RANK) {
+                o.input = static_cast<const T*>(p.z) + m.z_first;
+                o.ld_input = p.ld_z;
+                o.gathered = false;
+            }
+        }
+        return o;
+    }
+};
+
+// Columns of `input` and `weight` that lie within k, as bytes of the 16 that begin at column `col`.
+__device__ __forceinline__ int valid_bytes(int col, int k) { return max(0, min(16, (k - col) * 2)); }
+
+__device__ __forceinline__ float activate(const MoeGemmParams& p, float g, float u) {
+    switch (p.activation) {
+        case MOE_CLAMPED_SWIGLU: {
+            g = g > p.limit ? p.limit : g;  // lets NaN through
+            u = u > p.limit ? p.limit : u < -p.limit ? -p.limit : u;
+            return g / (1.0f + expf(-p.slope * g)) * (u + 1.0f);
+        }
+        case MOE_GELU_TANH: return 0.5f * g * (1.0f + tanhf(0.7978845608f * (g + 0.044715f * g * g * g))) * u;
+        case MOE_GELU_ERF: return 0.5f * g * (1.0f + erff(0.7071067812f * g)) * u;
+        case MOE_RELU: return (g < 0.0f ? 0.0f : g) * u;
+        default: return g / (1.0f + expf(-g)) * u;
+    }
+}
+
+// Adds to the products of columns `col` to col + 7 what is not a product: base, sparse rows, bias.
+template <class T>
+__device__ __forceinline__ void add_to_products(const MoeGemmParams& p, const MoeMatrix& m, int64_t pair, int col,
+                                                int cols, const T* base, float (&v)[VECTOR]) {
+    if (base) {
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) {
+            if (col + i < cols) v[i] += load_element(base + col + i);
+        }
+    }
+    if (m.row_slot) {
+        const T* const z = static_cast<const T*>(p.z) + pair * p.ld_z;
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) {
+            const int slot = col + i < cols ? m.row_slot[col + i] : -1;
+            if (slot >= 0) v[i] += load_element(z + slot);
+        }
+    }
+    if (m.bias) {
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) {
+            if (col + i < cols) v[i] += m.bias[col + i];
+        }
+    }
+}
+
+// Finishes and stores 8 columns of one pair. `v[0]` (and in the hidden stage `v[1]`) are the products. What lies beyond
+// `cols` within the 8 is stored as zero.
+template <class T, int STAGE>
+__device__ __forceinline__ void store_products(const MoeGemmParams& p, const MoeExpert& e, int64_t pair, int col,
+                                               int cols, float (&v)[PRODUCTS<STAGE>][VECTOR]) {
+    if (STAGE == MOE_HIDDEN) {
+        const T* gate_base = nullptr;
+        const T* up_base = nullptr;
+        if (p.base) {
+            const int64_t token = p.pair_token ? p.pair_token[pair] : pair;
+            const T* const base = static_cast<const T*>(p.base) + token * p.ld_base;
+            if (e.gate.flags & MOE_BASE) gate_base = base;
+            if (e.up.flags & MOE_BASE) up_base = base + p.base_up;
+        }
+        add_to_products(p, e.gate, pair, col, cols, gate_base, v[0]);
+        add_to_products(p, e.up, pair, col, cols, up_base, v[PRODUCTS<STAGE> - 1]);
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) v[0][i] = activate(p, v[0][i], v[PRODUCTS<STAGE> - 1][i]);
+    } else if (STAGE == MOE_OUTPUT) {
+        add_to_products<T>(p, e.down, pair, col, cols, nullptr, v[0]);
+    }
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) {
+        if (col + i >= cols) v[0][i] = 0.0f;
+    }
+    store_vector(static_cast<T*>(p.out) + pair * p.ld_out + col, v[0]);
+}
+
+// All kernels of one family: moe_<stage>_<tile>_<type>. BLOCKS[stage] are the resident blocks that registers allow.
+#define MOE_GEMM_KERNELS(TILE, SUFFIX, TYPE, FAMILY, BLOCKS)                                                          \
+    MOE_KERNEL(moe_project_in_##TILE##_##SUFFIX, MoeGemmParams, (FAMILY<TYPE, MOE_PROJECT_IN>::THREADS), BLOCKS) {    \
+        FAMILY<TYPE, MOE_PROJECT_IN>::run(p);                                                                         \
+    }                                                                                                                 \
+    MOE_KERNEL(moe_hidden_##TILE##_##SUFFIX, MoeGemmParams, (FAMILY<TYPE, MOE_HIDDEN>::THREADS), 1) {                 \
+        FAMILY<TYPE, MOE_HIDDEN>::run(p);                                                                             \
+    }                                                                                                                 \
+    MOE_KERNEL(moe_project_hidden_##TILE##_##SUFFIX, MoeGemmParams, (FAMILY<TYPE, MOE_PROJECT_HIDDEN>::THREADS),      \
+               BLOCKS) {                                                                                              \
+        FAMILY<TYPE, MOE_PROJECT_HIDDEN>::run(p);                                                                     \
+    }                                                                                                                 \
+    MOE_KERNEL(moe_output_##TILE##_##SUFFIX, MoeGemmParams, (FAMILY<TYPE, MOE_OUTPUT>::THREADS), BLOCKS) {            \
+        FAMILY<TYPE, MOE_OUTPUT>::run(p);                                                                             \
+    }

@@ -1,0 +1,223 @@
+// Routing: logits of a token -> its experts and their combine weights, as src/architecture/router.rs defines it.
+//
+// A warp per token; lane l owns the experts l, l + 32, … . Scores and order keys lie in shared memory, so that any number
+// of experts runs through one kernel without spills. Top-k is k rounds of two warp reductions over the lanes' best
+// keys; only the winner's lane looks through its experts again. 4 bytes are read per logit: latency bound at any size.
+//
+// A NaN counts as the smallest value when experts are chosen, so ids are distinct and in range whatever the logits;
+// where a score is NaN so is the weight, as in the model's own router.
+#include "params.cuh"
+#include "ptx.cuh"
+
+namespace {
+
+constexpr unsigned ALL = 0xFFFFFFFFu;
+constexpr uint32_t CLOSED = 0;  // key of an expert that cannot be chosen (any more)
+constexpr float NEGATIVE_INFINITY = -__builtin_huge_valf();
+
+// Unsigned order of the keys = order of the values; NaN counts as -inf, -0 as +0. Never CLOSED.
+__device__ uint32_t key_of(float value) {
+    if (value != value) value = NEGATIVE_INFINITY;
+    const uint32_t bits = __float_as_uint(value + 0.0f);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ float value_of(uint32_t key) {
+    if (key == CLOSED) return NEGATIVE_INFINITY;
+    return __uint_as_float(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
+}
+
+__device__ float warp_sum(float value) {
+    for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(ALL, value, lanes);
+    return value;
+}
+
+__device__ float warp_max(float value) {
+    for (int lanes = 16; lanes > 0; lanes /= 2) value = fmaxf(value, __shfl_xor_sync(ALL, value, lanes));
+    return value;
+}
+
+__device__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// This lane's best open expert.
+struct Best {
+    uint32_t key = CLOSED;
+    unsigned index = ALL;
+
+    __device__ void find(const uint32_t* keys, int experts, int lane) {
+        key = CLOSED;
+        index = ALL;
+        for (int i = lane; i < experts; i += 32) {
+            if (keys[i] > key) {
+                key = keys[i];
+                index = i;
+            }
+        }
+    }
+
+    // The warp's best expert, the lowest of equals; closes it.
+    __device__ unsigned take(uint32_t* keys, int experts, int lane) {
+        const uint32_t largest = __reduce_max_sync(ALL, key);
+        const unsigned winner = __reduce_min_sync(ALL, key == largest ? index : ALL);
+        if (index == winner && winner != ALL) {
+            keys[winner] = CLOSED;
+            find(keys, experts, lane);
+        }
+        return winner;
+    }
+};
+
+// Closes the experts of all but the best groups.
+__device__ void limit_groups(const MoeRouteParams& p, uint32_t* keys, float* scores, int lane) {
+    for (int g = 0; g < p.groups; ++g) {
+        uint32_t first = CLOSED, second = CLOSED;
+        for (int i = lane; i < p.experts; i += 32) {
+            if (p.group_of[i] != g) continue;
+            const uint32_t key = keys[i];
+            second = max(second, min(first, key));
+            first = max(first, key);
+        }
+        const uint32_t largest = __reduce_max_sync(ALL, first);
+        // One lane, of those that have the largest key, offers its second one.
+        const int owner = __ffs(__ballot_sync(ALL, first == largest)) - 1;
+        const uint32_t next = __reduce_max_sync(ALL, lane == owner ? second : first);
+        float score = value_of(largest);
+        if (p.group_score == MOE_GROUP_TWO_LARGEST && next != CLOSED) score += value_of(next);
+        if (lane == 0) scores[g] = score != score ? NEGATIVE_INFINITY : score;
+    }
+    __syncwarp();
+    uint64_t kept = 0;
+    for (int half = 0; half < 2; ++half) {
+        const int g = 32 * half + lane;
+        int ahead = 0;
+        for (int h = 0; h < p.groups && g < p.groups; ++h) {
+            ahead += scores[h] > scores[g] || (scores[h] == scores[g] && h < g);
+        }
+        const unsigned half_kept = __ballot_sync(ALL, g < p.groups && ahead < p.groups_kept);
+        kept |= static_cast<uint64_t>(half_kept) << (32 * half);
+    }
+    for (int i = lane; i < p.experts; i += 32) {
+        if (!(kept >> p.group_of[i] & 1)) keys[i] = CLOSED;
+    }
+}
+
+// GRIN's choice: each slot's weight is a softmax over what is near to the best of the experts not chosen yet.
+__device__ float sparse_mixer(const MoeRouteParams& p, uint32_t* keys, const float* logits, Best& best, int lane, int& id) {
+    float weight = 0.0f;
+    for (int slot = 0; slot < p.top_k; ++slot) {
+        const uint32_t largest = __reduce_max_sync(ALL, best.key);
+        const unsigned winner = __reduce_min_sync(ALL, best.key == largest ? best.index : ALL);
+        const float top = logits[winner];
+        float sum = 0.0f;
+        for (int i = lane; i < p.experts; i += 32) {
+            if (keys[i] == CLOSED) continue;
+            const float z = logits[i];
+            const bool far = (top - z) / fmaxf(fabsf(z), top) > p.jitter;
+            sum += far ? 0.0f : expf(z - top);
+        }
+        sum = warp_sum(sum);
+        best.take(keys, p.experts, lane);
+        if (lane == slot) {
+            id = static_cast<int>(winner);
+            weight = 1.0f / sum;
+        }
+    }
+    return weight;
+}
+
+// Drops slots whose weight is small beside the others. Lane j holds slot j; slots are in the order of choice.
+__device__ bool is_skipped(const MoeRouteParams& p, float weight, int lane) {
+    if (p.skip_rule == MOE_SKIP_RATIO) {
+        const float first = __shfl_sync(ALL, weight, 0);
+        return lane > 0 && lane < p.top_k && weight < p.skip * first;
+    }
+    if (p.skip_rule == MOE_SKIP_TAIL) {
+        float total = 0.0f, tail = 0.0f;
+        for (int slot = p.top_k - 1; slot >= 0; --slot) {
+            total += __shfl_sync(ALL, weight, slot);
+            if (slot == lane) tail = total;
+        }
+        return lane > 0 && lane < p.top_k && tail <= p.skip * total;
+    }
+    return false;
+}
+
+}  // namespace
+
+MOE_KERNEL(moe_route, MoeRouteParams, MOE_ROUTE_THREADS, 4) {
+    MOE_SHARED(shared);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int64_t token = static_cast<int64_t>(blockIdx.x) * MOE_ROUTE_TOKENS + warp;
+    if (token >= p.tokens) return;
+    float* const values = reinterpret_cast<float*>(shared) + warp * (2 * p.experts + MOE_MAX_GROUPS);
+    uint32_t* const keys = reinterpret_cast<uint32_t*>(values + p.experts);
+    float* const group_scores = values + 2 * p.experts;
+    const float* const logits = p.logits + token * p.ld_logits;
+
+    // Logits, and the keys of those that are live.
+    float largest = NEGATIVE_INFINITY;
+    for (int i = lane; i < p.experts; i += 32) {
+        const float z = logits[i] + (p.logit_bias ? p.logit_bias[i] : 0.0f);
+        const bool live = !p.live || p.live[i];
+        values[i] = z;
+        keys[i] = live ? key_of(z) : CLOSED;
+        if (live) largest = fmaxf(largest, z);
+    }
+
+    int id = -1;
+    float weight = 0.0f;
+    Best best;
+    if (p.scoring == MOE_SPARSE_MIXER) {
+        __syncwarp();
+        best.find(keys, p.experts, lane);
+        weight = sparse_mixer(p, keys, values, best, lane, id);
+    } else {
+        float sum = 1.0f;
+        if (p.scoring == MOE_SOFTMAX) {
+            largest = warp_max(largest);
+            sum = 0.0f;
+            for (int i = lane; i < p.experts; i += 32) {
+                values[i] = expf(values[i] - largest);
+                if (keys[i] != CLOSED) sum += values[i];
+            }
+            sum = warp_sum(sum);
+        }
+        for (int i = lane; i < p.experts; i += 32) {
+            const float score = p.scoring == MOE_SOFTMAX ? values[i] / sum : sigmoid(values[i]);
+            values[i] = score;
+            if (keys[i] == CLOSED || p.choice == MOE_BY_LOGIT) continue;
+            keys[i] = key_of(p.choice == MOE_BY_BIASED_SCORE ? score + p.choice_bias[i] : score);
+        }
+        __syncwarp();
+        if (p.groups > 0) limit_groups(p, keys, group_scores, lane);
+        best.find(keys, p.experts, lane);
+        for (int slot = 0; slot < p.top_k; ++slot) {
+            const unsigned winner = best.take(keys, p.experts, lane);
+            if (lane == slot && winner != ALL) {
+                id = static_cast<int>(winner);
+                weight = values[winner];
+            }
+        }
+        if (is_skipped(p, weight, lane)) {
+            id = -1;
+            weight = 0.0f;
+        }
+        if (p.renormalise) {
+            float chosen = 0.0f;
+            for (int slot = 0; slot < p.top_k; ++slot) chosen += __shfl_sync(ALL, weight, slot);
+            weight = weight / fmaxf(chosen + p.added, p.least);
+        }
+        weight *= p.scale;
+        if (id < 0) weight = 0.0f;
+    }
+
+    const int64_t first = token * p.slots;
+    if (lane < p.top_k) {
+        p.ids[first + lane] = id;
+        p.weights[first + lane] = weight;
+    }
+    if (lane == 0 && p.slots > p.top_k) {
+        p.ids[first + p.top_k] = p.shared_expert;
+        p.weights[first + p.top_k] = p.shared_gate < 0 ? 1.0f : sigmoid(logits[p.shared_gate]);
+    }
+}
