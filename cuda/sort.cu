@@ -138,6 +138,10 @@ __device__ int stage_cols(const MoeExpert& e, int stage, int hidden) {
     return hidden;
 }
 
+__device__ int tiles_of(const MoeExpert& e, int rows, int stage, int hidden, int tile_rows, const int32_t* tile_cols) {
+    return ceil_div(rows, tile_rows) * ceil_div(stage_cols(e, stage, hidden), tile_cols[stage]);
+}
+
 // Tiles of each stage, in the order in which they are dealt out, from the offsets.
 __device__ void plan_tiles(const MoeSortParams& p, int* scratch) {
     for (int stage = 0; stage < MOE_STAGES; ++stage) {
@@ -145,7 +149,7 @@ __device__ void plan_tiles(const MoeSortParams& p, int* scratch) {
         exclusive_scan(p.experts_count, scratch, out, [&](int i) {
             const int e = p.order[i];
             const int rows = p.offsets[e + 1] - p.offsets[e];
-            return ceil_div(rows, p.tile_rows) * ceil_div(stage_cols(p.experts[e], stage, p.hidden), p.tile_cols[stage]);
+            return tiles_of(p.experts[e], rows, stage, p.hidden, p.tile_rows, p.tile_cols);
         });
     }
 }
@@ -207,4 +211,16 @@ MOE_KERNEL(moe_sort_scatter, MoeSortParams, MOE_SORT_THREADS, 1) {
     count_chunk(p, chunk * MOE_SORT_CHUNK, counts);
     counts_to_positions(p, counts, [&](int e) { return p.histogram[chunk * p.experts_count + e]; });
     walk<true>(p, chunk * MOE_SORT_CHUNK, counts + threadIdx.x / 32 * p.experts_count);
+}
+
+MOE_KERNEL(moe_base_plan, MoeBasePlanParams, 32, 1) {
+    const int stage = threadIdx.x;
+    if (stage == 0) {
+        p.offsets[0] = 0;
+        p.offsets[1] = p.tokens;
+    }
+    if (stage < MOE_STAGES) {
+        p.tile_first[2 * stage] = 0;
+        p.tile_first[2 * stage + 1] = tiles_of(*p.base, p.tokens, stage, p.hidden, p.tile_rows, p.tile_cols);
+    }
 }
