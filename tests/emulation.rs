@@ -1,0 +1,19 @@
+//! The CUDA kernels, run on the CPU: the sources of `cuda/` as they are, compiled for an emulation of what they use of a
+//! GPU (tests/emulation/), against f64 oracles with component-wise bounds. Skipped where there is no C++ compiler.
+
+#![cfg(feature = "cuda")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+#[path = "emulation/definition.rs"]
+mod definition;
+#[path = "emulation/device.rs"]
+mod device;
+#[path = "emulation/emulator.rs"]
+mod emulator;
+#[path = "emulation/gemm_tests.rs"]
+mod gemm_tests;
+#[path = "emulation/oracle.rs"]
+mod oracle;
+#[allow(dead_code, reason = "mirrors the whole header")]
+#[path = "../src/backend/cuda/params.rs"]
+mod params;

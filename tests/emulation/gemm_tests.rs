@@ -1,0 +1,92 @@
+//! Layers of experts of every form, from routes to output, in every family and mode.
+
+use crate::definition::{Activation, Expert, Form, Layer, Random, Routes};
+use crate::device::{Plan, Prepared, Run};
+use crate::emulator::{Dtype, Emulator, MODES, Mode};
+use crate::oracle;
+
+/// Runs a layer, and compares its output with the oracle's.
+fn check(layer: &Layer, x: &[f32], routes: &Routes, plan: Plan, mode: Mode) -> Option<Run> {
+    let emulator = Emulator::new(mode)?;
+    let run = Prepared::new(emulator, layer)
+        .run(x, routes, plan)
+        .unwrap_or_else(|e| panic!("{plan:?} {mode:?}: {e}"));
+    assert_eq!(emulator.take_conflicts(), 0, "bank conflicts, {plan:?}");
+    let expected = oracle::forward(layer, x, routes);
+    assert_eq!(run.out.len(), expected.len());
+    for (i, (&found, expected)) in run.out.iter().zip(expected).enumerate() {
+        let (token, col) = (i / layer.hidden, i % layer.hidden);
+        assert!(
+            expected.holds(found),
+            "token {token}, column {col}: {found}, {expected:?}; {plan:?} {mode:?}"
+        );
+    }
+    Some(run)
+}
+
+/// One of each form, with ranks and widths of no particular shape.
+fn mixed_layer(random: &mut Random, dtype: Dtype, hidden: usize, width: usize) -> Layer {
+    use Form::{Delta, Dense, LowRank, Rows};
+    let mut layer = Layer::new(dtype, hidden);
+    layer.add_base(random, width);
+    layer.add(random, width, [Dense, Dense, Dense]);
+    layer.add(random, width - 3, [LowRank(17), LowRank(40), LowRank(8)]);
+    layer.experts.push(Expert::Constant(random.values(Dtype::F32, hidden, 1.0)));
+    layer.add(random, width / 2 + 1, [Dense, LowRank(1), Dense]);
+    layer.add(random, width, [Rows(24, 5), Rows(0, 3), Rows(9, 7)]);
+    layer.add(random, width, [LowRank(0), LowRank(16), LowRank(0)]);
+    layer.add(random, width, [Delta(8), Delta(15), Delta(16)]);
+    layer.experts.push(Expert::Alias(1));
+    layer.add(random, 8, [LowRank(63), Dense, Rows(65, 1)]);
+    layer.add(random, width, [Delta(4), Dense, Delta(0)]);
+    layer.experts.push(Expert::None);
+    layer.add(random, width, [Dense, Dense, LowRank(33)]);
+    layer
+}
+
+fn live(layer: &Layer) -> Vec<usize> {
+    (0..layer.experts.len()).filter(|&e| !matches!(layer.experts[e], Expert::None)).collect()
+}
+
+const FAMILIES: [u32; 5] = [8, 16, 32, 64, 128];
+
+#[test]
+fn all_forms_in_one_layer() {
+    let mut random = Random::new(1);
+    let layer = mixed_layer(&mut random, Dtype::Bf16, 100, 75);
+    let routes = Routes::random(&mut random, 21, 4, &live(&layer));
+    let x = random.values(Dtype::Bf16, 21 * layer.hidden, 1.0);
+    for tile_rows in FAMILIES {
+        for mode in MODES {
+            let plan = Plan { tile_rows, large_sort: mode == Mode::Early };
+            if check(&layer, &x, &routes, plan, mode).is_none() {
+                return;
+            }
+        }
+    }
+}
+
+#[test]
+fn element_types_and_activations() {
+    let activations = [
+        Activation::SwiGlu,
+        Activation::Clamped { limit: 0.75, slope: 1.702 },
+        Activation::GeluTanh,
+        Activation::GeluErf,
+        Activation::Relu,
+    ];
+    let mut random = Random::new(2);
+    for (i, activation) in activations.into_iter().enumerate() {
+        let dtype = [Dtype::F32, Dtype::F16, Dtype::Bf16][i % 3];
+        let mut layer = mixed_layer(&mut random, dtype, 72, 40);
+        layer.activation = activation;
+        layer.add_biases(&mut random);
+        let routes = Routes::random(&mut random, 70, 3, &live(&layer));
+        let x = random.values(dtype, 70 * layer.hidden, 1.0);
+        for tile_rows in if dtype == Dtype::F32 { vec![64] } else { vec![8, 64, 128] } {
+            if check(&layer, &x, &routes, Plan { tile_rows, large_sort: false }, Mode::Random(3)).is_none() {
+                return;
+            }
+        }
+    }
+}
