@@ -94,7 +94,7 @@ struct MoeMatrix {
 struct MoeExpert {
     MoeMatrix gate, up, down;
     const void* v_in;       // [v_in_rows, hidden]: rows that multiply x: V of gate, its sparse rows S, V of up, its S; each
-                            // V begins at a multiple of 8 rows (rows in between are zero)
+                            // V begins at a multiple of 8 rows (what is in between is not used)
     const void* v_down;     // [v_down_rows, width]: V of down, then its S
     const float* constant;  // [hidden] of MOE_CONSTANT
     int32_t form;           // MoeForm
@@ -109,10 +109,11 @@ struct MoeExpert {
 enum MoeScoring : int32_t { MOE_SOFTMAX = 0, MOE_SIGMOID = 1, MOE_SPARSE_MIXER = 2 };
 enum MoeChoice : int32_t { MOE_BY_SCORE = 0, MOE_BY_BIASED_SCORE = 1, MOE_BY_LOGIT = 2 };
 enum MoeGroupScore : int32_t { MOE_GROUP_LARGEST = 0, MOE_GROUP_TWO_LARGEST = 1 };
+// What becomes of slots whose weights are small beside the others (NAEE, arXiv 2402.14800, section 3.3 and A.2).
 enum MoeSkip : int32_t {
     MOE_SKIP_NONE = 0,
-    MOE_SKIP_RATIO = 1,  // skip slot i > 0 where w_i < skip · w_0 (NAEE, arXiv 2402.14800, section 3.3)
-    MOE_SKIP_TAIL = 2,   // keep the fewest slots with sum of the others <= skip · sum of all (NAEE, A.2)
+    MOE_SKIP_RAW = 1,       // left out; the other weights stay
+    MOE_SKIP_RESCALED = 2,  // left out; the other weights grow to the old sum
 };
 
 // Logits = x · weightᵀ in f32: moe_logits_{bf16,f16,f32}.
@@ -153,7 +154,7 @@ struct MoeRouteParams {
     float least;
     float jitter;              // threshold of MOE_SPARSE_MIXER
     int32_t skip_rule;         // MoeSkip
-    float skip;
+    float skip;                // the least share of the sum that a tail of slots must have to stay
     int32_t shared_expert;     // id of the last slot, or -1
     int32_t shared_gate;       // column of the logits whose sigmoid is its weight, or -1: weight 1
     int32_t reserved;

@@ -125,21 +125,35 @@ __device__ float sparse_mixer(const MoeRouteParams& p, uint32_t* keys, const flo
     return weight;
 }
 
-// Drops slots whose weight is small beside the others. Lane j holds slot j; slots are in the order of choice.
-__device__ bool is_skipped(const MoeRouteParams& p, float weight, int lane) {
-    if (p.skip_rule == MOE_SKIP_RATIO) {
-        const float first = __shfl_sync(ALL, weight, 0);
-        return lane > 0 && lane < p.top_k && weight < p.skip * first;
+// Leaves out the slots of least weight (src/architecture/skip.rs). Lane j < top_k holds slot j; `sorted` has room for the
+// weights. A NaN among the weights leaves all of them in.
+__device__ void leave_out(const MoeRouteParams& p, float* sorted, int lane, int& id, float& weight) {
+    const bool is_slot = lane < p.top_k;
+    if (__any_sync(ALL, is_slot && weight != weight)) return;
+    // Descending, ties to the earlier slot.
+    int rank = 0;
+    for (int slot = 0; slot < p.top_k; ++slot) {
+        const float other = __shfl_sync(ALL, weight, slot);
+        rank += other > weight || (other == weight && slot < lane);
     }
-    if (p.skip_rule == MOE_SKIP_TAIL) {
-        float total = 0.0f, tail = 0.0f;
-        for (int slot = p.top_k - 1; slot >= 0; --slot) {
-            total += __shfl_sync(ALL, weight, slot);
-            if (slot == lane) tail = total;
-        }
-        return lane > 0 && lane < p.top_k && tail <= p.skip * total;
+    if (is_slot) sorted[rank] = weight;
+    __syncwarp();
+    float total = 0.0f, tail = 0.0f;  // tail: the sum of what is not above the lane'th largest
+    for (int m = p.top_k - 1; m >= 0; --m) {
+        total += sorted[m];
+        if (m == lane) tail = total;
     }
-    return false;
+    const unsigned small = __ballot_sync(ALL, is_slot && lane > 0 && tail < p.skip * total);
+    if (small == 0) return;
+    const int kept = __ffs(small) - 1;
+    float sum = 0.0f;
+    for (int m = 0; m < kept; ++m) sum += sorted[m];
+    if (rank >= kept) {
+        id = -1;
+        weight = 0.0f;
+    } else if (p.skip_rule == MOE_SKIP_RESCALED) {
+        weight = total * (weight / sum);
+    }
 }
 
 }  // namespace
@@ -198,18 +212,14 @@ MOE_KERNEL(moe_route, MoeRouteParams, MOE_ROUTE_THREADS, 4) {
                 weight = values[winner];
             }
         }
-        if (is_skipped(p, weight, lane)) {
-            id = -1;
-            weight = 0.0f;
-        }
         if (p.renormalise) {
             float chosen = 0.0f;
             for (int slot = 0; slot < p.top_k; ++slot) chosen += __shfl_sync(ALL, weight, slot);
             weight = weight / fmaxf(chosen + p.added, p.least);
         }
         weight *= p.scale;
-        if (id < 0) weight = 0.0f;
     }
+    if (p.skip_rule != MOE_SKIP_NONE) leave_out(p, group_scores, lane, id, weight);
 
     const int64_t first = token * p.slots;
     if (lane < p.top_k) {

@@ -8,6 +8,7 @@
 mod definition;
 #[path = "emulation/device.rs"]
 mod device;
+#[allow(dead_code, reason = "shared with the tests of the layer")]
 #[path = "emulation/emulator.rs"]
 mod emulator;
 #[path = "emulation/gemm_tests.rs"]

@@ -98,10 +98,6 @@ impl Map {
         };
         Map { product, rows, base: matches!(form, Form::Delta(_)), bias: None }
     }
-
-    pub(crate) fn is_low_rank(&self) -> bool {
-        matches!(self.product, Product::LowRank(..))
-    }
 }
 
 /// Form of a matrix.

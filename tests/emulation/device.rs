@@ -43,7 +43,6 @@ pub(crate) struct Run {
     pub(crate) pair_weight: Vec<f32>,
     pub(crate) slot_source: Vec<i32>,
     pub(crate) slot_weight: Vec<f32>,
-    pub(crate) tile_first: Vec<i32>,
     /// Raw bytes of z, h and y.
     pub(crate) z: Vec<u8>,
     pub(crate) h: Vec<u8>,
@@ -88,7 +87,7 @@ impl Uploader<'_> {
     /// One map of `out` rows, whose projection begins at row `first` of the stack `v`; the stack grows.
     fn map(&mut self, map: &Map, out: usize, v: &mut Vec<Vec<f32>>) -> MoeMatrix {
         let mut m = MoeMatrix::zeroed();
-        while v.len() % 8 != 0 {
+        while !v.len().is_multiple_of(8) {
             v.push(Vec::new());
         }
         m.z_first = v.len() as i32;
@@ -389,16 +388,15 @@ impl<'a> Prepared<'a> {
             gpu.run(&name, row_grid, [ROW_THREADS, 1, 1], 0, bytes_of(&combine))?;
         }
         Ok(Run {
-            out: dtype.decode(out.bytes()),
+            out: dtype.decode(out.contents()),
             offsets: offsets.read(),
             pair_token: pair_token.read(),
             pair_weight: pair_weight.read(),
             slot_source: slot_source.read(),
             slot_weight: slot_weight.read(),
-            tile_first: tile_first.read(),
-            z: z.bytes().to_vec(),
-            h: h.bytes().to_vec(),
-            y: y.bytes().to_vec(),
+            z: z.contents().to_vec(),
+            h: h.contents().to_vec(),
+            y: y.contents().to_vec(),
         })
     }
 }

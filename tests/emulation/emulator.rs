@@ -9,6 +9,7 @@ use std::sync::OnceLock;
 
 use half::{bf16, f16};
 use libloading::Library;
+use moepress::backend::cuda::{Block, Error, Launch, Memory};
 use rayon::prelude::*;
 
 /// How asynchronous copies land and threads take turns, see `Mode` in runtime.h.
@@ -236,13 +237,13 @@ impl Buffer {
         self.data
     }
 
-    pub(crate) fn bytes(&self) -> &[u8] {
+    pub(crate) fn contents(&self) -> &[u8] {
         // SAFETY: this many bytes, which live as long as the buffer; kernels run while nobody looks.
         unsafe { std::slice::from_raw_parts(self.data as *const u8, self.bytes) }
     }
 
     pub(crate) fn read<T: bytemuck::Pod>(&self) -> Vec<T> {
-        self.bytes().chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect()
+        self.contents().chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect()
     }
 }
 
@@ -308,5 +309,56 @@ impl Dtype {
                 bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
             }
         }
+    }
+}
+
+impl Launch for Emulator {
+    unsafe fn launch(
+        &self,
+        kernel: &'static str,
+        grid: [u32; 3],
+        block: [u32; 3],
+        shared: u32,
+        params: &[u8],
+    ) -> Result<(), Error> {
+        let failed = |code| Error::Driver { what: format!("launching {kernel}"), code };
+        self.run(kernel, grid, block, shared, params).map_err(failed)
+    }
+
+    fn multiprocessors(&self) -> u32 {
+        self.multiprocessors
+    }
+
+    fn shared_per_multiprocessor(&self) -> u32 {
+        100 * 1024
+    }
+}
+
+impl Memory for Emulator {
+    type Block = Buffer;
+
+    fn allocate(&self, bytes: usize) -> Result<Buffer, Error> {
+        // Whole pages begin where a device's memory would, aligned to 256 bytes at least.
+        Ok(self.room(bytes.next_multiple_of(256)))
+    }
+
+    fn write(&self, block: &Buffer, start: usize, bytes: &[u8]) -> Result<(), Error> {
+        let end = start + bytes.len();
+        assert!(end <= block.bytes, "bytes {start} to {end} of a block of {}", block.bytes);
+        // SAFETY: within the block, which no kernel uses while this runs.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), (block.data as *mut u8).add(start), bytes.len());
+        };
+        Ok(())
+    }
+}
+
+impl Block for Buffer {
+    fn address(&self) -> u64 {
+        self.data
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes
     }
 }

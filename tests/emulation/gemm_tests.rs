@@ -12,6 +12,7 @@ fn check(layer: &Layer, x: &[f32], routes: &Routes, plan: Plan, mode: Mode) -> O
         .run(x, routes, plan)
         .unwrap_or_else(|e| panic!("{plan:?} {mode:?}: {e}"));
     assert_eq!(emulator.take_conflicts(), 0, "bank conflicts, {plan:?}");
+    check_sort(layer, routes, &run);
     let expected = oracle::forward(layer, x, routes);
     assert_eq!(run.out.len(), expected.len());
     for (i, (&found, expected)) in run.out.iter().zip(expected).enumerate() {
@@ -22,6 +23,22 @@ fn check(layer: &Layer, x: &[f32], routes: &Routes, plan: Plan, mode: Mode) -> O
         );
     }
     Some(run)
+}
+
+/// Pairs in order, and nothing written behind the last of them.
+fn check_sort(layer: &Layer, routes: &Routes, run: &Run) {
+    let sorted = oracle::sort(layer, routes, true);
+    let pairs = sorted.pair_token.len();
+    assert_eq!(run.offsets, sorted.offsets);
+    assert_eq!(run.pair_token[..pairs], sorted.pair_token);
+    assert_eq!(run.pair_weight[..pairs], sorted.pair_weight);
+    assert_eq!(run.slot_source, sorted.slot_source);
+    assert_eq!(run.slot_weight, sorted.slot_weight);
+    assert!(run.pair_token[pairs..].iter().all(|&token| token == -1));
+    for (what, buffer) in [("z", &run.z), ("h", &run.h), ("y", &run.y)] {
+        let row = buffer.len().checked_div(routes.ids.len()).unwrap_or(0);
+        assert!(buffer[pairs * row..].iter().all(|&byte| byte == 0xFF), "{what} behind the last pair");
+    }
 }
 
 /// One of each form, with ranks and widths of no particular shape.

@@ -167,11 +167,62 @@ pub(crate) fn forward(layer: &Layer, x: &[f32], routes: &Routes) -> Vec<Bounded>
                 Expert::Alias(_) | Expert::None => {}
             }
         }
-        if let Some(base) = &layer.base {
-            let y = stored(product(&base[2], &stored(base_hidden, dtype)), dtype);
+        if let Some([_, _, down]) = &layer.base {
+            let y = stored(product(down, &stored(base_hidden, dtype)), dtype);
             sum.iter_mut().zip(y).for_each(|(s, y)| *s = s.plus(y));
         }
         out.extend(stored(sum, dtype));
     }
     out
+}
+
+/// What sorting the slots by expert has to give.
+pub(crate) struct Sorted {
+    pub(crate) offsets: Vec<i32>,
+    pub(crate) pair_token: Vec<i32>,
+    pub(crate) pair_weight: Vec<f32>,
+    pub(crate) slot_source: Vec<i32>,
+    pub(crate) slot_weight: Vec<f32>,
+}
+
+/// A stable sort; with `merge`, duplicates of a token are added to its first one.
+pub(crate) fn sort(layer: &Layer, routes: &Routes, merge: bool) -> Sorted {
+    let mut pairs = Vec::new();
+    let mut slot_source = vec![-1; routes.ids.len()];
+    let mut slot_weight = vec![0.0; routes.ids.len()];
+    let expert_of = |slot: usize| {
+        let id = usize::try_from(routes.ids[slot]).ok().filter(|&id| id < layer.experts.len())?;
+        let expert = layer.canonical(id);
+        (!matches!(layer.experts[expert], Expert::None)).then_some(expert)
+    };
+    for (slot, weight) in slot_weight.iter_mut().enumerate() {
+        let Some(expert) = expert_of(slot) else { continue };
+        let token = slot / routes.slots;
+        let mut own = routes.weights[slot];
+        if merge {
+            if (token * routes.slots..slot).any(|s| expert_of(s) == Some(expert)) {
+                continue;
+            }
+            let later = (slot + 1..(token + 1) * routes.slots).filter(|&s| expert_of(s) == Some(expert));
+            later.for_each(|s| own += routes.weights[s]);
+        }
+        *weight = if merge { own } else { 1.0 };
+        if let Expert::Constant(_) = layer.experts[expert] {
+            slot_source[slot] = -2 - expert as i32;
+        } else {
+            pairs.push((expert, slot, own));
+        }
+    }
+    pairs.sort_by_key(|&(expert, slot, _)| (expert, slot));
+    for (pair, &(_, slot, _)) in pairs.iter().enumerate() {
+        slot_source[slot] = pair as i32;
+    }
+    let before = |e: usize| pairs.iter().filter(|pair| pair.0 < e).count() as i32;
+    Sorted {
+        offsets: (0..=layer.experts.len()).map(before).collect(),
+        pair_token: pairs.iter().map(|&(_, slot, _)| (slot / routes.slots) as i32).collect(),
+        pair_weight: pairs.iter().map(|&(_, _, weight)| weight).collect(),
+        slot_source,
+        slot_weight,
+    }
 }
