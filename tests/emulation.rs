@@ -18,3 +18,5 @@ mod oracle;
 #[allow(dead_code, reason = "mirrors the whole header")]
 #[path = "../src/backend/cuda/params.rs"]
 mod params;
+#[path = "emulation/routing_tests.rs"]
+mod routing_tests;

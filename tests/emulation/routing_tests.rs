@@ -1,0 +1,273 @@
+//! The routing kernel against the CPU backend's router, which has oracles of its own.
+
+use bytemuck::{Zeroable, bytes_of};
+use moepress::architecture::{
+    Choice, GroupLimit, GroupScore, RouterSpec, Scoring, Skip, SkipThreshold, WeightRule,
+};
+use moepress::backend::cpu::Cpu;
+use moepress::backend::{Backend, RouterRule, RouterWeights};
+use moepress::checkpoint::{Dtype, Tensor};
+
+use crate::definition::Random;
+use crate::emulator::{Dtype as Type, Emulator, MODES, Mode};
+use crate::params::{
+    LOGITS_SHARED, LOGITS_TILE, MoeLogitsParams, MoeRouteParams, ROUTE_THREADS, ROUTE_TOKENS, route_shared,
+};
+
+fn rule(spec: RouterSpec, experts: usize) -> RouterRule {
+    let count = spec.groups.map_or(1, |g| g.count);
+    RouterRule {
+        spec,
+        group_of: (0..experts).map(|e| (e * count / experts) as u32).collect(),
+        live: vec![true; experts],
+    }
+}
+
+/// What the CPU backend chooses from one row of logits: they are the bias of a router of weight zero.
+fn by_cpu(rule: &RouterRule, choice_bias: &[f32], logits: &[f32]) -> (Vec<i32>, Vec<f32>) {
+    let e = logits.len();
+    let vector = |values: &[f32]| Some(Tensor::from_f32("v", Dtype::F32, vec![e], values));
+    let weights = RouterWeights {
+        weight: Tensor::from_f32("w", Dtype::F32, vec![e, 1], &vec![0.0; e]),
+        bias: vector(logits),
+        choice_bias: vector(choice_bias),
+    };
+    let mut x = Cpu.buffer();
+    Cpu.upload(&[0.0], 1, 1, &mut x).unwrap();
+    let mut routing = Cpu.routing();
+    Cpu.route(&x, &Cpu.router(&weights, rule.clone()).unwrap(), &mut routing).unwrap();
+    let routes = Cpu.routes(&routing).unwrap();
+    (routes.ids.iter().map(|&id| id as i32).collect(), routes.weights)
+}
+
+/// What the kernel chooses from rows of `ld` logits; with a shared expert, its gate is the column behind the experts'.
+fn by_kernel(
+    gpu: &Emulator,
+    rule: &RouterRule,
+    bias: &[f32],
+    logits: &[f32],
+    shared: bool,
+) -> (Vec<i32>, Vec<f32>) {
+    let (spec, e) = (&rule.spec, rule.live.len());
+    let ld = e + usize::from(shared);
+    let tokens = logits.len() / ld;
+    let slots = spec.top_k + usize::from(shared);
+    let (scale, added, least) = match spec.weights {
+        WeightRule::Scaled(scale) => (scale, 0.0, 0.0),
+        WeightRule::Renormalised { added, least, scale } => (scale, added, least),
+    };
+    let live: Vec<u8> = rule.live.iter().map(|&l| u8::from(l)).collect();
+    let group_of: Vec<i32> = rule.group_of.iter().map(|&g| g as i32).collect();
+    let inputs = (gpu.upload(logits), gpu.upload(bias), gpu.upload(&group_of), gpu.upload(&live));
+    let (ids, weights) = (gpu.room(tokens * slots * 4), gpu.room(tokens * slots * 4));
+    let params = MoeRouteParams {
+        logits: inputs.0.address(),
+        choice_bias: inputs.1.address(),
+        group_of: inputs.2.address(),
+        live: inputs.3.address(),
+        ids: ids.address(),
+        weights: weights.address(),
+        tokens: tokens as i32,
+        experts: e as i32,
+        ld_logits: ld as i32,
+        top_k: spec.top_k as i32,
+        slots: slots as i32,
+        scoring: match spec.scoring {
+            Scoring::Softmax => 0,
+            Scoring::Sigmoid => 1,
+            Scoring::SparseMixer { .. } => 2,
+        },
+        jitter: if let Scoring::SparseMixer { threshold } = spec.scoring { threshold } else { 0.0 },
+        choice: match spec.choice {
+            Choice::Score => 0,
+            Choice::BiasedScore => 1,
+            Choice::Logit => 2,
+        },
+        groups: spec.groups.map_or(0, |g| g.count as i32),
+        groups_kept: spec.groups.map_or(0, |g| g.kept as i32),
+        group_score: spec.groups.map_or(0, |g| i32::from(g.score == GroupScore::TwoLargest)),
+        renormalise: i32::from(matches!(spec.weights, WeightRule::Renormalised { .. })),
+        scale,
+        added,
+        least,
+        skip_rule: spec.skip.as_ref().map_or(0, |s| 1 + i32::from(s.rescale)),
+        skip: spec.skip.as_ref().map_or(0.0, Skip::tail),
+        shared_expert: if shared { e as i32 } else { -1 },
+        shared_gate: if shared { e as i32 } else { -1 },
+        ..MoeRouteParams::zeroed()
+    };
+    let grid = [tokens.div_ceil(ROUTE_TOKENS) as u32, 1, 1];
+    gpu.run("moe_route", grid, [ROUTE_THREADS, 1, 1], route_shared(e), bytes_of(&params)).unwrap();
+    (ids.read(), weights.read())
+}
+
+/// Ordinary rows, and those that break routers.
+fn rows(random: &mut Random, experts: usize) -> Vec<f32> {
+    let mut normal = |random: &mut Random| random.values(Type::F32, experts, 2.0);
+    let mut all = Vec::new();
+    for _ in 0..3 {
+        all.extend(normal(random));
+    }
+    all.extend(vec![0.5; experts]);
+    all.extend((0..experts).map(|i| if i % 2 == 0 { -0.0 } else { 0.0 }));
+    all.extend(vec![f32::NAN; experts]);
+    all.extend(vec![f32::NEG_INFINITY; experts]);
+    for special in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN, 1e-40] {
+        let mut row = normal(random);
+        row[random.below(experts)] = special;
+        all.extend(row);
+    }
+    // More NaN than there are numbers to choose from.
+    let mut row = vec![f32::NAN; experts];
+    row[random.below(experts)] = 1.0;
+    all.extend(row);
+    all
+}
+
+/// Whether the choices are the same, and the weights as near as f32 sums in another order are.
+fn compare(rule: &RouterRule, bias: &[f32], logits: &[f32], mode: Mode) -> Option<()> {
+    let gpu = Emulator::new(mode)?;
+    let (e, k) = (rule.live.len(), rule.spec.top_k);
+    let (ids, weights) = by_kernel(&gpu, rule, bias, logits, false);
+    for (token, logits) in logits.chunks_exact(e).enumerate() {
+        let (expected_ids, expected) = by_cpu(rule, bias, logits);
+        let found = token * k..(token + 1) * k;
+        assert_eq!(ids[found.clone()], expected_ids, "token {token} of {e} experts, {rule:?} {mode:?}");
+        for (&a, &b) in weights[found].iter().zip(&expected) {
+            let near = (a.is_nan() && b.is_nan()) || (a - b).abs() <= 1e-5 * b.abs() + 1e-30 || a == b;
+            assert!(near, "token {token} of {e} experts: {a}, expected {b}; {:?} {mode:?}", rule.spec);
+        }
+    }
+    Some(())
+}
+
+fn specs(top_k: usize, experts: usize) -> Vec<RouterSpec> {
+    let softmax = RouterSpec::softmax(top_k, WeightRule::RENORMALISED);
+    let sigmoid = RouterSpec { scoring: Scoring::Sigmoid, choice: Choice::BiasedScore, ..softmax.clone() };
+    let scaled = WeightRule::Scaled(2.5);
+    let deepseek = WeightRule::Renormalised { added: 1e-20, least: 0.0, scale: 2.5 };
+    let ernie = WeightRule::Renormalised { added: 0.0, least: 0.5, scale: 1.0 };
+    let mut all = vec![
+        softmax.clone(),
+        RouterSpec { weights: scaled, ..softmax.clone() },
+        RouterSpec { choice: Choice::Logit, ..softmax.clone() },
+        RouterSpec { choice: Choice::BiasedScore, weights: ernie, ..softmax.clone() },
+        RouterSpec { weights: deepseek, ..sigmoid.clone() },
+        RouterSpec { choice: Choice::Logit, weights: scaled, ..sigmoid.clone() },
+        RouterSpec { scoring: Scoring::SparseMixer { threshold: 0.02 }, ..softmax.clone() },
+    ];
+    if top_k > 1 {
+        for (threshold, rescale) in [(SkipThreshold::Tail(0.3), true), (SkipThreshold::Tail(0.6), false)] {
+            all.push(RouterSpec { skip: Some(Skip { threshold, rescale }), ..softmax.clone() });
+        }
+    }
+    let (count, kept) = (4, 3);
+    if experts.is_multiple_of(count) && top_k <= kept * experts / count {
+        for score in [GroupScore::Largest, GroupScore::TwoLargest] {
+            let groups = Some(GroupLimit { count, kept, score });
+            all.push(RouterSpec { groups, weights: deepseek, ..sigmoid.clone() });
+        }
+    }
+    all
+}
+
+#[test]
+fn every_rule_chooses_as_the_cpu_does() {
+    let mut random = Random::new(11);
+    for (i, experts) in [1, 2, 3, 8, 60, 64, 72, 128, 160, 256, 384, 512, 1024].into_iter().enumerate() {
+        let logits = rows(&mut random, experts);
+        let bias = random.values(Type::F32, experts, 0.1);
+        let top_k = [1, 2, 4, 8, 32][i % 5].min(experts);
+        for spec in specs(top_k, experts) {
+            if compare(&rule(spec, experts), &bias, &logits, MODES[i % 4]).is_none() {
+                return;
+            }
+        }
+    }
+}
+
+#[test]
+fn all_experts_may_be_chosen() {
+    let mut random = Random::new(12);
+    for experts in [1, 5, 32] {
+        let logits = rows(&mut random, experts);
+        for spec in specs(experts, experts) {
+            if compare(&rule(spec, experts), &vec![0.0; experts], &logits, Mode::Random(5)).is_none() {
+                return;
+            }
+        }
+    }
+}
+
+#[test]
+fn dead_rows_are_never_chosen() {
+    let mut random = Random::new(13);
+    let logits = rows(&mut random, 16);
+    for spec in specs(4, 16) {
+        let mut rule = rule(spec, 16);
+        for dead in [0, 3, 4, 5, 6, 15] {
+            rule.live[dead] = false;
+        }
+        if compare(&rule, &[0.0; 16], &logits, Mode::Late).is_none() {
+            return;
+        }
+    }
+}
+
+/// As many groups as there may be, each of two experts.
+#[test]
+fn many_groups() {
+    let mut random = Random::new(14);
+    let logits = rows(&mut random, 128);
+    let spec = specs(8, 128).pop().unwrap();
+    let groups = Some(GroupLimit { count: 64, kept: 5, score: GroupScore::TwoLargest });
+    compare(&rule(RouterSpec { groups, ..spec }, 128), &[0.0; 128], &logits, Mode::Early);
+}
+
+/// The shared expert is one more slot; its gate is a logit of its own.
+#[test]
+fn shared_expert_is_a_slot() {
+    let Some(gpu) = Emulator::new(Mode::Late) else { return };
+    let mut random = Random::new(15);
+    let rule = rule(RouterSpec::softmax(2, WeightRule::RENORMALISED), 6);
+    let logits = random.values(Type::F32, 5 * 7, 2.0);
+    let (ids, weights) = by_kernel(&gpu, &rule, &[0.0; 6], &logits, true);
+    for (token, row) in logits.chunks_exact(7).enumerate() {
+        let (expected, _) = by_cpu(&rule, &[0.0; 6], &row[..6]);
+        assert_eq!(ids[3 * token..3 * token + 2], expected);
+        assert_eq!(ids[3 * token + 2], 6);
+        assert!((weights[3 * token + 2] - 1.0 / (1.0 + (-row[6]).exp())).abs() < 1e-6);
+    }
+}
+
+#[test]
+fn logits_are_f32_products() {
+    let mut random = Random::new(16);
+    let (tokens, rows, hidden) = (70, 65, 50);
+    for (mode, dtype) in MODES.into_iter().zip([Type::Bf16, Type::F16, Type::F32]) {
+        let Some(gpu) = Emulator::new(mode) else { return };
+        let x = random.values(dtype, tokens * hidden, 1.0);
+        let weight = random.values(Type::F32, rows * hidden, 1.0);
+        let buffers = (gpu.upload(&dtype.encode(&x)), gpu.upload(&weight), gpu.room(tokens * rows * 4));
+        let params = MoeLogitsParams {
+            x: buffers.0.address(),
+            weight: buffers.1.address(),
+            logits: buffers.2.address(),
+            tokens: tokens as i32,
+            rows: rows as i32,
+            hidden: hidden as i32,
+            ldx: hidden as i32,
+            ldw: hidden as i32,
+            ld_logits: rows as i32,
+        };
+        let grid = [tokens.div_ceil(LOGITS_TILE) as u32, rows.div_ceil(LOGITS_TILE) as u32, 1];
+        let name = format!("moe_logits_{}", dtype.suffix());
+        gpu.run(&name, grid, [256, 1, 1], LOGITS_SHARED, bytes_of(&params)).unwrap();
+        for (i, found) in buffers.2.read::<f32>().into_iter().enumerate() {
+            let (x, w) = (&x[i / rows * hidden..][..hidden], &weight[i % rows * hidden..][..hidden]);
+            let products = x.iter().zip(w).map(|(&a, &b)| f64::from(a) * f64::from(b));
+            let magnitude: f64 = products.clone().map(f64::abs).sum();
+            assert!((f64::from(found) - products.sum::<f64>()).abs() <= 1e-5 * magnitude, "{dtype:?} {i}");
+        }
+    }
+}
