@@ -11,6 +11,8 @@ mod device;
 #[allow(dead_code, reason = "shared with the tests of the layer")]
 #[path = "emulation/emulator.rs"]
 mod emulator;
+#[path = "emulation/failure_tests.rs"]
+mod failure_tests;
 #[path = "emulation/gemm_tests.rs"]
 mod gemm_tests;
 #[path = "emulation/oracle.rs"]

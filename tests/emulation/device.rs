@@ -35,6 +35,17 @@ pub(crate) struct Plan {
     pub(crate) large_sort: bool,
 }
 
+/// The slots of a batch, sorted by expert.
+pub(crate) struct SortedSlots {
+    pub(crate) ids: Buffer,
+    pub(crate) offsets: Buffer,
+    pub(crate) pair_token: Buffer,
+    pub(crate) pair_weight: Buffer,
+    pub(crate) slot_source: Buffer,
+    pub(crate) slot_weight: Buffer,
+    pub(crate) tile_first: Buffer,
+}
+
 /// What a run leaves behind.
 pub(crate) struct Run {
     pub(crate) out: Vec<f32>,
@@ -197,6 +208,67 @@ impl<'a> Prepared<'a> {
         self.emulator.run(&name, grid, [threads, 1, 1], GEMM_SHARED, bytes_of(params))
     }
 
+    /// Sorts the slots by expert.
+    pub(crate) fn sort(
+        &self,
+        routes: &Routes,
+        tile_rows: u32,
+        large: bool,
+        merge: bool,
+    ) -> Result<SortedSlots, String> {
+        let gpu = &self.emulator;
+        let (pairs, experts) = (routes.ids.len(), self.layer.experts.len());
+        let words = |count: usize| gpu.room(count * 4);
+        let sorted = SortedSlots {
+            ids: gpu.upload(&routes.ids),
+            offsets: words(experts + 1),
+            pair_token: words(pairs),
+            pair_weight: words(pairs),
+            slot_source: words(pairs),
+            slot_weight: words(pairs),
+            tile_first: words(STAGES * (experts + 1)),
+        };
+        let weights = gpu.upload(&routes.weights);
+        let chunks = pairs.div_ceil(SORT_CHUNK).max(1);
+        let histogram = words(chunks * experts);
+        let params = MoeSortParams {
+            ids: sorted.ids.address(),
+            weights: weights.address(),
+            canonical: self.canonical.address(),
+            experts: self.experts.address(),
+            order: self.order.address(),
+            offsets: sorted.offsets.address(),
+            pair_token: sorted.pair_token.address(),
+            pair_weight: sorted.pair_weight.address(),
+            slot_source: sorted.slot_source.address(),
+            slot_weight: sorted.slot_weight.address(),
+            tile_first: sorted.tile_first.address(),
+            histogram: histogram.address(),
+            tokens: routes.tokens() as i32,
+            slots: routes.slots as i32,
+            experts_count: experts as i32,
+            hidden: self.layer.hidden as i32,
+            merge_duplicates: i32::from(merge),
+            tile_rows: tile_rows as i32,
+            tile_cols: [gemm_tile_cols(tile_rows) as i32; STAGES],
+        };
+        let launches: &[(&str, usize)] = if large {
+            &[("moe_sort_count", chunks), ("moe_sort_scan", 1), ("moe_sort_scatter", chunks)]
+        } else {
+            &[("moe_sort_small", 1)]
+        };
+        for &(name, blocks) in launches {
+            gpu.run(
+                name,
+                [blocks as u32, 1, 1],
+                [SORT_THREADS, 1, 1],
+                sort_shared(experts),
+                bytes_of(&params),
+            )?;
+        }
+        Ok(sorted)
+    }
+
     /// Runs the layer on `x` [tokens, hidden].
     pub(crate) fn run(&self, x: &[f32], routes: &Routes, plan: Plan) -> Result<Run, String> {
         let (layer, gpu, dtype) = (self.layer, &self.emulator, self.layer.dtype);
@@ -207,45 +279,9 @@ impl<'a> Prepared<'a> {
         let x = gpu.upload(&pitched(dtype, tokens, hidden, ldx, x));
         let elements = |count: usize| gpu.room(count * dtype.bytes());
         let words = |count: usize| gpu.room(count * 4);
-        let (ids, weights) = (gpu.upload(&routes.ids), gpu.upload(&routes.weights));
-        let (offsets, pair_token, pair_weight) = (words(experts + 1), words(pairs), words(pairs));
-        let (slot_source, slot_weight) = (words(pairs), words(pairs));
-        let tile_first = words(STAGES * (experts + 1));
-        let histogram = words(pairs.div_ceil(SORT_CHUNK) * experts);
         let tile_cols = gemm_tile_cols(plan.tile_rows) as i32;
-
-        let sort = MoeSortParams {
-            ids: ids.address(),
-            weights: weights.address(),
-            canonical: self.canonical.address(),
-            experts: self.experts.address(),
-            order: self.order.address(),
-            offsets: offsets.address(),
-            pair_token: pair_token.address(),
-            pair_weight: pair_weight.address(),
-            slot_source: slot_source.address(),
-            slot_weight: slot_weight.address(),
-            tile_first: tile_first.address(),
-            histogram: histogram.address(),
-            tokens: tokens as i32,
-            slots: slots as i32,
-            experts_count: experts as i32,
-            hidden: hidden as i32,
-            merge_duplicates: 1,
-            tile_rows: plan.tile_rows as i32,
-            tile_cols: [tile_cols; STAGES],
-        };
-        let run_sort = |name: &str, blocks: usize| {
-            gpu.run(name, [blocks as u32, 1, 1], [SORT_THREADS, 1, 1], sort_shared(experts), bytes_of(&sort))
-        };
-        if plan.large_sort {
-            let chunks = pairs.div_ceil(SORT_CHUNK).max(1);
-            run_sort("moe_sort_count", chunks)?;
-            run_sort("moe_sort_scan", 1)?;
-            run_sort("moe_sort_scatter", chunks)?;
-        } else {
-            run_sort("moe_sort_small", 1)?;
-        }
+        let SortedSlots { ids, offsets, pair_token, pair_weight, slot_source, slot_weight, tile_first } =
+            self.sort(routes, plan.tile_rows, plan.large_sort, true)?;
 
         let z = elements(pairs * self.ld_z);
         let h = elements(pairs * self.ld_h);
@@ -340,8 +376,8 @@ impl<'a> Prepared<'a> {
         let output =
             MoeGemmParams { tile_first: stage(OUTPUT), out: y.address(), ld_out: ldx as i32, ..from_h };
         self.gemm(OUTPUT, plan, &output)?;
-        let row_grid = [tokens.max(1) as u32, 1, 1];
-        if let Some(params) = base_params(OUTPUT) {
+        let row_grid = [tokens as u32, 1, 1];
+        if let Some(params) = base_params(OUTPUT).filter(|_| tokens > 0) {
             let sum = MoeBaseHiddenParams {
                 experts: self.experts.address(),
                 canonical: self.canonical.address(),

@@ -6,7 +6,7 @@ use crate::emulator::{Dtype, Emulator, MODES, Mode};
 use crate::oracle;
 
 /// Runs a layer, and compares its output with the oracle's.
-fn check(layer: &Layer, x: &[f32], routes: &Routes, plan: Plan, mode: Mode) -> Option<Run> {
+pub(crate) fn check(layer: &Layer, x: &[f32], routes: &Routes, plan: Plan, mode: Mode) -> Option<Run> {
     let emulator = Emulator::new(mode)?;
     let run = Prepared::new(emulator, layer)
         .run(x, routes, plan)
@@ -42,7 +42,7 @@ fn check_sort(layer: &Layer, routes: &Routes, run: &Run) {
 }
 
 /// One of each form, with ranks and widths of no particular shape.
-fn mixed_layer(random: &mut Random, dtype: Dtype, hidden: usize, width: usize) -> Layer {
+pub(crate) fn mixed_layer(random: &mut Random, dtype: Dtype, hidden: usize, width: usize) -> Layer {
     use Form::{Delta, Dense, LowRank, Rows};
     let mut layer = Layer::new(dtype, hidden);
     layer.add_base(random, width);
@@ -61,11 +61,11 @@ fn mixed_layer(random: &mut Random, dtype: Dtype, hidden: usize, width: usize) -
     layer
 }
 
-fn live(layer: &Layer) -> Vec<usize> {
+pub(crate) fn live(layer: &Layer) -> Vec<usize> {
     (0..layer.experts.len()).filter(|&e| !matches!(layer.experts[e], Expert::None)).collect()
 }
 
-const FAMILIES: [u32; 5] = [8, 16, 32, 64, 128];
+pub(crate) const FAMILIES: [u32; 5] = [8, 16, 32, 64, 128];
 
 #[test]
 fn all_forms_in_one_layer() {

@@ -134,7 +134,8 @@ pub(crate) fn forward(layer: &Layer, x: &[f32], routes: &Routes) -> Vec<Bounded>
         // Duplicates of a token count once, with the sum of their weights.
         let mut weights: Vec<(usize, f32)> = Vec::new();
         for slot in token * routes.slots..(token + 1) * routes.slots {
-            let Ok(id) = usize::try_from(routes.ids[slot]) else { continue };
+            let id = usize::try_from(routes.ids[slot]).ok().filter(|&id| id < layer.experts.len());
+            let Some(id) = id else { continue };
             let expert = layer.canonical(id);
             match weights.iter_mut().find(|(e, _)| *e == expert) {
                 Some((_, weight)) => *weight += routes.weights[slot],

@@ -103,7 +103,7 @@ fn by_kernel(
 
 /// Ordinary rows, and those that break routers.
 fn rows(random: &mut Random, experts: usize) -> Vec<f32> {
-    let mut normal = |random: &mut Random| random.values(Type::F32, experts, 2.0);
+    let normal = |random: &mut Random| random.values(Type::F32, experts, 2.0);
     let mut all = Vec::new();
     for _ in 0..3 {
         all.extend(normal(random));
