@@ -17,7 +17,7 @@ pub use manifest::{ExpertEntry, ExpertForm, LayerEntry, Manifest, MatrixRanks};
 pub use packed::{E2M1, E4M3, e8m0};
 pub use safetensors::Dtype;
 pub use shard::Shard;
-pub use tensor::{Tensor, decode_f32, encode_f32};
+pub use tensor::{Tensor, decode_f32, encode_f32, encode_f64};
 pub use weight::{Storage, Stride, Weight};
 pub use writer::{Entry, safetensors_bytes, write_safetensors};
 

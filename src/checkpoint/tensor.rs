@@ -241,6 +241,30 @@ pub fn decode_f32(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
     }
 }
 
+/// Rounds f64 `values` to `dtype` (f32, f16 or bf16) once, to nearest, ties to even; little-endian.
+///
+/// # Panics
+/// For any other type.
+pub fn encode_f64(dtype: Dtype, values: &[f64]) -> Vec<u8> {
+    match dtype {
+        Dtype::F32 => values.iter().flat_map(|&v| (v as f32).to_le_bytes()).collect(),
+        Dtype::BF16 => values.iter().flat_map(|&v| bf16::from_f32(to_odd(v)).to_le_bytes()).collect(),
+        Dtype::F16 => values.iter().flat_map(|&v| f16::from_f32(to_odd(v)).to_le_bytes()).collect(),
+        other => panic!("{other:?} is not a floating-point weight type"),
+    }
+}
+
+/// `value` rounded to odd: of the two neighbours in f32 the one whose last bit is 1. Rounding that to a shorter type
+/// gives what rounding `value` would (Boldo and Melquiond, "Emulation of a FMA and Correctly Rounded Sums", 2008).
+fn to_odd(value: f64) -> f32 {
+    let nearest = value as f32;
+    if f64::from(nearest) == value || !nearest.is_finite() {
+        return nearest;
+    }
+    let away = u32::from(f64::from(nearest).abs() > value.abs());
+    f32::from_bits((nearest.to_bits() - away) | 1)
+}
+
 /// Rounds `values` to `dtype` (f32, f16 or bf16; to nearest, ties to even), little-endian.
 ///
 /// # Panics
@@ -251,5 +275,34 @@ pub fn encode_f32(dtype: Dtype, values: &[f32]) -> Vec<u8> {
         Dtype::BF16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
         Dtype::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
         other => panic!("{other:?} is not a floating-point weight type"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers just beside the middle of two neighbours, where rounding to f32 on the way would lose the side.
+    #[test]
+    fn f64_is_rounded_once() {
+        let tiny = 2f64.powi(-40);
+        // 1 + 2⁻⁸ is half way between 1 and the next bf16, 1 + 2⁻¹¹ between 1 and the next f16.
+        for (dtype, half, step) in [(Dtype::BF16, 8, 0x3f80u16), (Dtype::F16, 11, 0x3c00)] {
+            let middle = 1.0 + 2f64.powi(-half);
+            for (value, expected) in [
+                (middle, step),
+                (middle + tiny, step + 1),
+                (middle - tiny, step),
+                (1.0 + 3.0 * 2f64.powi(-half), step + 2),
+                (1.0 + 3.0 * 2f64.powi(-half) - tiny, step + 1),
+                (-middle - tiny, (step + 1) | 0x8000),
+                (0.0, 0),
+                (-0.0, 0x8000),
+            ] {
+                assert_eq!(encode_f64(dtype, &[value]), expected.to_le_bytes(), "{dtype:?} {value:e}");
+            }
+        }
+        assert_eq!(encode_f64(Dtype::F32, &[0.1]), 0.1f32.to_le_bytes());
+        assert_eq!(encode_f64(Dtype::BF16, &[1e-60, -1e-60]), [0, 0, 0, 0x80]);
     }
 }

@@ -1,9 +1,12 @@
 //! A layer's plan applied to its tensors, in memory.
 
+use std::borrow::Cow;
+
 use rayon::prelude::*;
 
 use super::factorise::{FactorOptions, Whitening, factorise};
-use super::{Error, Result};
+use super::merge::{Merged, merge};
+use super::{Alignment, Error, Result};
 use crate::architecture::Projection;
 use crate::backend::{Expert, Linear, Matrix, Mlp, Moment, Moments, StoredExpert};
 use crate::checkpoint::{Dtype, Tensor};
@@ -17,6 +20,8 @@ pub struct CompressedLayer {
     pub moe: MoeSource,
     /// Slot of the source behind each expert.
     pub slots: Vec<usize>,
+    /// How the merged experts were aligned, in the order of their targets; empty where they were not.
+    pub alignments: Vec<Alignment>,
 }
 
 /// Errors where `plan` has an action that [`apply_layer`] does not know, so that this is said before any work.
@@ -25,7 +30,11 @@ pub(super) fn check_actions(plan: &Plan) -> Result<()> {
         for entry in &layer.experts {
             if !matches!(
                 entry.action,
-                Action::Keep | Action::Drop | Action::Constant | Action::LowRank { .. }
+                Action::Keep
+                    | Action::Drop
+                    | Action::Merge { .. }
+                    | Action::Constant
+                    | Action::LowRank { .. }
             ) {
                 return Err(unknown_action(layer.layer, entry.expert, &entry.action));
             }
@@ -36,15 +45,16 @@ pub(super) fn check_actions(plan: &Plan) -> Result<()> {
 
 fn unknown_action(layer: usize, expert: usize, action: &Action) -> Error {
     let what = format!(
-        "action `{}` cannot be carried out by this version; known: keep, drop, constant, low_rank",
+        "action `{}` cannot be carried out by this version; known: keep, drop, merge, constant, low_rank",
         action.name()
     );
     Error::Action { layer, expert, what }
 }
 
-/// Applies `plan` to the experts of `source`. `moments` holds what was measured of the layer and is needed: for
-/// constants [`Moment::Count`] and [`Moment::OutputSum`]; where low-rank experts are to be whitened
-/// [`Moment::InputGram`] for gate and up, [`Moment::HiddenGram`] for down.
+/// Applies `plan` to the experts of `source`: merges first, so that what becomes of an expert that takes in others becomes
+/// of their mean. `moments` holds what was measured of the layer and is needed: for constants [`Moment::Count`] and
+/// [`Moment::OutputSum`]; where low-rank experts are to be whitened [`Moment::InputGram`] for gate and up,
+/// [`Moment::HiddenGram`] for down.
 ///
 /// # Errors
 /// Names the layer and expert, and what cannot be done.
@@ -54,14 +64,21 @@ pub fn apply_layer(
     moments: Option<&Moments>,
     options: FactorOptions,
 ) -> Result<CompressedLayer> {
+    let merged = merge(plan, source, options)?;
+    let source = merged.as_ref().map_or(source, |m| &m.moe);
     let slots: Vec<usize> =
-        plan.experts.iter().filter(|e| e.action != Action::Drop).map(|e| e.expert).collect();
+        plan.experts.iter().filter(|e| plan.has_row(&e.action)).map(|e| e.expert).collect();
     let expert = |&slot: &usize| -> Result<StoredExpert> {
         let refuse = |what: String| Error::Action { layer: plan.layer, expert: slot, what };
         match &plan.experts[slot].action {
-            Action::Keep | Action::Drop => keep(source, slot, &slots).map_err(refuse),
+            Action::Keep | Action::Drop | Action::Merge { .. } => keep(source, slot, &slots).map_err(refuse),
             Action::LowRank { rank } => {
-                low_rank(plan.layer, slot, &source.experts[slot], *rank, moments, options)
+                let gram = |moment: Moment, side: usize| {
+                    moments
+                        .filter(|_| options.whiten)
+                        .and_then(|all| Merged::gram(merged.as_ref(), all, moment, slot, side))
+                };
+                low_rank(plan.layer, slot, &source.experts[slot], *rank, gram, options)
             }
             Action::Constant => novice(slot, moments).map_err(refuse),
             other => Err(unknown_action(plan.layer, slot, other)),
@@ -85,7 +102,9 @@ pub fn apply_layer(
         shared: source.shared.clone(),
         fused: source.fused.clone(),
     };
-    Ok(CompressedLayer { moe, slots })
+    let members = merged.iter().flat_map(Merged::members);
+    let alignments = members.filter_map(|m| m.alignment.clone()).collect();
+    Ok(CompressedLayer { moe, slots, alignments })
 }
 
 /// The expert as it is; an alias is pointed at its target's new slot.
@@ -111,12 +130,12 @@ fn novice(slot: usize, moments: Option<&Moments>) -> std::result::Result<StoredE
     Ok(Expert::Constant(Tensor::from_f32("constant", Dtype::F32, vec![d], &mean)))
 }
 
-fn low_rank(
+fn low_rank<'g>(
     layer: usize,
     slot: usize,
     expert: &StoredExpert,
     rank: Ranks,
-    grams: Option<&Moments>,
+    gram: impl Fn(Moment, usize) -> Option<Cow<'g, [f64]>>,
     options: FactorOptions,
 ) -> Result<StoredExpert> {
     let Expert::Mlp(mlp) = expert else {
@@ -131,11 +150,8 @@ fn low_rank(
             return Err(Error::Action { layer, expert: slot, what });
         };
         let moment = if p == Projection::Down { Moment::HiddenGram } else { Moment::InputGram };
-        let gram = grams.filter(|_| options.whiten).and_then(|g| g.get(moment)).map(|all| {
-            let side = weight.cols();
-            &all[slot * side * side..(slot + 1) * side * side]
-        });
-        let whitening = gram.map_or(Whitening::None, Whitening::Gram);
+        let gram = gram(moment, weight.cols());
+        let whitening = gram.as_deref().map_or(Whitening::None, Whitening::Gram);
         let factors = factorise(weight, rank, whitening, options);
         let weight =
             factors.map_err(|source| Error::Factorise { layer, expert: slot, matrix: p.name(), source })?;

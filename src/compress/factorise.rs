@@ -4,7 +4,7 @@ use crate::backend::Matrix as Form;
 use crate::checkpoint::{Dtype, Tensor, Weight};
 use crate::linalg::{self, Matrix, refit_left, refit_right, truncated_svd, whitened_svd};
 
-/// How factors are stored.
+/// How experts are merged, and how factors are stored.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FactorOptions {
     /// Type of U and V; `None` for that of the matrix, or bf16 where it is packed.
@@ -13,6 +13,10 @@ pub struct FactorOptions {
     pub densify: bool,
     /// Whether experts are factorised in the basis of their inputs.
     pub whiten: bool,
+    /// Whether the hidden neurons of experts are aligned before they are merged.
+    pub align: bool,
+    /// Type of the matrices of merged experts; `None` for that of their targets, or bf16 where those are packed.
+    pub merge_dtype: Option<Dtype>,
 }
 
 /// The data that a factorisation has to be good on.

@@ -2,7 +2,7 @@
 
 use crate::architecture::{ExpertStorage, Names, Projection};
 use crate::backend::{Expert, Matrix, StoredExpert};
-use crate::checkpoint::{Tensor, Weight, encode_f32};
+use crate::checkpoint::{Dtype, Tensor, Weight, encode_f32};
 use crate::model::MoeSource;
 
 /// The tensors of `moe`, whose experts are all dense and came from [`MoeSource::fused`]: rows of those tensors as they
@@ -13,9 +13,12 @@ pub(super) fn tensors(names: &Names, l: usize, moe: &MoeSource) -> Vec<Tensor> {
         if all { stored.clone() } else { stored.select_rows(&moe.numbers) }
     };
     let [gate_up, down] = [false, true].map(|down| names.fused(l, down)[0].clone());
-    let replaced = |name: &str| match name {
-        _ if name == gate_up => assemble(names, moe, &[Projection::Gate, Projection::Up], name),
-        _ if name == down => assemble(names, moe, &[Projection::Down], name),
+    let both = [Projection::Gate, Projection::Up];
+    let replaced = |name: &str| match name.strip_suffix("_bias") {
+        Some(stem) if stem == gate_up => assemble_biases(names, moe, &both, name),
+        Some(stem) if stem == down => assemble_biases(names, moe, &[Projection::Down], name),
+        None if name == gate_up => assemble(names, moe, &both, name),
+        None if name == down => assemble(names, moe, &[Projection::Down], name),
         _ => None,
     };
     moe.fused.iter().map(|stored| replaced(stored.name()).unwrap_or_else(|| rows(stored))).collect()
@@ -33,9 +36,11 @@ fn assemble(names: &Names, moe: &MoeSource, projections: &[Projection], name: &s
     if experts.iter().flatten().all(Weight::is_view) {
         return None;
     }
-    let interleaved = names.storage == ExpertStorage::Fused { interleaved: true };
     let first = experts.first()?.first()?;
-    let (out, input, dtype) = (first.rows(), first.cols(), first.replacement_dtype());
+    let (out, input) = (first.rows(), first.cols());
+    // Merged experts may be stored in a wider type than the others: the tensor takes the widest.
+    let types = experts.iter().flatten().map(Weight::replacement_dtype);
+    let dtype = types.max_by_key(Dtype::bitsize).unwrap_or(first.replacement_dtype());
     let parts = projections.len();
     let width = out * parts;
     let mut bytes = Vec::new();
@@ -43,11 +48,43 @@ fn assemble(names: &Names, moe: &MoeSource, projections: &[Projection], name: &s
     for weights in &experts {
         for (part, weight) in weights.iter().enumerate() {
             for (r, row) in weight.to_f32().chunks_exact(input).enumerate() {
-                let column = if interleaved { r * parts + part } else { part * out + r };
+                let column = column(names, parts, out, part, r);
                 row.iter().enumerate().for_each(|(c, value)| values[c * width + column] = *value);
             }
         }
         bytes.extend(encode_f32(dtype, &values));
     }
     Some(Tensor::owned(name, dtype, vec![experts.len(), input, width], bytes))
+}
+
+/// All experts' biases of the listed projections, `[experts, out of all]`; `None` where all are as they were stored,
+/// which they are where the matrices are.
+fn assemble_biases(names: &Names, moe: &MoeSource, projections: &[Projection], name: &str) -> Option<Tensor> {
+    if moe.experts.iter().flat_map(StoredExpert::weights).all(Weight::is_view) {
+        return None;
+    }
+    let parts = projections.len();
+    let (mut bytes, mut dtype, mut width) = (Vec::new(), None, 0);
+    for expert in &moe.experts {
+        let Expert::Mlp(mlp) = expert else { return None };
+        let biases = projections.iter().map(|p| mlp.maps()[*p as usize].bias.as_ref());
+        let biases = biases.collect::<Option<Vec<_>>>()?;
+        let out = biases[0].len();
+        width = out * parts;
+        let mut values = vec![0.0; width];
+        for (part, bias) in biases.iter().enumerate() {
+            for (r, value) in bias.to_f32().ok()?.into_iter().enumerate() {
+                values[column(names, parts, out, part, r)] = value;
+            }
+        }
+        let dtype = *dtype.get_or_insert(biases[0].dtype());
+        bytes.extend(encode_f32(dtype, &values));
+    }
+    Some(Tensor::owned(name, dtype?, vec![moe.experts.len(), width], bytes))
+}
+
+/// Where output `r` of projection number `part`, one of `parts` with `out` outputs each, stands among all of them.
+fn column(names: &Names, parts: usize, out: usize, part: usize, r: usize) -> usize {
+    let interleaved = names.storage == ExpertStorage::Fused { interleaved: true };
+    if interleaved { r * parts + part } else { part * out + r }
 }

@@ -5,7 +5,7 @@ use crate::architecture::{Architecture, GroupScore, Names, Projection};
 use crate::backend::{Expert, Linear, Matrix, StoredExpert};
 use crate::checkpoint::{Checkpoint, ExpertEntry, ExpertForm, LayerEntry, MatrixRanks, Tensor, Weight};
 use crate::model::MoeSource;
-use crate::plan::{Action, Plan};
+use crate::plan::{Action, MergedRows, Plan};
 
 /// The layout asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -142,10 +142,15 @@ fn stock_config(
         let fits = |action: &Action| match action {
             Action::Keep | Action::Drop => true,
             Action::LowRank { .. } => densify,
+            Action::Merge { .. } => layer.router == MergedRows::Fuse,
             _ => false,
         };
         if let Some(e) = layer.experts.iter().find(|e| !fits(&e.action)) {
-            let hint = if matches!(e.action, Action::LowRank { .. }) { " without --densify" } else { "" };
+            let hint = match e.action {
+                Action::LowRank { .. } => " without --densify",
+                Action::Merge { .. } => " without router=fuse",
+                _ => "",
+            };
             return Err(format!("layer {l}: no stock checkpoint can hold `{}`{hint}", e.action.name()));
         }
         if layer.top_k != moe.router.top_k {
@@ -155,11 +160,14 @@ fn stock_config(
         if layer.skip.is_some() {
             return Err(format!("layer {l} skips experts, which no stock checkpoint can say"));
         }
-        let factorised = layer.experts.iter().any(|e| matches!(e.action, Action::LowRank { .. }));
-        if factorised && architecture.packing.is_some() {
-            return Err(format!(
-                "layer {l}: factors multiplied back are not packed, but config.json says that weights are"
-            ));
+        let replaces = |action: &Action| match action {
+            Action::LowRank { .. } => Some("factors multiplied back"),
+            Action::Merge { .. } => Some("merged experts"),
+            _ => None,
+        };
+        let replaced = layer.experts.iter().find_map(|e| replaces(&e.action));
+        if let (Some(what), Some(_)) = (replaced, architecture.packing) {
+            return Err(format!("layer {l}: {what} are not packed, but config.json says that weights are"));
         }
         let routed = layer.routed();
         match kept {
@@ -174,7 +182,7 @@ fn stock_config(
             let entry = stored.iter().find(|entry| entry.layer == l);
             let number = |e: usize| entry.map_or(e, |entry| entry.experts[e].expert);
             let mut sizes = vec![0; limit.count];
-            for e in layer.experts.iter().filter(|e| e.action.is_routed()) {
+            for e in layer.experts.iter().filter(|e| layer.has_row(&e.action)) {
                 sizes[number(e.expert) / (moe.experts / limit.count)] += 1;
             }
             if sizes.iter().any(|&n| n != sizes[0]) {

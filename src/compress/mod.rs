@@ -1,6 +1,7 @@
 //! Carries out a plan: the only place that writes weights. Streams over the checkpoint a layer at a time, leaves every
 //! finished layer on disk, and puts the result in place only when it is whole.
 
+mod align;
 mod apply;
 mod config;
 mod error;
@@ -9,11 +10,13 @@ mod fused;
 mod layout;
 mod lockstep;
 mod measure;
+mod merge;
 mod needs;
 mod output;
 mod run;
 mod spectra;
 
+pub use align::{Alignment, align};
 pub use apply::{CompressedLayer, apply_layer};
 pub use error::Error;
 pub use factorise::{FactorOptions, Whitening, factorise};

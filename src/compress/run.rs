@@ -13,13 +13,13 @@ use super::layout::{Layout, LayoutChoice, manifest_entry};
 use super::measure::Follower;
 use super::needs::Need;
 use super::output::Output;
-use super::{Error, Result};
+use super::{Alignment, Error, Result};
 use crate::architecture::{Architecture, Profile};
 use crate::backend::{Backend, Moment, Moments, StoredExpert};
 use crate::calibrate::{Residual, Statistics};
 use crate::checkpoint::{Checkpoint, Dtype, LayerEntry, Manifest, Tensor, hex, write_atomic};
 use crate::model::{FeedForwardSource, Inspection, LayerSource, Model, inspect, profile};
-use crate::plan::{Action, ExpertPlan, LayerPlan, Plan, rescore_layer};
+use crate::plan::{Action, ExpertPlan, LayerPlan, Plan, regroup_layer, rescore_layer};
 use crate::progress::Progress;
 use crate::tokens::Windows;
 
@@ -220,16 +220,17 @@ impl<'a> Job<'a> {
         let whiten = flag("whiten")?;
         let needs = Need::all(plan);
         let propagate = flag("propagate")?;
-        let dtype = match plan.options.get("factor_dtype").unwrap_or(&Value::Null) {
-            Value::Null => None,
+        let dtype_of = |name: &str| match plan.options.get(name).unwrap_or(&Value::Null) {
+            Value::Null => Ok(None),
             value => match value.as_str() {
-                Some("auto") => None,
-                Some("f32") => Some(Dtype::F32),
-                Some("bf16") => Some(Dtype::BF16),
-                Some("f16") => Some(Dtype::F16),
-                _ => return Err(wrong("factor_dtype", value, "auto, f32, bf16 or f16")),
+                Some("auto") => Ok(None),
+                Some("f32") => Ok(Some(Dtype::F32)),
+                Some("bf16") => Ok(Some(Dtype::BF16)),
+                Some("f16") => Ok(Some(Dtype::F16)),
+                _ => Err(wrong(name, value, "auto, f32, bf16 or f16")),
             },
         };
+        let (dtype, merge_dtype) = (dtype_of("factor_dtype")?, dtype_of("merge_dtype")?);
         if let Some(statistics) = options.statistics
             && statistics.profile().identity != profile.identity
         {
@@ -241,7 +242,8 @@ impl<'a> Job<'a> {
         }
         let measured = |need: &Need| options.statistics.is_some_and(|s| need.is_met_by(s));
         let follow = propagate || !needs.iter().all(measured);
-        let factors = FactorOptions { dtype, densify: options.densify, whiten };
+        let align = !plan.options.contains_key("align") || flag("align")?;
+        let factors = FactorOptions { dtype, densify: options.densify, whiten, align, merge_dtype };
         Ok(Job { checkpoint, architecture, profile, plan, options, factors, needs, propagate, follow })
     }
 
@@ -314,7 +316,14 @@ impl<'a> Job<'a> {
         }
         let compressed = apply_layer(&plan, moe, moments, self.factors)?;
         *moe = compressed.moe;
-        let mut detail = format!("{} of {} experts", moe.experts.len(), plan.experts.len());
+        let stored = moe.experts.iter().filter(|e| e.form() != "alias").count();
+        let mut detail = format!("{stored} of {} experts", plan.experts.len());
+        if !compressed.alignments.is_empty() {
+            let sum = |cost: fn(&Alignment) -> f64| compressed.alignments.iter().map(cost).sum::<f64>();
+            let nearer = 1.0 - sum(|a| a.cost) / sum(|a| a.unaligned_cost).max(f64::MIN_POSITIVE);
+            let merged = compressed.alignments.len();
+            detail += &format!(", {merged} merged, {:.1} % nearer by alignment", 100.0 * nearer);
+        }
         for (form, words) in [("low_rank", "low rank"), ("constant", "constant")] {
             let count = moe.experts.iter().filter(|e| e.form() == form).count();
             if count > 0 {
@@ -324,8 +333,13 @@ impl<'a> Job<'a> {
         Ok(detail)
     }
 
-    /// Drops (or replaces by constants) as many experts as the plan says, by scores on the compressed prefix.
+    /// Drops (or replaces by constants, or merges) as many experts as the plan says, by scores on the compressed prefix.
     fn choose_again(&self, plan: &mut LayerPlan, index: usize, moments: &Moments) -> Result<()> {
+        if plan.experts.iter().any(|e| matches!(e.action, Action::Merge { .. })) {
+            let layer = &self.profile.moe_layers[index];
+            *plan = regroup_layer(&self.plan.method, &self.plan.options, layer, moments, plan)?;
+            return Ok(());
+        }
         let chosen = |e: &&ExpertPlan| matches!(e.action, Action::Drop | Action::Constant);
         let Some(action) = plan.experts.iter().find(chosen).map(|e| e.action.clone()) else { return Ok(()) };
         let count = plan.experts.iter().filter(chosen).count();

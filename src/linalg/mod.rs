@@ -1,11 +1,13 @@
 //! Factorisations of expert weights: two thin matrices in place of one, chosen so that as little as possible is lost,
-//! in the weight itself ([`truncated_svd`]) or on the data that the expert sees ([`whitened_svd`]).
+//! in the weight itself ([`truncated_svd`]) or on the data that the expert sees ([`whitened_svd`]). And which neuron of
+//! one expert corresponds to which of another ([`assignment`]).
 //!
 //! A weight W is `[out, in]`, row by row, as a checkpoint stores it, and an output is W x. Everything is computed in
 //! f64. Every function uses one thread and gives the same bytes wherever it is called from; to use more, decompose
 //! several matrices at once.
 #![forbid(unsafe_code)]
 
+mod assignment;
 mod dense;
 mod eigen;
 mod error;
@@ -17,6 +19,7 @@ mod svd;
 mod tests;
 mod whitened;
 
+pub use assignment::assignment;
 pub use eigen::{Eigen, symmetric_eigen};
 pub use error::Error;
 pub use matrix::Matrix;

@@ -116,11 +116,6 @@ impl Action {
         }
     }
 
-    /// Whether the router still has a row for the expert: all but dropped ones.
-    pub fn is_routed(&self) -> bool {
-        !matches!(self, Action::Drop)
-    }
-
     /// Whether something is still stored for the expert alone: neither dropped nor merged.
     pub fn is_stored(&self) -> bool {
         !matches!(self, Action::Drop | Action::Merge { .. })

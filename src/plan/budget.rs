@@ -153,6 +153,25 @@ fn drops_to_size(size: u64, costs: &Costs<'_>, rooms: &[Room<'_>]) -> Result<Vec
     Err(too_small(size, meter.on_disk()))
 }
 
+/// The fewest of 1 to `most` steps after which the checkpoint is not above `size`; `after` says how large it is after
+/// some, which must not grow with them.
+pub(super) fn fewest_steps(size: u64, most: usize, after: impl Fn(usize) -> Result<u64>) -> Result<usize> {
+    let (mut low, mut high) = (1, most);
+    let smallest = after(most)?;
+    if most == 0 || smallest > size {
+        return Err(too_small(size, smallest));
+    }
+    while low < high {
+        let middle = low.midpoint(high);
+        if after(middle)? <= size {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    Ok(low)
+}
+
 /// How many of `sequence`, experts of any layer in the order in which they would be dropped, are dropped.
 pub(super) fn drops_of_sequence(
     budget: Budget,

@@ -62,6 +62,9 @@ fn action_structure(layer: &LayerPlan, expert: usize, action: &Action, place: &P
                     let name = action.name();
                     wrong(format!("expert {into} has the action {name} itself; name one that stays"))
                 }
+                Some(Action::Constant) => wrong(format!(
+                    "expert {into} becomes a constant, which takes in no weights; name another one"
+                )),
                 Some(_) if !(0.0..=1.0).contains(weight) => {
                     Err(place.field("weight").plan(format!("found {weight}, expected a share from 0 to 1")))
                 }
@@ -152,7 +155,7 @@ fn layer_against(plan: &LayerPlan, layer: &MoeProfile, profile: &Profile) -> Res
         action_against(&entry.action, layer, profile.hidden_size, &place.expert(entry.expert))?;
     }
     let mut groups = GroupState::new(layer, plan.top_k);
-    plan.dropped().for_each(|e| groups.remove(groups.of(e)));
+    plan.without_row().for_each(|e| groups.remove(groups.of(e)));
     if !groups.is_enough() {
         let (top_groups, sizes) = (layer.top_groups, groups.sizes());
         let problem = format!(

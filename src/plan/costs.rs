@@ -1,5 +1,6 @@
 //! Parameters, bytes and tensors of a checkpoint after a plan.
 
+use std::collections::BTreeSet;
 use std::ops::{Add, AddAssign, Mul};
 
 use super::file::LayerPlan;
@@ -32,9 +33,9 @@ impl Expected {
         let (mut router_parameters, mut router_bytes, mut experts) = (0, 0, 0);
         for (plan, layer) in layers.iter().zip(&profile.moe_layers) {
             routed += costs.layer(layer, plan.experts.iter().map(|e| &e.action));
-            let dropped = plan.dropped().count() as u64;
-            router_parameters += dropped * layer.router_parameters;
-            router_bytes += dropped * layer.router_bytes;
+            let gone = plan.without_row().count() as u64;
+            router_parameters += gone * layer.router_parameters;
+            router_bytes += gone * layer.router_bytes;
             experts += plan.experts.iter().filter(|e| e.action.is_stored()).count() as u64;
         }
         let (parameters, bytes) = (profile.routed_parameters(), profile.routed_bytes());
@@ -113,6 +114,7 @@ impl Mul<u64> for Sizes {
 pub(super) struct Costs<'a> {
     pub(super) profile: &'a Profile,
     dtype: FactorDtype,
+    merged: FactorDtype,
     /// Tensors of one dense expert: 3, or 0 where all experts of a layer share fused tensors.
     expert_tensors: u64,
     /// Experts that are dropped leave a constant and their router row behind.
@@ -123,12 +125,17 @@ impl<'a> Costs<'a> {
     pub(super) fn new(profile: &'a Profile, dtype: FactorDtype) -> Self {
         let matrices = profile.moe_layers.iter().map(|l| 3 * l.experts as u64).sum::<u64>();
         let expert_tensors = if profile.tensors >= matrices { 3 } else { 0 };
-        Costs { profile, dtype, expert_tensors, novices: false }
+        Costs { profile, dtype, merged: FactorDtype::Auto, expert_tensors, novices: false }
     }
 
     /// The same where [`Costs::dropped`] is about experts that get `action`.
     pub(super) fn replacing(self, action: &Action) -> Self {
         Costs { novices: *action == Action::Constant, ..self }
+    }
+
+    /// The same where merged experts have this type.
+    pub(super) fn merged_as(self, merged: FactorDtype) -> Self {
+        Costs { merged, ..self }
     }
 
     /// Cost of one expert, without what the layer shares.
@@ -171,13 +178,22 @@ impl<'a> Costs<'a> {
         }
     }
 
-    /// Cost of a layer's experts; the base of its deltas counts as one dense expert.
+    /// Cost of a layer's experts, in order; the base of its deltas counts as one dense expert.
     pub(super) fn layer<'b>(&self, layer: &MoeProfile, actions: impl Iterator<Item = &'b Action>) -> Sizes {
         let mut sizes = Sizes::default();
         let mut base = false;
-        for action in actions {
+        let mut targets = BTreeSet::new();
+        let actions = actions.collect::<Vec<_>>();
+        for action in &actions {
             sizes += self.expert(layer, action);
             base |= matches!(action, Action::Delta { .. });
+            if let Action::Merge { into, .. } = action {
+                targets.insert(*into);
+            }
+        }
+        for action in targets.into_iter().map(|e| actions[e]) {
+            let [before, after] = self.replaced(layer, action);
+            sizes.bytes = sizes.bytes.saturating_sub(before) + after;
         }
         if base { sizes + self.expert(layer, &Action::Keep) } else { sizes }
     }
@@ -200,6 +216,30 @@ impl<'a> Costs<'a> {
         }
     }
 
+    /// Bytes of the dense matrices of an expert that takes in others, as they are and merged: packed ones become plain
+    /// numbers.
+    fn replaced(&self, layer: &MoeProfile, action: &Action) -> [u64; 2] {
+        let values = self.profile.hidden_size as u64 * layer.width as u64;
+        let stays = |p: &Projection| match action {
+            Action::Keep => true,
+            Action::LowRank { rank } => rank.get(*p).is_none(),
+            _ => false,
+        };
+        let mut bytes = [0; 2];
+        for p in Projection::ALL.into_iter().filter(stays) {
+            let before = matrix(layer, p, values);
+            let after = match (self.merged, layer.factor_bytes) {
+                (FactorDtype::Auto, 0) => before,
+                (FactorDtype::Auto, each) => each * values,
+                (FactorDtype::F32, _) => 4 * values,
+                (FactorDtype::Bf16 | FactorDtype::F16, _) => 2 * values,
+            };
+            bytes[0] += before;
+            bytes[1] += after;
+        }
+        bytes
+    }
+
     /// Bytes of `values` numbers of low-rank factors.
     fn factors(&self, layer: &MoeProfile, values: u64) -> u64 {
         match self.dtype {
@@ -218,6 +258,16 @@ impl<'a> Costs<'a> {
             all => (u128::from(self.profile.header_bytes) * u128::from(tensors)).div_ceil(u128::from(all)),
         };
         bytes.saturating_add(u64::try_from(header).unwrap_or(u64::MAX))
+    }
+
+    /// Bytes of the checkpoint after `layers`, which must have been checked against its profile.
+    pub(super) fn on_disk_after(&self, layers: &[LayerPlan]) -> u64 {
+        let mut tensors = self.profile.tensors;
+        for (plan, layer) in layers.iter().zip(&self.profile.moe_layers) {
+            tensors -= self.expert_tensors * layer.experts as u64;
+            tensors += self.layer(layer, plan.experts.iter().map(|e| &e.action)).tensors;
+        }
+        self.on_disk(Expected::of(self, layers).bytes, tensors)
     }
 
     /// Bytes of the checkpoint as it is.

@@ -15,7 +15,7 @@ pub fn coverage(plan: &Plan, moments: &[Moments]) -> Vec<f64> {
             let Some(counts) = moments.get(Moment::Coverage) else { continue };
             for (expert, count) in layer.experts.iter().zip(&counts[file * experts..(file + 1) * experts]) {
                 all += count;
-                kept += if expert.action.is_routed() { *count } else { 0.0 };
+                kept += if layer.has_row(&expert.action) { *count } else { 0.0 };
             }
         }
         if all > 0.0 { kept / all } else { 1.0 }

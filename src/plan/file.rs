@@ -75,12 +75,66 @@ pub struct LayerPlan {
     /// Experts that the super-expert guard protected; a later choice of other experts must keep them too.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub protected: Vec<usize>,
+    /// What becomes of the router rows of merged experts.
+    #[serde(skip_serializing_if = "MergedRows::is_redirect")]
+    pub router: MergedRows,
+}
+
+/// What becomes of the router rows of merged experts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MergedRows {
+    /// They stay: what the router sends to a merged expert is sent to the one that took it in. A token that chooses both
+    /// adds their weights and runs the expert once.
+    #[default]
+    Redirect,
+    /// They go, and each token chooses among the experts that are left. That is another function than
+    /// [`MergedRows::Redirect`], but needs no redirection, so a stock checkpoint can hold it.
+    Fuse,
+}
+
+impl MergedRows {
+    /// The word in the plan file.
+    pub fn name(self) -> &'static str {
+        match self {
+            MergedRows::Redirect => "redirect",
+            MergedRows::Fuse => "fuse",
+        }
+    }
+
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "what serde calls")]
+    fn is_redirect(&self) -> bool {
+        *self == MergedRows::Redirect
+    }
 }
 
 impl LayerPlan {
+    /// The plan of a layer whose experts, in order, have these actions; nothing is protected, and merged experts are
+    /// redirected.
+    pub fn new(layer: usize, top_k: usize, actions: impl IntoIterator<Item = Action>) -> Self {
+        let expert = |(expert, action)| ExpertPlan { expert, action };
+        let experts = actions.into_iter().enumerate().map(expert).collect();
+        LayerPlan { layer, top_k, skip: None, experts, protected: Vec::new(), router: MergedRows::default() }
+    }
+
+    /// Whether the router keeps the row of an expert with `action`: it is neither dropped nor merged into another one
+    /// under [`MergedRows::Fuse`].
+    pub fn has_row(&self, action: &Action) -> bool {
+        match action {
+            Action::Drop => false,
+            Action::Merge { .. } => self.router == MergedRows::Redirect,
+            _ => true,
+        }
+    }
+
     /// Experts that the router can still choose.
     pub fn routed(&self) -> usize {
-        self.experts.iter().filter(|e| e.action.is_routed()).count()
+        self.experts.iter().filter(|e| self.has_row(&e.action)).count()
+    }
+
+    /// Experts whose router rows go, in the order of the list.
+    pub fn without_row(&self) -> impl Iterator<Item = usize> {
+        self.experts.iter().filter(|e| !self.has_row(&e.action)).map(|e| e.expert)
     }
 
     /// Experts that are dropped, in the order of the list.
@@ -164,8 +218,11 @@ impl Plan {
     /// Those of [`Plan::check`].
     pub fn expect(&self, profile: &Profile) -> Result<Expected> {
         self.check(profile)?;
-        let dtype = self.options.get("factor_dtype").and_then(Value::as_str).and_then(FactorDtype::from_name);
-        let costs = Costs::new(profile, dtype.unwrap_or_default());
+        let dtype = |name: &str| {
+            let name = self.options.get(name).and_then(Value::as_str);
+            name.and_then(FactorDtype::from_name).unwrap_or_default()
+        };
+        let costs = Costs::new(profile, dtype("factor_dtype")).merged_as(dtype("merge_dtype"));
         Ok(Expected::of(&costs, &self.layers))
     }
 
@@ -228,7 +285,11 @@ fn layer_json(layer: &LayerPlan) -> String {
         protected => format!(", \"protected\": {}", line(&protected)),
     };
     let skip = layer.skip.map_or_else(String::new, |skip| format!(", \"skip\": {}", line(&skip)));
-    format!("{{\"layer\": {number}, \"top_k\": {top_k}{skip}, \"experts\": {experts}{protected}}}")
+    let router = match layer.router {
+        MergedRows::Redirect => String::new(),
+        MergedRows::Fuse => format!(", \"router\": {}", line(&layer.router)),
+    };
+    format!("{{\"layer\": {number}, \"top_k\": {top_k}{skip}, \"experts\": {experts}{protected}{router}}}")
 }
 
 /// A JSON array with one item per line.

@@ -38,7 +38,9 @@ pub use budget::Budget;
 pub use costs::{Expected, FactorDtype};
 pub use coverage::coverage;
 pub use error::{Error, Place, Result};
-pub use file::{ExpertPlan, LayerPlan, ModelRef, Plan, StatisticsRef, VERSION};
-pub use methods::{Method, Needs, Paper, Request, SpectrumSource, method, methods, rescore_layer};
+pub use file::{ExpertPlan, LayerPlan, MergedRows, ModelRef, Plan, StatisticsRef, VERSION};
+pub use methods::{
+    Method, Needs, Paper, Request, SpectrumSource, method, methods, regroup_layer, rescore_layer,
+};
 pub use options::{OptionKind, OptionSpec, Options};
 pub use size::{format_size, parse_size};

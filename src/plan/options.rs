@@ -1,6 +1,6 @@
 //! Options of a method: what there is, and what was asked for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
@@ -34,6 +34,8 @@ pub enum OptionKind {
     Integer(u64),
     /// A number above 0 and below 1.
     Fraction,
+    /// Layer numbers and ranges of them, such as `0,3-5`.
+    Layers,
 }
 
 impl std::fmt::Display for OptionKind {
@@ -43,6 +45,7 @@ impl std::fmt::Display for OptionKind {
             OptionKind::Choice(words) => write!(f, "{}", words.join("|")),
             OptionKind::Integer(_) => write!(f, "N"),
             OptionKind::Fraction => write!(f, "0..1"),
+            OptionKind::Layers => write!(f, "N,N-N"),
         }
     }
 }
@@ -66,8 +69,26 @@ impl OptionKind {
                 let number = text.parse::<f64>().ok().filter(|x| *x > 0.0 && *x < 1.0);
                 number.map(Value::from).ok_or_else(|| "expected a number above 0 and below 1".into())
             }
+            OptionKind::Layers => {
+                let known = parse_layers(text).is_some();
+                known.then(|| text.into()).ok_or_else(|| "expected layer numbers such as 0,3-5".into())
+            }
         }
     }
+}
+
+/// The layers that a text such as `0,3-5` lists; `None` where it is no such list.
+fn parse_layers(text: &str) -> Option<BTreeSet<usize>> {
+    let mut layers = BTreeSet::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last) = (first.trim().parse::<u16>().ok()?, last.trim().parse::<u16>().ok()?);
+        if first > last {
+            return None;
+        }
+        layers.extend((first..=last).map(usize::from));
+    }
+    Some(layers)
 }
 
 /// Checks what was given against what `method` knows, and fills in the defaults.
@@ -119,6 +140,11 @@ pub(super) fn integer(options: &Options, name: &str) -> Option<u64> {
 /// A resolved fraction.
 pub(super) fn fraction(options: &Options, name: &str) -> Option<f64> {
     options.get(name).and_then(Value::as_f64)
+}
+
+/// The layers of a resolved list; none where it was not given.
+pub(super) fn layers(options: &Options, name: &str) -> BTreeSet<usize> {
+    options.get(name).and_then(Value::as_str).and_then(parse_layers).unwrap_or_default()
 }
 
 /// Whether the choice `name` was resolved to `word`.

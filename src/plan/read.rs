@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::error::Place;
-use super::file::{ExpertPlan, LayerPlan, ModelRef, StatisticsRef, VERSION};
+use super::file::{ExpertPlan, LayerPlan, MergedRows, ModelRef, StatisticsRef, VERSION};
 use super::{Action, Channels, Expected, Options, Plan, Ranks, Result};
 use crate::architecture::{Skip, SkipThreshold};
 
@@ -69,7 +69,7 @@ fn expected(object: &Object<'_>) -> Result<Expected> {
 fn layer(value: &Value) -> Result<LayerPlan> {
     let number = Object::new(value, Place::top().field("layers"))?.index("layer")?;
     let object = Object::new(value, Place::layer(number))?;
-    object.only(&["layer", "top_k", "skip", "experts", "protected"])?;
+    object.only(&["layer", "top_k", "skip", "experts", "protected", "router"])?;
     let read = |value| expert(value, &object.place);
     let mut experts = object.array("experts")?.iter().map(read).collect::<Result<Vec<_>>>()?;
     experts.sort_by_key(|e| e.expert);
@@ -81,7 +81,16 @@ fn layer(value: &Value) -> Result<LayerPlan> {
         Some(_) => Some(skip(&object.object("skip")?)?),
         None => None,
     };
-    Ok(LayerPlan { layer: number, top_k: object.index("top_k")?, skip, experts, protected })
+    let router = match object.map.get("router").and_then(Value::as_str) {
+        Some("redirect") => MergedRows::Redirect,
+        Some("fuse") => MergedRows::Fuse,
+        None if !object.map.contains_key("router") => MergedRows::default(),
+        _ => {
+            let value = object.get("router")?;
+            return Err(wrong(&object.place.field("router"), value, "\"redirect\" or \"fuse\""));
+        }
+    };
+    Ok(LayerPlan { layer: number, top_k: object.index("top_k")?, skip, experts, protected, router })
 }
 
 fn skip(object: &Object<'_>) -> Result<Skip> {

@@ -8,7 +8,7 @@ use crate::plan::budget::{self, Budget};
 use crate::plan::check;
 use crate::plan::costs::{Costs, FactorDtype, Sizes};
 use crate::plan::error::Place;
-use crate::plan::file::{ExpertPlan, LayerPlan};
+use crate::plan::file::LayerPlan;
 use crate::plan::options::{self, OptionKind, Options};
 use crate::plan::{Action, Error, OptionSpec, Plan, Projection, Ranks, Result};
 
@@ -364,7 +364,5 @@ fn by_spectrum(shape: &Shape<'_>, rank: usize, source: &dyn SpectrumSource) -> R
 
 fn layer_plan(layer: &MoeProfile, ranks: &[Ranks]) -> LayerPlan {
     let action = |rank: &Ranks| if rank.is_dense() { Action::Keep } else { Action::LowRank { rank: *rank } };
-    let entry = |(expert, rank)| ExpertPlan { expert, action: action(rank) };
-    let experts = ranks.iter().enumerate().map(entry).collect();
-    LayerPlan { layer: layer.layer, top_k: layer.top_k, skip: None, experts, protected: Vec::new() }
+    LayerPlan::new(layer.layer, layer.top_k, ranks.iter().map(action))
 }

@@ -1,6 +1,7 @@
 //! The methods: from sizes, statistics and a budget to a plan.
 
 mod low_rank;
+mod merge;
 mod mone;
 mod prune;
 
@@ -12,6 +13,7 @@ use super::{Budget, Error, OptionSpec, Plan, Projection, Result};
 use crate::architecture::Profile;
 use crate::backend::Moments;
 
+pub use merge::regroup_layer;
 pub use prune::rescore_layer;
 
 /// The publication that a method comes from.
@@ -98,7 +100,8 @@ pub trait Method: Sync {
 
 static METHODS: LazyLock<Vec<&'static dyn Method>> = LazyLock::new(|| {
     let prune = prune::METHODS.iter().map(|m| m as &dyn Method);
-    prune.chain([&mone::Mone as &dyn Method, &low_rank::LowRank]).collect()
+    let merge: [&dyn Method; 4] = [&merge::M_SMOE, &merge::MC_SMOE, &merge::HcSmoe, &merge::Ream];
+    prune.chain([&mone::Mone as &dyn Method, &low_rank::LowRank]).chain(merge).collect()
 });
 
 /// Every method.

@@ -7,7 +7,7 @@ use crate::plan::budget;
 use crate::plan::check;
 use crate::plan::costs::{Costs, FactorDtype};
 use crate::plan::error::Place;
-use crate::plan::file::{ExpertPlan, LayerPlan};
+use crate::plan::file::LayerPlan;
 use crate::plan::options::{self, OptionKind, Options};
 use crate::plan::protect::super_experts;
 use crate::plan::score::{self, Rule};
@@ -261,10 +261,10 @@ impl Selection {
 
     /// The layer as far as choosing goes: experts that keep their router row keep every group of the router usable.
     fn choices(&self, layer: &MoeProfile) -> MoeProfile {
-        if self.action.is_routed() {
-            MoeProfile { groups: 1, top_groups: 1, ..layer.clone() }
-        } else {
+        if self.action == Action::Drop {
             layer.clone()
+        } else {
+            MoeProfile { groups: 1, top_groups: 1, ..layer.clone() }
         }
     }
 
@@ -321,7 +321,7 @@ pub fn rescore_layer(
 }
 
 /// The moments of every MoE layer.
-fn moments<'a>(request: &Request<'a>) -> Result<&'a [Moments]> {
+pub(super) fn moments<'a>(request: &Request<'a>) -> Result<&'a [Moments]> {
     let Some(statistics) = request.statistics else {
         return Err(Place::top().statistics("this method needs them; give those that calibrate wrote"));
     };
@@ -361,17 +361,16 @@ fn seed(options: &Options) -> u64 {
 }
 
 fn layer_plan(layer: &MoeProfile, chosen: &[usize], protected: &[bool], action: &Action) -> LayerPlan {
-    let mut experts =
-        (0..layer.experts).map(|expert| ExpertPlan { expert, action: Action::Keep }).collect::<Vec<_>>();
+    let mut plan = LayerPlan::new(layer.layer, layer.top_k, vec![Action::Keep; layer.experts]);
     for expert in chosen {
-        experts[*expert].action = action.clone();
+        plan.experts[*expert].action = action.clone();
     }
-    let protected = protected.iter().enumerate().filter(|(_, p)| **p).map(|(e, _)| e).collect();
-    LayerPlan { layer: layer.layer, top_k: layer.top_k, skip: None, experts, protected }
+    plan.protected = protected.iter().enumerate().filter(|(_, p)| **p).map(|(e, _)| e).collect();
+    plan
 }
 
 /// One warning for each layer with experts that saw no token.
-fn unrouted(profile: &Profile, statistics: &[Moments]) -> Result<Vec<String>> {
+pub(super) fn unrouted(profile: &Profile, statistics: &[Moments]) -> Result<Vec<String>> {
     let mut warnings = Vec::new();
     for (layer, moments) in profile.moe_layers.iter().zip(statistics) {
         let count = score::counts(layer, moments)?;

@@ -2,6 +2,7 @@
 
 mod by_hand;
 mod low_rank;
+mod merge;
 mod messages;
 mod properties;
 mod reference;

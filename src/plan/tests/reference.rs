@@ -9,18 +9,18 @@ use serde_json::Value;
 
 use super::*;
 
-const MODELS: [&str; 3] = ["mixtral", "qwen2_moe", "deepseek_v2"];
+pub(super) const MODELS: [&str; 3] = ["mixtral", "qwen2_moe", "deepseek_v2"];
 
 /// One reference model.
-struct Reference {
-    folder: PathBuf,
-    name: &'static str,
-    profile: Profile,
-    statistics: Vec<Moments>,
+pub(super) struct Reference {
+    pub(super) folder: PathBuf,
+    pub(super) name: &'static str,
+    pub(super) profile: Profile,
+    pub(super) statistics: Vec<Moments>,
 }
 
 impl Reference {
-    fn open(name: &'static str) -> Option<Reference> {
+    pub(super) fn open(name: &'static str) -> Option<Reference> {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/reference").join(name);
         if !folder.is_dir() {
             eprintln!("skipped: no reference outputs at {}", folder.display());
@@ -62,11 +62,11 @@ impl Reference {
         Some(Reference { folder, name, profile, statistics })
     }
 
-    fn json(&self, file: &str) -> Value {
+    pub(super) fn json(&self, file: &str) -> Value {
         json(&self.folder.join(file))
     }
 
-    fn plan(&self, method: &str, budget: Budget, options: &[&str]) -> Plan {
+    pub(super) fn plan(&self, method: &str, budget: Budget, options: &[&str]) -> Plan {
         plan(method, &self.profile, Some(&self.statistics), Some(budget), options).unwrap()
     }
 }
