@@ -478,7 +478,6 @@ fn plans_edited_into_nonsense() {
     }
     // What the format knows and compressing does not yet is said before any work.
     for value in [
-        json!({ "expert": 4, "action": "constant" }),
         json!({ "expert": 4, "action": "channels", "keep": 4 }),
         json!({ "expert": 4, "action": "delta", "rank": 2 }),
     ] {

@@ -6,6 +6,7 @@ mod common;
 
 use std::path::Path;
 
+use common::command::moepress;
 use common::compress::{apply, bits, files, plan, tokens};
 use common::{Mutant, Trace, data, run};
 use moepress::architecture::Projection;
@@ -346,4 +347,48 @@ fn experts_without_own_matrices_are_refused() {
     let after = moe(&second);
     assert!(matches!((&after.experts[0], &after.experts[2]), (Expert::Alias(3), Expert::Alias(3))));
     run(&second, &tokens());
+}
+
+/// From the command line: sizes come out as planned, and each layer can be grouped anew behind the merged ones before it.
+#[test]
+fn from_statistics_to_a_checkpoint() {
+    let work = tempfile::tempdir().unwrap();
+    let path = |name: &str| work.path().join(name).display().to_string();
+    let model = data("qwen2_moe").display().to_string();
+    let (tokens_file, stats, json) = (path("t.safetensors"), path("s.safetensors"), "--json");
+    common::generate::tokens(Path::new(&tokens_file), 4, 24, 64);
+    let run = |arguments: &[&str]| moepress(arguments).json();
+    run(&["calibrate", &model, "--tokens", &tokens_file, "--sample", "all", "--out", &stats, json]);
+    let propagated = ["router=redirect", "group_size=2", "propagate=true"];
+    for (method, set) in [
+        ("m-smoe", &["grouping=uniform", "capacity=3"][..]),
+        ("mc-smoe", &["rank=2"]),
+        ("hc-smoe", &["linkage=single"]),
+        ("ream", &["group_size=2"]),
+        ("ream", &propagated),
+    ] {
+        let (plan, out) =
+            (path(&format!("{method}{}.json", set.len())), path(&format!("{method}{}", set.len())));
+        let mut arguments =
+            vec!["plan", "--method", method, "--experts", "3", "--stats", &stats, "--out", &plan, json];
+        arguments.push("--set");
+        arguments.extend(set);
+        let planned = run(&arguments);
+        let mut arguments = vec!["compress", &model, "--plan", &plan, "--out", &out, json];
+        if set.len() == 3 {
+            let refused = moepress(&arguments).error(1);
+            assert_eq!(
+                refused,
+                "the plan has propagate=true, which measures while compressing: give --tokens"
+            );
+            arguments.extend(["--tokens", &tokens_file]);
+        }
+        let done = run(&arguments);
+        assert_eq!(done["bytes_after"], planned["expected"]["bytes"], "{method}");
+        assert_eq!(done["layout"] == "hf", method == "ream" && set.len() == 1, "{method}");
+        let evaluated = run(&["eval", &out, "--tokens", &tokens_file, json]);
+        assert!(evaluated["overall"]["nll"].as_f64().unwrap() > 0.0, "{method}");
+    }
+    let missing = moepress(["plan", "--method", "mc-smoe", "--stats", &stats, "--out", &path("p")]).error(2);
+    assert!(missing.starts_with("one of --remove, --experts and --bytes is needed"), "{missing}");
 }

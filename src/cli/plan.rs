@@ -80,8 +80,9 @@ fn parse_option(text: &str) -> Result<(String, String), String> {
 impl Args {
     pub(crate) fn run(&self) -> Result<(), Failure> {
         let method = method(&self.method)?;
-        // A method that takes a rank can do without a budget, and says itself what it lacks.
-        if self.budget().is_none() && method.options().iter().all(|o| o.name != "rank") {
+        // A method that can be given a rank instead of a budget says itself what it lacks.
+        let takes_rank = method.options().iter().any(|o| o.name == "rank" && o.default.is_none());
+        if self.budget().is_none() && !takes_rank {
             return Err(Failure::Usage(
                 "one of --remove, --experts and --bytes is needed; see `moepress plan --help`".into(),
             ));
