@@ -22,6 +22,7 @@
 //! | [`eval`] | perplexity, agreement with the original, multiple choice |
 //! | [`compare`] | many methods on one model, side by side, in memory |
 //! | [`generate`] | text from a prompt, token by token |
+//! | `ffi` | the C interface of GPU layers, `include/moepress.h` |
 //! | [`progress`] | how long work reports that it is alive |
 //!
 //! The whole chain in a few lines, as `examples/chain.rs` runs it on a model inside the repository:
@@ -61,6 +62,8 @@ pub mod compare;
 pub mod compress;
 pub mod eval;
 pub mod generate;
+#[cfg(feature = "cuda")]
+pub mod ffi;
 pub mod linalg;
 pub mod model;
 pub mod plan;

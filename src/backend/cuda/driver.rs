@@ -353,6 +353,17 @@ impl Block for DeviceBlock {
     fn bytes(&self) -> usize {
         self.bytes
     }
+
+    fn write(&self, start: usize, bytes: &[u8]) -> Result<()> {
+        check_range(self, start, bytes.len())?;
+        let _current = self.device.enter()?;
+        // The copy alone may return before the last bytes have arrived.
+        // SAFETY: the range lies within the block.
+        let copied = unsafe { result::memcpy_htod_sync(self.address + start as u64, bytes) }
+            // SAFETY: the default stream, on which the copy ran.
+            .and_then(|()| unsafe { result::stream::synchronize(result::stream::null()) });
+        copied.map_err(failed(format!("{}: copying {} bytes to it", self.device.name, bytes.len())))
+    }
 }
 
 impl Drop for DeviceBlock {
@@ -373,17 +384,6 @@ impl Memory for Arc<Device> {
         let address = unsafe { result::malloc_sync(bytes.max(1)) };
         let address = address.map_err(failed(format!("{}: allocating {bytes} bytes", self.name)))?;
         Ok(DeviceBlock { device: Arc::clone(self), address, bytes })
-    }
-
-    fn write(&self, block: &DeviceBlock, start: usize, bytes: &[u8]) -> Result<()> {
-        check_range(block, start, bytes.len())?;
-        let _current = self.enter()?;
-        // The copy alone may return before the last bytes have arrived.
-        // SAFETY: the range lies within the block.
-        let copied = unsafe { result::memcpy_htod_sync(block.address + start as u64, bytes) }
-            // SAFETY: the default stream, on which the copy ran.
-            .and_then(|()| unsafe { result::stream::synchronize(result::stream::null()) });
-        copied.map_err(failed(format!("{}: copying {} bytes to it", self.name, bytes.len())))
     }
 }
 

@@ -84,7 +84,7 @@ impl<B> MoeLayer<B> {
     /// # Safety
     /// All addresses must be valid on the device of `launch`, for the shapes above, until its stream has passed the last
     /// kernel. The workspace, and `out`, must not be used by anything else meanwhile.
-    pub unsafe fn forward(&self, launch: &impl Launch, args: &Forward) -> Result<()> {
+    pub unsafe fn forward(&self, launch: &(impl Launch + ?Sized), args: &Forward) -> Result<()> {
         self.tables.check(args)?;
         if args.tokens == 0 {
             return Ok(());
@@ -165,7 +165,7 @@ fn family(element: Element, tokens: usize, rows: usize) -> u32 {
 }
 
 /// One forward pass.
-struct Pass<'a, L> {
+struct Pass<'a, L: ?Sized> {
     tables: &'a Tables,
     args: &'a Forward,
     workspace: Workspace,
@@ -183,7 +183,7 @@ struct Work {
     tile_rows: u32,
 }
 
-impl<L: Launch> Pass<'_, L> {
+impl<L: Launch + ?Sized> Pass<'_, L> {
     unsafe fn run(&self) -> Result<()> {
         let Pass { tables, args, workspace, .. } = *self;
         let tokens = args.tokens;

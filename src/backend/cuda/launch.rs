@@ -40,18 +40,33 @@ pub trait Memory {
     /// # Errors
     /// Where there is not enough.
     fn allocate(&self, bytes: usize) -> Result<Self::Block>;
-
-    /// Copies to the device, and waits.
-    ///
-    /// # Errors
-    /// Where `start + bytes.len()` is beyond the block, or the device fails.
-    fn write(&self, block: &Self::Block, start: usize, bytes: &[u8]) -> Result<()>;
 }
 
 /// A block of device memory.
 pub trait Block: Send + Sync {
     /// Its address on the device.
     fn address(&self) -> u64;
+
     /// Its length in bytes.
     fn bytes(&self) -> usize;
+
+    /// Copies to it from the host, and waits.
+    ///
+    /// # Errors
+    /// Where `start + bytes.len()` is beyond the block, or the device fails.
+    fn write(&self, start: usize, bytes: &[u8]) -> Result<()>;
+}
+
+impl<B: Block + ?Sized> Block for Box<B> {
+    fn address(&self) -> u64 {
+        (**self).address()
+    }
+
+    fn bytes(&self) -> usize {
+        (**self).bytes()
+    }
+
+    fn write(&self, start: usize, bytes: &[u8]) -> Result<()> {
+        (**self).write(start, bytes)
+    }
 }

@@ -113,7 +113,7 @@ impl<B: Block> MoeLayer<B> {
         let mut counting = Arena::counting();
         tables(spec, &mut counting)?;
         let block = memory.allocate(counting.used()?)?;
-        let mut write = |start: usize, bytes: &[u8]| memory.write(&block, start, bytes);
+        let mut write = |start: usize, bytes: &[u8]| block.write(start, bytes);
         let tables = tables(spec, &mut Arena::writing(block.address(), &mut write))?;
         Ok(MoeLayer { block, tables })
     }
