@@ -77,7 +77,9 @@ fn build() -> Result<(), String> {
     }
     let architectures = env::var("MOEPRESS_CUDA_ARCHES").unwrap_or_else(|_| DEFAULT_ARCHITECTURES.into());
     let generated = code_generation(&architectures)?;
-    let sources = files("cuda", "cu")?;
+    let mut sources = files("cuda", "cu")?;
+    // The longest first, so that none of them is left for the end.
+    sources.sort_by_key(|source| std::cmp::Reverse(fs::metadata(source).map_or(0, |m| m.len())));
     let mut shared = DefaultHasher::new();
     (&nvcc.banner, &generated).hash(&mut shared);
     for header in files("cuda", "cuh")? {

@@ -61,9 +61,9 @@ pub mod checkpoint;
 pub mod compare;
 pub mod compress;
 pub mod eval;
-pub mod generate;
 #[cfg(feature = "cuda")]
 pub mod ffi;
+pub mod generate;
 pub mod linalg;
 pub mod model;
 pub mod plan;

@@ -341,16 +341,6 @@ impl Memory for Emulator {
         // Whole pages begin where a device's memory would, aligned to 256 bytes at least.
         Ok(self.room(bytes.next_multiple_of(256)))
     }
-
-    fn write(&self, block: &Buffer, start: usize, bytes: &[u8]) -> Result<(), Error> {
-        let end = start + bytes.len();
-        assert!(end <= block.bytes, "bytes {start} to {end} of a block of {}", block.bytes);
-        // SAFETY: within the block, which no kernel uses while this runs.
-        unsafe {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), (block.data as *mut u8).add(start), bytes.len());
-        };
-        Ok(())
-    }
 }
 
 impl Block for Buffer {
@@ -360,5 +350,15 @@ impl Block for Buffer {
 
     fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    fn write(&self, start: usize, bytes: &[u8]) -> Result<(), Error> {
+        let end = start + bytes.len();
+        assert!(end <= self.bytes, "bytes {start} to {end} of a block of {}", self.bytes);
+        // SAFETY: within the block, which no kernel uses while this runs.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), (self.data as *mut u8).add(start), bytes.len());
+        };
+        Ok(())
     }
 }

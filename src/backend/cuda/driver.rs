@@ -166,7 +166,7 @@ impl Device {
             let module = module.map_err(|error| self.not_loaded(image.source, error))?;
             self.modules.push(module);
         }
-        for kernel in kernels::all() {
+        for kernel in kernels::kernel_names() {
             let function = self.find(kernel)?;
             self.functions.insert(kernel, prepare(kernel, function, most)?);
         }

@@ -83,8 +83,8 @@ impl Gemm {
     }
 }
 
-/// Every kernel that is launched.
-pub(super) fn all() -> impl Iterator<Item = &'static str> {
+/// The names of all kernels that are launched, as they are in the fat binaries.
+pub fn kernel_names() -> impl Iterator<Item = &'static str> {
     let plain = [ROUTE, SORT_SMALL, SORT_COUNT, SORT_SCAN, SORT_SCATTER, BASE_PLAN];
     let elements = [LOGITS, SCALE_INPUT, BASE_HIDDEN, COMBINE].into_iter();
     let gemms = GEMMS.into_iter();

@@ -67,6 +67,7 @@ pub use driver::{Device, DeviceBlock, Stream, availability};
 pub use element::Element;
 pub use error::{Error, Result, Unavailable};
 pub use forward::{Forward, Routing, Rows};
+pub use kernels::kernel_names;
 pub use launch::{Block, Launch, Memory};
 pub use layer::{LayerSpec, MoeLayer, SharedExpert};
 pub use router::LayerRouter;

@@ -21,7 +21,7 @@ impl Launch for Recorder {
         _: u32,
         _: &[u8],
     ) -> Result<()> {
-        assert!(kernels::all().any(|name| name == kernel), "{kernel} is not loaded");
+        assert!(kernels::kernel_names().any(|name| name == kernel), "{kernel} is not loaded");
         self.0.borrow_mut().push((kernel, grid));
         Ok(())
     }

@@ -1,0 +1,455 @@
+//! The whole GPU layer, run on the emulation of its kernels, against the CPU backend.
+
+#![cfg(feature = "cuda")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+#[allow(dead_code, reason = "shared with the tests of the kernels")]
+#[path = "emulation/emulator.rs"]
+mod emulator;
+
+use emulator::{Buffer, Emulator, Mode};
+use half::{bf16, f16};
+use moepress::architecture::{
+    Activation, Choice, GroupLimit, GroupScore, RouterSpec, Scoring, WeightRule, WeightTarget,
+};
+use moepress::backend::cpu::Cpu;
+use moepress::backend::cuda::{
+    DeviceMatrix, DeviceVector, Element, Forward, LayerMatrix, LayerRouter, LayerSpec, LayerVector, MoeLayer,
+    Routing, Rows, SharedExpert,
+};
+use moepress::backend::{
+    Backend, Expert, Linear, Matrix, Mlp, RouterRule, RouterWeights, Routes, StoredExpert,
+};
+use moepress::checkpoint::{Dtype, Tensor, Weight, encode_f32};
+
+const HIDDEN: usize = 48;
+const WIDTH: usize = 40;
+const EXPERTS: usize = 9;
+const TOP_K: usize = 3;
+
+/// Values without structure from −`scale` to `scale`.
+fn noise(count: usize, seed: u64, scale: f32) -> Vec<f32> {
+    let mut state = (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        ((state >> 40) as f32 / (1u64 << 23) as f32 - 1.0) * scale
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+fn dtype(element: Element) -> Dtype {
+    match element {
+        Element::F32 => Dtype::F32,
+        Element::F16 => Dtype::F16,
+        Element::Bf16 => Dtype::BF16,
+    }
+}
+
+fn round(element: Element, values: Vec<f32>) -> Vec<f32> {
+    match element {
+        Element::F32 => values,
+        Element::F16 => values.into_iter().map(|v| f16::from_f32(v).to_f32()).collect(),
+        Element::Bf16 => values.into_iter().map(|v| bf16::from_f32(v).to_f32()).collect(),
+    }
+}
+
+fn decode(element: Element, bytes: &[u8]) -> Vec<f32> {
+    let mut out = vec![0.0; bytes.len() / element.bytes()];
+    moepress::checkpoint::decode_f32(dtype(element), bytes, &mut out);
+    out
+}
+
+fn weight(element: Element, rows: usize, cols: usize, seed: u64) -> Weight {
+    let values = noise(rows * cols, seed, (3.0 / cols.max(1) as f32).sqrt());
+    Weight::plain(Tensor::from_f32("w", dtype(element), vec![rows, cols], &values)).unwrap()
+}
+
+fn vector(len: usize, seed: u64) -> Tensor {
+    Tensor::from_f32("v", Dtype::F32, vec![len], &noise(len, seed, 0.5))
+}
+
+/// What an expert of the tests is made of.
+#[derive(Clone, Copy, Default)]
+struct Made {
+    width: usize,
+    /// Of gate, up and down; dense without.
+    ranks: [Option<usize>; 3],
+    biases: bool,
+}
+
+fn expert(element: Element, made: Made, activation: Activation, seed: u64) -> StoredExpert {
+    let map = |i: usize, rows: usize, cols: usize| {
+        let seed = 100 * seed + 10 * i as u64;
+        let weight = match made.ranks[i] {
+            None => Matrix::Dense(weight(element, rows, cols, seed)),
+            Some(rank) => Matrix::LowRank {
+                u: weight(element, rows, rank, seed + 1),
+                v: weight(element, rank, cols, seed + 2),
+            },
+        };
+        Linear { weight, bias: made.biases.then(|| vector(rows, seed + 3)) }
+    };
+    Expert::Mlp(Mlp {
+        gate: map(0, made.width, HIDDEN),
+        up: map(1, made.width, HIDDEN),
+        down: map(2, HIDDEN, made.width),
+        activation,
+    })
+}
+
+/// Every form of an expert in one layer, ranks from 0 up, widths that are no multiple of anything.
+fn experts(element: Element, activation: Activation) -> Vec<StoredExpert> {
+    let made = |width, ranks, biases| Made { width, ranks, biases };
+    let mlp = |seed, made| expert(element, made, activation, seed);
+    vec![
+        mlp(0, made(WIDTH, [None; 3], false)),
+        mlp(1, made(WIDTH, [Some(16), Some(8), Some(5)], false)),
+        mlp(2, made(33, [None; 3], true)),
+        Expert::Alias(1),
+        Expert::Constant(vector(HIDDEN, 3)),
+        mlp(5, made(WIDTH, [Some(0), None, Some(21)], true)),
+        Expert::None,
+        mlp(7, made(7, [None, Some(3), None], false)),
+        mlp(8, made(WIDTH, [Some(1), Some(40), Some(0)], false)),
+    ]
+}
+
+fn rule(spec: RouterSpec) -> RouterRule {
+    let groups = spec.groups.map_or(1, |limit| limit.count);
+    RouterRule {
+        spec,
+        group_of: (0..EXPERTS).map(|e| (e * groups / EXPERTS) as u32).collect(),
+        live: (0..EXPERTS).map(|e| e != 6).collect(),
+    }
+}
+
+fn router_weights(rule: &RouterRule) -> RouterWeights {
+    let values = noise(EXPERTS * HIDDEN, 77, 0.6);
+    RouterWeights {
+        weight: Tensor::from_f32("router", Dtype::F32, vec![EXPERTS, HIDDEN], &values),
+        bias: rule.spec.bias.then(|| vector(EXPERTS, 78)),
+        choice_bias: (rule.spec.choice == Choice::BiasedScore).then(|| vector(EXPERTS, 79)),
+    }
+}
+
+fn spec<W, V>(element: Element, experts: &[Expert<W, V>]) -> LayerSpec<'_, W, V> {
+    LayerSpec {
+        hidden: HIDDEN,
+        element,
+        top_k: TOP_K,
+        experts,
+        base: &[None, None, None],
+        expert_map: None,
+        shared: None,
+        router: None,
+        target: WeightTarget::Output,
+    }
+}
+
+fn with_router<'a, W, V>(
+    spec: LayerSpec<'a, W, V>,
+    rule: &'a RouterRule,
+    weights: &'a RouterWeights,
+) -> LayerSpec<'a, W, V> {
+    let router = LayerRouter {
+        rule,
+        weight: Some(&weights.weight),
+        bias: weights.bias.as_ref(),
+        choice_bias: weights.choice_bias.as_ref(),
+    };
+    LayerSpec { router: Some(router), target: rule.spec.target, ..spec }
+}
+
+/// A layer on an emulated GPU, with the inputs of one pass.
+struct Bench {
+    gpu: Emulator,
+    layer: MoeLayer<Buffer>,
+}
+
+/// The routing of a pass, on the host.
+enum By<'a> {
+    Router,
+    Logits(&'a [f32]),
+    Given(&'a [i32], &'a [f32]),
+}
+
+impl Bench {
+    fn new<'a, W, V>(mode: Mode, spec: &LayerSpec<'a, W, V>) -> Option<Self>
+    where
+        LayerMatrix<'a>: From<&'a W>,
+        LayerVector<'a>: From<&'a V>,
+    {
+        let gpu = Emulator::new(mode)?;
+        let layer = MoeLayer::new(&gpu, spec).unwrap();
+        Some(Bench { gpu, layer })
+    }
+
+    fn run(&self, x: &[f32], by: &By<'_>, residual: Option<&[f32]>) -> Vec<f32> {
+        let element = self.layer.element();
+        let tokens = x.len() / HIDDEN;
+        let gpu = &self.gpu;
+        let upload = |values: &[f32]| gpu.upload(&encode_f32(dtype(element), values));
+        let (x, residual) = (upload(x), residual.map(upload));
+        let out = gpu.room(tokens * HIDDEN * element.bytes());
+        let bytes = self.layer.workspace_bytes(tokens).unwrap();
+        let workspace = gpu.room(bytes);
+        let rows = |buffer: &Buffer| Rows { address: buffer.address(), stride: HIDDEN };
+        let (one, two);
+        let routing = match by {
+            By::Router => Routing::Router,
+            By::Logits(logits) => {
+                one = gpu.upload(logits);
+                Routing::Logits { address: one.address(), stride: logits.len() / tokens }
+            }
+            By::Given(ids, weights) => {
+                (one, two) = (gpu.upload(ids), gpu.upload(weights));
+                Routing::Given { ids: one.address(), weights: two.address() }
+            }
+        };
+        let args = Forward {
+            tokens,
+            x: rows(&x),
+            out: rows(&out),
+            routing,
+            residual: residual.as_ref().map(rows),
+            workspace: workspace.address(),
+            workspace_bytes: bytes,
+        };
+        // SAFETY: buffers of the sizes that the layer asks for.
+        unsafe { self.layer.forward(gpu, &args) }.unwrap();
+        decode(element, out.contents())
+    }
+}
+
+/// What the CPU backend makes of it, and how it routed.
+fn reference(
+    experts: &[StoredExpert],
+    rule: &RouterRule,
+    weights: &RouterWeights,
+    x: &[f32],
+) -> (Vec<f32>, Routes) {
+    let (mut input, mut out, mut routing) = (Cpu.buffer(), Cpu.buffer(), Cpu.routing());
+    Cpu.upload(x, x.len() / HIDDEN, HIDDEN, &mut input).unwrap();
+    let router = Cpu.router(weights, rule.clone()).unwrap();
+    let experts = Cpu.experts(experts).unwrap();
+    Cpu.route(&input, &router, &mut routing).unwrap();
+    Cpu.run_experts(&input, &experts, &mut routing, &mut out, None).unwrap();
+    (Cpu.download(&out).unwrap(), Cpu.routes(&routing).unwrap())
+}
+
+/// Each value within `tolerance` of the root mean square of all: the GPU rounds z, h, y and the result to the element
+/// type, the CPU nothing.
+#[track_caller]
+fn close(found: &[f32], expected: &[f32], tolerance: f32, what: &str) {
+    assert_eq!(found.len(), expected.len());
+    let scale = (expected.iter().map(|v| v * v).sum::<f32>() / expected.len() as f32).sqrt();
+    for (i, (f, e)) in found.iter().zip(expected).enumerate() {
+        assert!((f - e).abs() <= tolerance * scale, "{what}: [{i}] {f}, expected {e}, rms {scale}");
+    }
+}
+
+fn tolerance(element: Element) -> f32 {
+    match element {
+        Element::F32 => 1e-5,
+        Element::F16 => 1e-2,
+        Element::Bf16 => 6e-2,
+    }
+}
+
+/// All forms, all types, batches on both sides of every boundary between families and sorts.
+#[test]
+fn every_form_against_the_cpu() {
+    let cases: [(Element, &[usize]); 3] =
+        [(Element::F32, &[1, 70]), (Element::F16, &[3, 40]), (Element::Bf16, &[1, 8, 9, 40, 150, 1400])];
+    let rule = rule(RouterSpec::softmax(TOP_K, WeightRule::RENORMALISED));
+    let weights = router_weights(&rule);
+    for (element, batches) in cases {
+        let experts = experts(element, Activation::SwiGlu);
+        let spec = with_router(spec(element, &experts), &rule, &weights);
+        let Some(bench) = Bench::new(Mode::Random(3), &spec) else { return };
+        for &tokens in batches {
+            let x = round(element, noise(tokens * HIDDEN, 5, 1.7));
+            let (expected, _) = reference(&experts, &rule, &weights, &x);
+            let found = bench.run(&x, &By::Router, None);
+            close(&found, &expected, tolerance(element), &format!("{element:?}, {tokens} tokens"));
+        }
+    }
+}
+
+/// gpt-oss: biases, clamps, softmax over the chosen.
+#[test]
+fn clamped_activation_against_the_cpu() {
+    let activation = Activation::ClampedSwiGlu { limit: 1.0, slope: 1.702 };
+    let experts = experts(Element::F32, activation);
+    let softmax = RouterSpec::softmax(TOP_K, WeightRule::RENORMALISED);
+    let rule = rule(RouterSpec { choice: Choice::Logit, bias: true, ..softmax });
+    let weights = router_weights(&rule);
+    let spec = with_router(spec(Element::F32, &experts), &rule, &weights);
+    let Some(bench) = Bench::new(Mode::Early, &spec) else { return };
+    let x = noise(20 * HIDDEN, 6, 2.0);
+    let (expected, _) = reference(&experts, &rule, &weights, &x);
+    close(&bench.run(&x, &By::Router, None), &expected, 1e-5, "clamped");
+}
+
+/// Every rule of a family routes as on the CPU; logits of the caller and ids of the caller give the same bits.
+#[test]
+fn routers_against_the_cpu() {
+    let softmax = RouterSpec::softmax(TOP_K, WeightRule::RENORMALISED);
+    let sum = WeightRule::Renormalised { added: 1e-20, least: 0.0, scale: 2.5 };
+    let limit = |score| Some(GroupLimit { count: 3, kept: 2, score });
+    let sigmoid = RouterSpec { scoring: Scoring::Sigmoid, weights: sum, ..softmax.clone() };
+    let rules = [
+        RouterSpec {
+            weights: WeightRule::Scaled(16.0),
+            groups: limit(GroupScore::Largest),
+            ..softmax.clone()
+        },
+        RouterSpec { choice: Choice::BiasedScore, groups: limit(GroupScore::TwoLargest), ..sigmoid.clone() },
+        RouterSpec { choice: Choice::BiasedScore, ..softmax.clone() },
+        RouterSpec { choice: Choice::Logit, target: WeightTarget::Input, ..sigmoid },
+        RouterSpec { scoring: Scoring::SparseMixer { threshold: 0.02 }, ..softmax },
+    ];
+    let experts = experts(Element::F32, Activation::SwiGlu);
+    let x = noise(30 * HIDDEN, 8, 1.5);
+    for spec_of_rule in rules {
+        let rule = rule(spec_of_rule);
+        let weights = router_weights(&rule);
+        let spec = with_router(spec(Element::F32, &experts), &rule, &weights);
+        let Some(bench) = Bench::new(Mode::Late, &spec) else { return };
+        let (expected, routes) = reference(&experts, &rule, &weights, &x);
+        let what = format!("{:?}", rule.spec);
+        let found = bench.run(&x, &By::Router, None);
+        close(&found, &expected, 1e-5, &what);
+        let ids: Vec<i32> = routes.ids.iter().map(|&id| id as i32).collect();
+        close(&bench.run(&x, &By::Given(&ids, &routes.weights), None), &expected, 1e-5, &what);
+        // The CPU's logits hold the bias already, where there is one; none of these rules has one.
+        close(&bench.run(&x, &By::Logits(&routes.logits), None), &expected, 1e-5, &what);
+    }
+}
+
+/// Ids that stand for nothing, ids that repeat, and a residual stream that is added.
+#[test]
+fn given_ids_and_a_residual() {
+    let experts = experts(Element::F32, Activation::SwiGlu);
+    let Some(bench) = Bench::new(Mode::Late, &spec(Element::F32, &experts)) else { return };
+    let x = noise(3 * HIDDEN, 9, 1.5);
+    let run = |ids: &[i32], weights: &[f32], residual| bench.run(&x, &By::Given(ids, weights), residual);
+    let ids = [0, 2, -1, 1, 3, 1, 5, 99, 6];
+    let weights = [0.5, 0.25, f32::NAN, 0.125, 0.25, 0.5, 1.0, f32::NAN, f32::NAN];
+    let found = run(&ids, &weights, None);
+    // 3 is an alias of 1; 6 is none.
+    let merged =
+        run(&[0, 2, -1, 1, -1, -1, 5, -1, -1], &[0.5, 0.25, 0.0, 0.875, 0.0, 0.0, 1.0, 0.0, 0.0], None);
+    assert_eq!(found, merged);
+    let residual = noise(3 * HIDDEN, 10, 1.0);
+    let sum: Vec<f32> = found.iter().zip(&residual).map(|(a, b)| a + b).collect();
+    close(&run(&ids, &weights, Some(&residual)), &sum, 1e-6, "residual");
+    let nothing = run(&[-1; 9], &[1.0; 9], None);
+    assert_eq!(nothing, vec![0.0; 3 * HIDDEN]);
+}
+
+/// The expert that all tokens pass runs with the others; its gate is one more logit.
+#[test]
+fn a_shared_expert() {
+    let element = Element::F32;
+    let experts = experts(element, Activation::SwiGlu);
+    let made = Made { width: 64, ranks: [None, Some(9), None], ..Made::default() };
+    let shared = expert(element, made, Activation::SwiGlu, 50);
+    let gate = vector(HIDDEN, 51);
+    let rule = rule(RouterSpec::softmax(TOP_K, WeightRule::Scaled(1.0)));
+    let weights = router_weights(&rule);
+    let x = noise(12 * HIDDEN, 11, 1.2);
+    let (routed, _) = reference(&experts, &rule, &weights, &x);
+    // The shared expert alone, as the only expert of a layer.
+    let alone = [expert(element, made, Activation::SwiGlu, 50)];
+    let Some(bench) = Bench::new(Mode::Late, &LayerSpec { top_k: 1, ..spec(element, &alone) }) else {
+        return;
+    };
+    let output = bench.run(&x, &By::Given(&[0; 12], &[1.0; 12]), None);
+    let gate_values = gate.to_f32().unwrap();
+    for gated in [false, true] {
+        let shared = SharedExpert { expert: &shared, gate: gated.then_some(&gate) };
+        let spec =
+            with_router(LayerSpec { shared: Some(shared), ..spec(element, &experts) }, &rule, &weights);
+        let bench = Bench::new(Mode::Early, &spec).unwrap();
+        assert_eq!((bench.layer.slots(), bench.layer.experts()), (TOP_K + 1, EXPERTS));
+        let expected: Vec<f32> = (0..x.len())
+            .map(|i| {
+                let token = &x[i / HIDDEN * HIDDEN..][..HIDDEN];
+                let z: f32 = token.iter().zip(&gate_values).map(|(a, b)| a * b).sum();
+                let factor = if gated { 1.0 / (1.0 + (-z).exp()) } else { 1.0 };
+                routed[i] + factor * output[i]
+            })
+            .collect();
+        close(&bench.run(&x, &By::Router, None), &expected, 1e-5, &format!("gated {gated}"));
+    }
+}
+
+/// Experts on two ranks: the outputs of the ranks add up to that of all.
+#[test]
+fn an_expert_map_splits_the_layer() {
+    let element = Element::F32;
+    let experts = experts(element, Activation::SwiGlu);
+    let rule = rule(RouterSpec::softmax(TOP_K, WeightRule::RENORMALISED));
+    let weights = router_weights(&rule);
+    let x = noise(25 * HIDDEN, 12, 1.2);
+    let (expected, _) = reference(&experts, &rule, &weights, &x);
+    let mut sum = vec![0.0; x.len()];
+    // Rank 1 holds the experts from 4 on, in reverse order.
+    for rank in 0..2 {
+        let mine: Vec<usize> = if rank == 0 { (0..4).collect() } else { (4..EXPERTS).rev().collect() };
+        let local: Vec<_> = mine.iter().map(|&e| experts[e].clone()).collect();
+        let map: Vec<_> = (0..EXPERTS).map(|e| mine.iter().position(|&m| m == e)).collect();
+        let spec = LayerSpec { expert_map: Some(&map), ..spec(element, &local) };
+        let spec = with_router(spec, &rule, &weights);
+        let Some(bench) = Bench::new(Mode::Late, &spec) else { return };
+        let part = bench.run(&x, &By::Router, None);
+        sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+    }
+    close(&sum, &expected, 1e-5, "two ranks");
+}
+
+/// Neither what the workspace held nor the number of multiprocessors nor the order of threads shows in any bit.
+#[test]
+fn runs_are_equal_bit_for_bit() {
+    let experts = experts(Element::Bf16, Activation::SwiGlu);
+    let rule = rule(RouterSpec::softmax(TOP_K, WeightRule::RENORMALISED));
+    let weights = router_weights(&rule);
+    let spec = with_router(spec(Element::Bf16, &experts), &rule, &weights);
+    let x = round(Element::Bf16, noise(40 * HIDDEN, 13, 1.5));
+    let mut first = None;
+    for (mode, multiprocessors) in [(Mode::Late, 1), (Mode::Early, 3), (Mode::Random(9), 40)] {
+        let Some(mut bench) = Bench::new(mode, &spec) else { return };
+        bench.gpu.multiprocessors = multiprocessors;
+        let found: Vec<u32> = bench.run(&x, &By::Router, None).iter().map(|v| v.to_bits()).collect();
+        assert_eq!(*first.get_or_insert_with(|| found.clone()), found, "{mode:?}");
+    }
+}
+
+/// Weights that lie on the device already are used where they lie.
+#[test]
+fn borrowed_weights() {
+    let element = Element::Bf16;
+    let stored = expert(element, Made { width: WIDTH, ..Made::default() }, Activation::SwiGlu, 60);
+    let Some(emulator) = Emulator::new(Mode::Late) else { return };
+    let Expert::Mlp(mlp) = &stored else { unreachable!() };
+    let mut buffers = Vec::new();
+    let borrowed = mlp.try_map(|map| {
+        let Matrix::Dense(weight) = &map.weight else { unreachable!() };
+        let buffer = emulator.upload(&encode_f32(Dtype::BF16, &weight.to_f32()));
+        let (rows, cols) = (weight.rows(), weight.cols());
+        let matrix = DeviceMatrix { address: buffer.address(), rows, cols, stride: cols };
+        buffers.push(buffer);
+        Ok::<_, ()>(Linear { weight: Matrix::Dense(matrix), bias: None::<DeviceVector> })
+    });
+    let borrowed = [Expert::Mlp(borrowed.unwrap())];
+    let stored = [stored];
+    let x = round(element, noise(10 * HIDDEN, 14, 1.0));
+    let given = By::Given(&[0; 10], &[1.0; 10]);
+    let mine = Bench::new(Mode::Late, &LayerSpec { top_k: 1, ..spec(element, &borrowed) }).unwrap();
+    let copied = Bench::new(Mode::Late, &LayerSpec { top_k: 1, ..spec(element, &stored) }).unwrap();
+    assert_eq!(mine.run(&x, &given, None), copied.run(&x, &given, None));
+    assert!(mine.layer.bytes() < copied.layer.bytes());
+}
