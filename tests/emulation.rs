@@ -13,6 +13,8 @@ mod device;
 mod emulator;
 #[path = "emulation/failure_tests.rs"]
 mod failure_tests;
+#[path = "emulation/fault_tests.rs"]
+mod fault_tests;
 #[path = "emulation/gemm_tests.rs"]
 mod gemm_tests;
 #[path = "emulation/oracle.rs"]

@@ -50,6 +50,8 @@ pub(crate) struct Kernels {
 #[derive(Clone, Copy)]
 pub(crate) struct Emulator {
     pub(crate) kernels: &'static Kernels,
+    /// Kernels that take the place of those of the same name.
+    pub(crate) replaced: Option<&'static Kernels>,
     pub(crate) mode: Mode,
     /// Blocks of persistent kernels; results may not depend on it.
     pub(crate) multiprocessors: u32,
@@ -59,18 +61,20 @@ pub(crate) struct Emulator {
 /// that says so, where there is no C++ compiler.
 pub(crate) fn kernels() -> Option<&'static Kernels> {
     static KERNELS: OnceLock<Option<Kernels>> = OnceLock::new();
-    KERNELS.get_or_init(|| build(&root().join("cuda"), None)).as_ref()
+    KERNELS.get_or_init(|| build(&root().join("cuda"), None, kept())).as_ref()
 }
 
-/// Compiles the `.cu` files of a folder (or the one named) and loads them for good.
-pub(crate) fn build(sources: &Path, only: Option<&str>) -> Option<Kernels> {
+/// Compiles the `.cu` files of a folder (or the one named) into a library in another, and loads it for good.
+pub(crate) fn build(sources: &Path, only: Option<&str>, into: &Path) -> Option<Kernels> {
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
     let Ok(version) = Command::new(&compiler).arg("--version").output() else {
         eprintln!("skipped: no C++ compiler ({compiler}) to run the kernels on the CPU");
         return None;
     };
     let emulation = root().join("tests/emulation");
-    let extra = std::env::var("MOEPRESS_EMULATION_FLAGS").unwrap_or_default();
+    // Set by sanitize.sh.
+    let [extra, extra_runtime] = ["MOEPRESS_EMULATION_FLAGS", "MOEPRESS_EMULATION_RUNTIME_FLAGS"]
+        .map(|name| std::env::var(name).unwrap_or_default());
     let flags = "-std=c++17 -O2 -g1 -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-clobbered";
 
     let listed = |folder: &Path, extensions: &[&str]| -> Vec<PathBuf> {
@@ -80,15 +84,27 @@ pub(crate) fn build(sources: &Path, only: Option<&str>) -> Option<Kernels> {
         files.sort();
         files
     };
-    let mut hash = DefaultHasher::new();
-    (&version.stdout, flags, &extra, only).hash(&mut hash);
-    for file in listed(sources, &["cu", "cuh"]).iter().chain(&listed(&emulation, &["h", "cpp"])) {
-        std::fs::read(file).unwrap().hash(&mut hash);
-    }
-    let name = format!("emulation-{:016x}.so", hash.finish());
-    let library = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let digest = |files: &[PathBuf]| {
+        let mut hash = DefaultHasher::new();
+        (&version.stdout, flags, &extra, &extra_runtime).hash(&mut hash);
+        for file in files {
+            std::fs::read(file).unwrap().hash(&mut hash);
+        }
+        hash.finish()
+    };
+    let runtime = listed(&emulation, &["h", "cpp"]);
+    let all = [listed(sources, &["cu", "cuh"]), runtime.clone()].concat();
+    let library = into.join(format!("emulation-{:016x}.so", digest(&all)));
     if !library.exists() {
-        compile(&compiler, &[flags, &extra].join(" "), sources, only, &listed(sources, &["cu"]), &library);
+        let compiler = Compiler { program: compiler, flags: format!("{flags} {extra}") };
+        let object = kept().join(format!("runtime-{:016x}.o", digest(&runtime)));
+        if !object.exists() {
+            let compiler = Compiler { flags: format!("{flags} {extra_runtime}"), ..compiler.clone() };
+            compiler.compile(&emulation.join("runtime.cpp"), &emulation, &object);
+        }
+        let chosen = |path: &PathBuf| only.is_none_or(|name| path.file_name().unwrap() == name);
+        let kernels: Vec<_> = listed(sources, &["cu"]).into_iter().filter(chosen).collect();
+        compiler.library(&kernels, sources, &object, &library);
     }
     // SAFETY: the library is ours; loading it registers its kernels and does nothing else.
     let library = Box::leak(Box::new(unsafe { Library::new(&library) }.unwrap()));
@@ -111,48 +127,56 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-fn compile(
-    compiler: &str,
-    flags: &str,
-    folder: &Path,
-    only: Option<&str>,
-    sources: &[PathBuf],
-    library: &Path,
-) {
-    let emulation = root().join("tests/emulation");
-    let scratch = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let chosen = |path: &&PathBuf| only.is_none_or(|name| path.file_name().unwrap() == name);
-    let mut jobs: Vec<_> = sources.iter().filter(chosen).collect();
-    let runtime = emulation.join("runtime.cpp");
-    jobs.push(&runtime);
-    let object = |source: &Path| scratch.path().join(source.file_name().unwrap()).with_extension("o");
-    let run = |command: &mut Command| {
+/// Where libraries stay between test runs.
+fn kept() -> &'static Path {
+    Path::new(env!("CARGO_TARGET_TMPDIR"))
+}
+
+#[derive(Clone)]
+struct Compiler {
+    program: String,
+    flags: String,
+}
+
+impl Compiler {
+    fn run(&self, arguments: impl FnOnce(&mut Command)) {
+        let mut command = Command::new(&self.program);
+        // A sanitizer is preloaded for the tests, not for the compiler.
+        command.env_remove("LD_PRELOAD").args(self.flags.split_whitespace());
+        arguments(&mut command);
         let output = command.output().unwrap();
         assert!(output.status.success(), "{command:?}:\n{}", String::from_utf8_lossy(&output.stderr));
-    };
-    jobs.par_iter().for_each(|source| {
-        let mut command = Command::new(compiler);
-        command.args(flags.split_whitespace()).arg("-I").arg(&emulation).arg("-I").arg(folder);
-        if source.extension().is_some_and(|e| e == "cu") {
-            command.args(["-include", "cuda_emulation.h"]);
-        }
-        run(command.args(["-x", "c++", "-c"]).arg(source).arg("-o").arg(object(source)));
-    });
-    let linked = scratch.path().join("kernels.so");
-    let objects = jobs.iter().map(|source| object(source));
-    run(Command::new(compiler)
-        .args(flags.split_whitespace())
-        .arg("-shared")
-        .args(objects)
-        .arg("-o")
-        .arg(&linked));
-    std::fs::rename(linked, library).unwrap();
+    }
+
+    /// Under another name first, since other processes may want the same.
+    fn compile(&self, source: &Path, include: &Path, object: &Path) {
+        let scratch = tempfile::NamedTempFile::new_in(object.parent().unwrap()).unwrap();
+        self.run(|command| {
+            command.arg("-I").arg(root().join("tests/emulation")).arg("-I").arg(include);
+            if source.extension().is_some_and(|e| e == "cu") {
+                command.args(["-include", "cuda_emulation.h"]);
+            }
+            command.args(["-x", "c++", "-c"]).arg(source).arg("-o").arg(scratch.path());
+        });
+        scratch.persist(object).unwrap();
+    }
+
+    fn library(&self, kernels: &[PathBuf], include: &Path, runtime: &Path, library: &Path) {
+        let scratch = tempfile::tempdir_in(library.parent().unwrap()).unwrap();
+        let object = |source: &PathBuf| scratch.path().join(source.file_name().unwrap()).with_extension("o");
+        kernels.par_iter().for_each(|source| self.compile(source, include, &object(source)));
+        let linked = scratch.path().join("kernels.so");
+        self.run(|command| {
+            command.arg("-shared").args(kernels.iter().map(object)).arg(runtime).arg("-o").arg(&linked);
+        });
+        std::fs::rename(linked, library).unwrap();
+    }
 }
 
 impl Emulator {
     /// A GPU with the kernels as they are.
     pub(crate) fn new(mode: Mode) -> Option<Self> {
-        Some(Emulator { kernels: kernels()?, mode, multiprocessors: 3 })
+        Some(Emulator { kernels: kernels()?, replaced: None, mode, multiprocessors: 3 })
     }
 
     /// Runs one kernel; says what it did wrong.
@@ -173,32 +197,30 @@ impl Emulator {
         // Parameters lie at an address as aligned as on the device.
         let mut aligned = vec![0u64; params.len().div_ceil(8)];
         bytemuck::cast_slice_mut(&mut aligned)[..params.len()].copy_from_slice(params);
-        // SAFETY: arrays of 3, and parameters of the length given; the emulator checks the rest.
-        let error = unsafe {
-            let params_pointer = aligned.as_ptr().cast();
-            let launch = self.kernels.launch;
-            launch(
-                name.as_ptr(),
-                grid.as_ptr(),
-                block.as_ptr(),
-                shared,
-                params_pointer,
-                params.len(),
-                mode,
-                seed,
-            )
+        let launch = |kernels: &Kernels| {
+            let (grid, block, params_pointer) = (grid.as_ptr(), block.as_ptr(), aligned.as_ptr().cast());
+            // SAFETY: arrays of 3, and parameters of the length given; the emulator checks the rest.
+            let error = unsafe {
+                (kernels.launch)(name.as_ptr(), grid, block, shared, params_pointer, params.len(), mode, seed)
+            };
+            if error.is_null() {
+                return Ok(());
+            }
+            // SAFETY: a string that lives until this thread's next launch.
+            Err(unsafe { CStr::from_ptr(error) }.to_string_lossy().into_owned())
         };
-        if error.is_null() {
-            return Ok(());
+        match self.replaced.map(launch) {
+            Some(Err(error)) if error.ends_with(": no such kernel") => launch(self.kernels),
+            Some(result) => result,
+            None => launch(self.kernels),
         }
-        // SAFETY: a string that lives until this thread's next launch.
-        Err(unsafe { CStr::from_ptr(error) }.to_string_lossy().into_owned())
     }
 
     /// ldmatrix phases with bank conflicts in this thread's launches since the last call.
     pub(crate) fn take_conflicts(&self) -> u64 {
         // SAFETY: takes and returns a counter of this thread.
-        unsafe { (self.kernels.take_conflicts)() }
+        let take = |kernels: &Kernels| unsafe { (kernels.take_conflicts)() };
+        take(self.kernels) + self.replaced.map_or(0, take)
     }
 
     /// Memory that kernels may read only.

@@ -202,87 +202,88 @@ fn nan_stays_where_it_is() {
 /// touched is there.
 #[test]
 fn offsets_beyond_32_bits() {
-    let mut random = Random::new(29);
-    let (first, rows, hidden, rank, ld) = (300_000usize, 5usize, 16usize, 8usize, 8192usize);
     for tile_rows in FAMILIES {
         let Some(gpu) = Emulator::new(Mode::Late) else { return };
-        let far = |buffer: &crate::emulator::Buffer, bytes: usize| {
-            buffer.address().wrapping_sub((first * bytes) as u64)
-        };
-        // Rows `first` and up of a matrix whose rows are `ld` elements apart.
-        let matrix = |values: &[f32], cols: usize| {
-            let mut bytes = vec![0xFF; rows * ld * 2];
-            for (row, values) in values.chunks_exact(cols).enumerate() {
-                bytes[row * ld * 2..][..cols * 2].copy_from_slice(&Dtype::Bf16.encode(values));
-            }
-            gpu.upload(&bytes)
-        };
-        let x = random.values(Dtype::Bf16, rows * hidden, 1.0);
-        let z = random.values(Dtype::Bf16, rows * rank, 1.0);
-        let u = random.values(Dtype::Bf16, hidden * rank, 1.0);
-        let weight_ld = 1 << 28;
-        let span = (hidden - 1) * weight_ld + rank;
-        let mut weight = memmap2::MmapOptions::new().len(span * 2).no_reserve_swap().map_anon().unwrap();
-        for (row, values) in u.chunks_exact(rank).enumerate() {
-            weight[row * weight_ld * 2..][..rank * 2].copy_from_slice(&Dtype::Bf16.encode(values));
+        try_far_offsets(gpu, tile_rows).unwrap();
+    }
+}
+
+/// One tile of each stage of a family, with such offsets; says what is wrong.
+pub(crate) fn try_far_offsets(gpu: Emulator, tile_rows: u32) -> Result<(), String> {
+    let mut random = Random::new(29);
+    let (first, rows, hidden, rank, ld) = (300_000usize, 5usize, 16usize, 8usize, 8192usize);
+    let far = |buffer: &crate::emulator::Buffer, bytes: usize| {
+        buffer.address().wrapping_sub((first * bytes) as u64)
+    };
+    // Rows `first` and up of a matrix whose rows are `ld` elements apart.
+    let matrix = |values: &[f32], cols: usize| {
+        let mut bytes = vec![0xFF; rows * ld * 2];
+        for (row, values) in values.chunks_exact(cols).enumerate() {
+            bytes[row * ld * 2..][..cols * 2].copy_from_slice(&Dtype::Bf16.encode(values));
         }
-        let mut expert = MoeExpert { form: FORM_MLP, width: hidden as i32, ..MoeExpert::zeroed() };
-        for map in [&mut expert.gate, &mut expert.up, &mut expert.down] {
-            map.weight = weight.as_ptr() as u64;
-            (map.ld, map.k, map.flags) = (weight_ld as i32, rank as i32, LOW_RANK);
-        }
-        (expert.v_in, expert.v_in_ld, expert.v_in_rows) =
-            (weight.as_ptr() as u64, weight_ld as i32, hidden as i32);
-        let (x_buffer, z_buffer) = (matrix(&x, hidden), matrix(&z, rank));
-        let tokens: Vec<i32> = (0..rows).map(|i| (first + i) as i32).collect();
-        let pair_token = gpu.upload(&tokens);
-        let small = (
-            gpu.upload(&[expert]),
-            gpu.upload(&[first as i32, (first + rows) as i32]),
-            gpu.upload(&[0i32, 1]),
-        );
-        let cols = if tile_rows == 8 { 16 } else { 128 };
-        assert!(hidden <= cols && rows <= tile_rows as usize, "one tile");
-        for (name, hidden_stage) in [("project_in", false), ("hidden", true), ("output", false)] {
-            let out = gpu.room(rows * ld * 2);
-            let params = MoeGemmParams {
-                experts: small.0.address(),
-                offsets: small.1.address(),
-                order: small.2.address(),
-                tile_first: small.2.address(),
-                pair_token: far(&pair_token, 4),
-                input: far(&x_buffer, ld * 2),
-                z: far(&z_buffer, ld * 2),
-                out: far(&out, ld * 2),
-                experts_count: 1,
-                hidden: if name == "project_in" { rank } else { hidden } as i32,
-                ld_input: ld as i32,
-                ld_z: ld as i32,
-                ld_out: ld as i32,
-                ..MoeGemmParams::zeroed()
-            };
-            let kernel = format!("moe_{name}_t{tile_rows}_bf16");
-            let block = [gemm_threads(tile_rows, hidden_stage), 1, 1];
-            gpu.run(&kernel, [2, 1, 1], block, GEMM_SHARED, bytes_of(&params)).unwrap();
-            let found = Dtype::Bf16.decode(out.contents());
-            for row in 0..rows {
-                let input =
-                    if name == "project_in" { &x[row * hidden..][..rank] } else { &z[row * rank..][..rank] };
-                for col in 0..hidden {
-                    let products =
-                        input.iter().zip(&u[col * rank..]).map(|(&a, &b)| f64::from(a) * f64::from(b));
-                    let sum: f64 = products.sum();
-                    let expected = if hidden_stage { sum * sum / (1.0 + (-sum).exp()) } else { sum };
-                    let found = f64::from(found[row * ld + col]);
-                    assert!(
-                        (found - expected).abs() <= 0.01 * (1.0 + expected.abs()),
-                        "{kernel}: {found}, {expected}"
-                    );
+        gpu.upload(&bytes)
+    };
+    let x = random.values(Dtype::Bf16, rows * hidden, 1.0);
+    let z = random.values(Dtype::Bf16, rows * rank, 1.0);
+    let u = random.values(Dtype::Bf16, hidden * rank, 1.0);
+    let weight_ld = 1 << 28;
+    let span = (hidden - 1) * weight_ld + rank;
+    let mut weight = memmap2::MmapOptions::new().len(span * 2).no_reserve_swap().map_anon().unwrap();
+    for (row, values) in u.chunks_exact(rank).enumerate() {
+        weight[row * weight_ld * 2..][..rank * 2].copy_from_slice(&Dtype::Bf16.encode(values));
+    }
+    let mut expert = MoeExpert { form: FORM_MLP, width: hidden as i32, ..MoeExpert::zeroed() };
+    for map in [&mut expert.gate, &mut expert.up, &mut expert.down] {
+        map.weight = weight.as_ptr() as u64;
+        (map.ld, map.k, map.flags) = (weight_ld as i32, rank as i32, LOW_RANK);
+    }
+    (expert.v_in, expert.v_in_ld, expert.v_in_rows) =
+        (weight.as_ptr() as u64, weight_ld as i32, hidden as i32);
+    let (x_buffer, z_buffer) = (matrix(&x, hidden), matrix(&z, rank));
+    let tokens: Vec<i32> = (0..rows).map(|i| (first + i) as i32).collect();
+    let pair_token = gpu.upload(&tokens);
+    let small =
+        (gpu.upload(&[expert]), gpu.upload(&[first as i32, (first + rows) as i32]), gpu.upload(&[0i32, 1]));
+    let cols = if tile_rows == 8 { 16 } else { 128 };
+    assert!(hidden <= cols && rows <= tile_rows as usize, "one tile");
+    for (name, hidden_stage) in [("project_in", false), ("hidden", true), ("output", false)] {
+        let out = gpu.room(rows * ld * 2);
+        let params = MoeGemmParams {
+            experts: small.0.address(),
+            offsets: small.1.address(),
+            order: small.2.address(),
+            tile_first: small.2.address(),
+            pair_token: far(&pair_token, 4),
+            input: far(&x_buffer, ld * 2),
+            z: far(&z_buffer, ld * 2),
+            out: far(&out, ld * 2),
+            experts_count: 1,
+            hidden: if name == "project_in" { rank } else { hidden } as i32,
+            ld_input: ld as i32,
+            ld_z: ld as i32,
+            ld_out: ld as i32,
+            ..MoeGemmParams::zeroed()
+        };
+        let kernel = format!("moe_{name}_t{tile_rows}_bf16");
+        let block = [gemm_threads(tile_rows, hidden_stage), 1, 1];
+        gpu.run(&kernel, [2, 1, 1], block, GEMM_SHARED, bytes_of(&params))?;
+        let found = Dtype::Bf16.decode(out.contents());
+        for row in 0..rows {
+            let input =
+                if name == "project_in" { &x[row * hidden..][..rank] } else { &z[row * rank..][..rank] };
+            for col in 0..hidden {
+                let products = input.iter().zip(&u[col * rank..]).map(|(&a, &b)| f64::from(a) * f64::from(b));
+                let sum: f64 = products.sum();
+                let expected = if hidden_stage { sum * sum / (1.0 + (-sum).exp()) } else { sum };
+                let found = f64::from(found[row * ld + col]);
+                let near = (found - expected).abs() <= 0.01 * (1.0 + expected.abs());
+                if !near {
+                    return Err(format!("{kernel}: {found}, expected {expected}"));
                 }
             }
         }
-        drop(weight);
     }
+    Ok(())
 }
 
 /// Combine adds shared output, residual and base, also where the caller's rows are not aligned.

@@ -5,40 +5,59 @@ use crate::device::{Plan, Prepared, Run};
 use crate::emulator::{Dtype, Emulator, MODES, Mode};
 use crate::oracle;
 
-/// Runs a layer, and compares its output with the oracle's.
-pub(crate) fn check(layer: &Layer, x: &[f32], routes: &Routes, plan: Plan, mode: Mode) -> Option<Run> {
-    let emulator = Emulator::new(mode)?;
-    let run = Prepared::new(emulator, layer)
-        .run(x, routes, plan)
-        .unwrap_or_else(|e| panic!("{plan:?} {mode:?}: {e}"));
-    assert_eq!(emulator.take_conflicts(), 0, "bank conflicts, {plan:?}");
-    check_sort(layer, routes, &run);
+/// Runs a layer, and compares its output with the oracle's. `None` where nothing can be run.
+pub(crate) fn check(layer: &Layer, x: &[f32], routes: &Routes, plan: Plan, mode: Mode) -> Option<()> {
+    let gpu = Emulator::new(mode)?;
+    try_layer(gpu, layer, x, routes, plan).unwrap_or_else(|error| panic!("{plan:?} {mode:?}: {error}"));
+    Some(())
+}
+
+/// The same; says what is wrong.
+pub(crate) fn try_layer(
+    gpu: Emulator,
+    layer: &Layer,
+    x: &[f32],
+    routes: &Routes,
+    plan: Plan,
+) -> Result<(), String> {
+    let run = Prepared::new(gpu, layer).run(x, routes, plan)?;
+    let conflicts = gpu.take_conflicts();
+    if conflicts > 0 {
+        return Err(format!("{conflicts} bank conflicts"));
+    }
+    check_sort(layer, routes, &run)?;
     let expected = oracle::forward(layer, x, routes);
-    assert_eq!(run.out.len(), expected.len());
     for (i, (&found, expected)) in run.out.iter().zip(expected).enumerate() {
         let (token, col) = (i / layer.hidden, i % layer.hidden);
-        assert!(
-            expected.holds(found),
-            "token {token}, column {col}: {found}, {expected:?}; {plan:?} {mode:?}"
-        );
+        if !expected.holds(found) {
+            return Err(format!("token {token}, column {col}: {found}, {expected:?}"));
+        }
     }
-    Some(run)
+    Ok(())
 }
 
 /// Pairs in order, and nothing written behind the last of them.
-fn check_sort(layer: &Layer, routes: &Routes, run: &Run) {
+fn check_sort(layer: &Layer, routes: &Routes, run: &Run) -> Result<(), String> {
     let sorted = oracle::sort(layer, routes, true);
     let pairs = sorted.pair_token.len();
-    assert_eq!(run.offsets, sorted.offsets);
-    assert_eq!(run.pair_token[..pairs], sorted.pair_token);
-    assert_eq!(run.pair_weight[..pairs], sorted.pair_weight);
-    assert_eq!(run.slot_source, sorted.slot_source);
-    assert_eq!(run.slot_weight, sorted.slot_weight);
-    assert!(run.pair_token[pairs..].iter().all(|&token| token == -1));
+    let checks = [
+        ("offsets", run.offsets == sorted.offsets),
+        ("tokens", run.pair_token[..pairs] == sorted.pair_token),
+        ("weights", run.pair_weight[..pairs] == sorted.pair_weight),
+        ("pairs of slots", run.slot_source == sorted.slot_source),
+        ("weights of slots", run.slot_weight == sorted.slot_weight),
+        ("tokens behind the last pair", run.pair_token[pairs..].iter().all(|&token| token == -1)),
+    ];
+    if let Some((what, _)) = checks.iter().find(|(_, right)| !right) {
+        return Err(format!("sort: {what}"));
+    }
     for (what, buffer) in [("z", &run.z), ("h", &run.h), ("y", &run.y)] {
         let row = buffer.len().checked_div(routes.ids.len()).unwrap_or(0);
-        assert!(buffer[pairs * row..].iter().all(|&byte| byte == 0xFF), "{what} behind the last pair");
+        if buffer[pairs * row..].iter().any(|&byte| byte != 0xFF) {
+            return Err(format!("{what} is written behind the last pair"));
+        }
     }
+    Ok(())
 }
 
 /// One of each form, with ranks and widths of no particular shape.

@@ -12,13 +12,23 @@
 #include <ucontext.h>
 #include <unistd.h>
 
-#if defined(__SANITIZE_THREAD__)
+// Under ThreadSanitizer the kernels are instrumented and this file is not (sanitize.sh): fibres are threads to it, ordered
+// only by what orders the threads of a block.
+#if defined(EMULATION_THREAD_SANITIZER)
 #include <sanitizer/tsan_interface.h>
+extern "C" void AnnotateIgnoreReadsBegin(const char*, int);
+extern "C" void AnnotateIgnoreReadsEnd(const char*, int);
+extern "C" void AnnotateIgnoreWritesBegin(const char*, int);
+extern "C" void AnnotateIgnoreWritesEnd(const char*, int);
 #define EMULATION_ACQUIRE(object) __tsan_acquire(object)
 #define EMULATION_RELEASE(object) __tsan_release(object)
+#define EMULATION_IGNORE_BEGIN (AnnotateIgnoreReadsBegin(__FILE__, __LINE__), AnnotateIgnoreWritesBegin(__FILE__, __LINE__))
+#define EMULATION_IGNORE_END (AnnotateIgnoreWritesEnd(__FILE__, __LINE__), AnnotateIgnoreReadsEnd(__FILE__, __LINE__))
 #else
 #define EMULATION_ACQUIRE(object) (void)(object)
 #define EMULATION_RELEASE(object) (void)(object)
+#define EMULATION_IGNORE_BEGIN (void)0
+#define EMULATION_IGNORE_END (void)0
 #endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -103,7 +113,9 @@ void fibre_main() {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(nullptr, &w.scheduler_bottom, &w.scheduler_size);
 #endif
+    EMULATION_ACQUIRE(&w);
     w.kernel->kernel(w.params);
+    EMULATION_RELEASE(&w);
     Fibre* self = current;
     if (!self->copies.empty()) fail("a thread ends with copies that were never waited for");
     self->state = State::Done;
@@ -175,7 +187,7 @@ static void* prepare_stack(unsigned char* stack, void (*entry)()) {
 static void to_scheduler() {
     Worker& w = worker();
     Fibre* self = current;
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATION_THREAD_SANITIZER)
     __tsan_switch_to_fiber(w.scheduler_sanitizer, __tsan_switch_to_fiber_no_sync);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
@@ -190,7 +202,7 @@ static void to_scheduler() {
 
 static void to_fibre(Worker& w, Fibre& fibre) {
     current = &fibre;
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATION_THREAD_SANITIZER)
     __tsan_switch_to_fiber(fibre.sanitizer, __tsan_switch_to_fiber_no_sync);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
@@ -317,11 +329,17 @@ const uint32_t* collective(const char* what, uint32_t mask, const void* operands
         meeting->mask = mask;
         meeting->arrived = 0;
     }
+    // Only __syncwarp orders memory; the others move registers.
+    const bool is_fence = !strcmp(what, "__syncwarp");
+    EMULATION_IGNORE_BEGIN;
     memcpy(meeting->in[self->lane], operands, bytes);
+    EMULATION_IGNORE_END;
     meeting->arrived |= own;
-    EMULATION_RELEASE(meeting);
+    if (is_fence) EMULATION_RELEASE(meeting);
     if (meeting->arrived == mask) {
+        EMULATION_IGNORE_BEGIN;
         compute(*meeting);
+        EMULATION_IGNORE_END;
         meeting->what = nullptr;
         for (int i = 0; i < warp.count; ++i) {
             if (!(mask >> i & 1)) continue;
@@ -332,7 +350,7 @@ const uint32_t* collective(const char* what, uint32_t mask, const void* operands
     } else {
         wait(State::AtCollective, what, site);
     }
-    EMULATION_ACQUIRE(meeting);
+    if (is_fence) EMULATION_ACQUIRE(meeting);
     return self->result;
 }
 
@@ -498,7 +516,7 @@ void prepare_block(Worker& w) {
         f.copies.clear();
         f.group_ends.clear();
         f.stack_pointer = prepare_stack(w.stacks + i * STACK, fibre_main);
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATION_THREAD_SANITIZER)
         if (f.sanitizer) __tsan_destroy_fiber(f.sanitizer);
         f.sanitizer = __tsan_create_fiber(0);
 #endif
@@ -506,12 +524,14 @@ void prepare_block(Worker& w) {
     memset(block.shared, 0xFF, block.shared_bytes);  // NaN
 }
 
-struct sigaction previous_action;
+struct sigaction previous_action, previous_arithmetic;
 
-// An access to a guard page ends the launch with a message; anything else is none of our business.
+// An access to a guard page (or a division by zero) ends the launch with a message; anything else is none of our
+// business.
 void on_fault(int signal, siginfo_t* info, void* context) {
     Worker* w = worker_of_thread.get();
     if (w && w->running && current) {
+        if (signal == SIGFPE) fail("integer division by zero");
         const auto* address = static_cast<const unsigned char*>(info->si_addr);
         const auto describe = [&](const Guarded& g, const char* kind) {
             fail("access to %s memory of %zu bytes at byte %td", kind, g.bytes, address - g.data);
@@ -523,22 +543,23 @@ void on_fault(int signal, siginfo_t* info, void* context) {
         }
         fail("access to address %p, which is no memory of this launch", info->si_addr);
     }
-    if (previous_action.sa_flags & SA_SIGINFO) {
-        previous_action.sa_sigaction(signal, info, context);
+    const struct sigaction& previous = signal == SIGFPE ? previous_arithmetic : previous_action;
+    if (previous.sa_flags & SA_SIGINFO) {
+        previous.sa_sigaction(signal, info, context);
     } else {
-        sigaction(signal, &previous_action, nullptr);
+        sigaction(signal, &previous, nullptr);
     }
 }
 
 void install_fault_handler() {
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#if !defined(__SANITIZE_ADDRESS__) && !defined(EMULATION_THREAD_SANITIZER)
     static std::once_flag once;
     std::call_once(once, [] {
         struct sigaction action {};
         action.sa_sigaction = on_fault;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
         sigaction(SIGSEGV, &action, &previous_action);
-        sigaction(SIGBUS, &action, nullptr);
+        sigaction(SIGFPE, &action, &previous_arithmetic);
     });
 #endif
 }
@@ -558,7 +579,9 @@ void run_grid(Worker& w, Dim3 grid, uint64_t seed) {
             w.block.index = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
                              static_cast<unsigned>(i / (uint64_t{grid.x} * grid.y))};
             prepare_block(w);
+            EMULATION_RELEASE(&w);
             run_block(w);
+            EMULATION_ACQUIRE(&w);
         }
     }
     w.running = false;
@@ -597,7 +620,7 @@ extern "C" const char* emu_launch(const char* name, const uint32_t* grid, const 
     w.block.size = {block[0], block[1], block[2]};
     w.kernel = &found->second;
     w.params = params;
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATION_THREAD_SANITIZER)
     w.scheduler_sanitizer = __tsan_get_current_fiber();
 #endif
     run_grid(w, w.block.grid, seed);
