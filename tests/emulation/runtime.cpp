@@ -528,7 +528,7 @@ struct sigaction previous_action, previous_arithmetic;
 
 // An access to a guard page (or a division by zero) ends the launch with a message; anything else is none of our
 // business.
-void on_fault(int signal, siginfo_t* info, void* context) {
+[[maybe_unused]] void on_fault(int signal, siginfo_t* info, void* context) {
     Worker* w = worker_of_thread.get();
     if (w && w->running && current) {
         if (signal == SIGFPE) fail("integer division by zero");

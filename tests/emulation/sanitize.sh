@@ -29,7 +29,7 @@ else
     export MOEPRESS_EMULATION_RUNTIME_FLAGS=$MOEPRESS_EMULATION_FLAGS
 fi
 export ASAN_OPTIONS=detect_leaks=0:handle_segv=0:detect_stack_use_after_return=0
-export TSAN_OPTIONS=halt_on_error=1:exitcode=66:report_thread_leaks=0:history_size=2
+export TSAN_OPTIONS=halt_on_error=1:exitcode=66:report_thread_leaks=0:history_size=2:ignore_noninstrumented_modules=1
 # The faults are there to be caught by the ordinary tests. A guard page ends the process under a sanitizer.
 setarch "$(uname -m)" -R env LD_PRELOAD="$preload" "$binary" --test-threads=1 \
     --skip faults_of --skip launches_are_checked "$@"
