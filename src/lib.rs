@@ -17,7 +17,7 @@
 //! | [`model`] | the forward pass, written once for any backend, a layer at a time |
 //! | [`calibrate`] | one streamed pass over tokens, and the statistics that it leaves |
 //! | [`plan`] | methods: from statistics and a budget to what becomes of every expert |
-//! | [`linalg`] | truncated and whitened SVD |
+//! | [`linalg`] | truncated and whitened SVD, assignment |
 //! | [`compress`] | carries out a plan; the only place that writes weights |
 //! | [`eval`] | perplexity, agreement with the original, multiple choice |
 //! | [`compare`] | many methods on one model, side by side, in memory |

@@ -250,8 +250,12 @@ fn a_stopped_compression_resumes_to_the_same_bytes() {
     let model = data("qwen2_moe");
     let windows = tokens();
     let Ok(budget) = Budget::remove(0.4) else { unreachable!() };
-    for (kind, set) in [("plain", [("propagate", "false")]), ("propagated", [("propagate", "true")])] {
-        let plan = plan(&model, "low-rank", Some(budget), &set);
+    for (kind, method, set) in [
+        ("plain", "low-rank", [("propagate", "false")]),
+        ("propagated", "low-rank", [("propagate", "true")]),
+        ("merged", "ream", [("propagate", "true")]),
+    ] {
+        let plan = plan(&model, method, Some(budget), &set);
         let options = Options { tokens: Some(&windows), ..Options::default() };
         let whole = out.path().join(format!("{kind} whole"));
         apply(&model, &plan, &options, &whole).unwrap();
