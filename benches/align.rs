@@ -32,7 +32,7 @@ fn expert(width: usize, hidden: usize, seed: u64) -> Mlp<LinearSource> {
     };
     Mlp {
         gate: map(width, hidden, seed),
-        up: map(width, hidden, seed + 1),
+        up: Some(map(width, hidden, seed + 1)),
         down: map(hidden, width, seed + 2),
         activation: Activation::SwiGlu,
     }

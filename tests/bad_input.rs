@@ -109,7 +109,7 @@ impl Desk {
 fn masked(path: &Path, ids: Vec<u32>, mask: Vec<bool>, length: usize) {
     let count = ids.len() / length;
     let files = vec![SourceFile { name: "masked".into(), windows: count }];
-    write_token_file(path, &Windows { ids, mask: Some(mask), count, length, files }).unwrap();
+    write_token_file(path, &Windows { ids, mask: Some(mask), count, length, files, decoder: None }).unwrap();
 }
 
 #[test]

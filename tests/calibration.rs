@@ -179,6 +179,7 @@ fn random_windows(count: usize, length: usize, seed: u32) -> Windows {
         count,
         length,
         files: vec![SourceFile { name: format!("part {seed}"), windows: count }],
+        decoder: None,
     }
 }
 

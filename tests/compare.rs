@@ -21,7 +21,7 @@ impl Desk {
         write_token_file(&desk.path("calibration"), &tokens()).unwrap();
         let ids = (0..120u32).map(|i| (i * 29 + i * i * 3 + 7) % 64).collect();
         let files = vec![SourceFile { name: "evaluation".into(), windows: 5 }];
-        let windows = Windows { ids, mask: None, count: 5, length: 24, files };
+        let windows = Windows { ids, mask: None, count: 5, length: 24, files, decoder: None };
         write_token_file(&desk.path("evaluation"), &windows).unwrap();
         desk
     }
@@ -195,7 +195,7 @@ fn bad_input_is_refused_in_one_line_before_any_work() {
 
     let ids = vec![1, 2, 3, 999];
     let files = vec![SourceFile { name: "other".into(), windows: 1 }];
-    let other = Windows { ids, mask: None, count: 1, length: 4, files };
+    let other = Windows { ids, mask: None, count: 1, length: 4, files, decoder: None };
     write_token_file(&desk.path("other"), &other).unwrap();
     let mut foreign = command(["compare", "--quiet"]);
     foreign.arg(&model).arg("--tokens").arg(desk.path("calibration"));

@@ -93,7 +93,7 @@ fn expert(element: Element, made: Made, activation: Activation, seed: u64) -> St
     };
     Expert::Mlp(Mlp {
         gate: map(0, made.width, HIDDEN),
-        up: map(1, made.width, HIDDEN),
+        up: Some(map(1, made.width, HIDDEN)),
         down: map(2, HIDDEN, made.width),
         activation,
     })

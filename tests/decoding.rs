@@ -76,7 +76,8 @@ fn every_family() {
     for entry in std::fs::read_dir(data("")).unwrap() {
         let dir = entry.unwrap().path();
         let golden = dir.join("golden.safetensors");
-        if golden.exists() {
+        // A model with an encoder does not continue texts.
+        if golden.exists() && shape(&golden, "decoder_input_ids").is_none() {
             check_golden(&dir, &golden);
             seen += 1;
         }
@@ -90,7 +91,7 @@ fn shared_fixtures() {
     let Some(fixtures) = shared("fixtures") else { return };
     for entry in std::fs::read_dir(fixtures).unwrap() {
         let dir = entry.unwrap().path();
-        if dir.join("pub").exists() {
+        if dir.join("pub").exists() && shape(&dir.join("golden.safetensors"), "decoder_input_ids").is_none() {
             check_golden(&dir.join("pub"), &dir.join("golden.safetensors"));
         }
     }

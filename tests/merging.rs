@@ -76,11 +76,11 @@ fn mean(moe: &MoeSource, shares: &[(usize, f64)]) -> Vec<(Dtype, Vec<u8>)> {
     let mut all = Vec::new();
     for p in Projection::ALL {
         let parts: Vec<(Vec<f32>, f64)> =
-            experts.iter().map(|(m, share)| (m.maps()[p as usize].weight.to_f32(), *share)).collect();
-        all.push((experts[0].0.maps()[p as usize].weight.replacement_dtype(), parts));
-        if let Some(bias) = &experts[0].0.maps()[p as usize].bias {
-            let bias_of =
-                |m: &Mlp<LinearSource>| m.maps()[p as usize].bias.as_ref().unwrap().to_f32().unwrap();
+            experts.iter().map(|(m, share)| (m.map(p).unwrap().weight.to_f32(), *share)).collect();
+        let first = experts[0].0.map(p).unwrap();
+        all.push((first.weight.replacement_dtype(), parts));
+        if let Some(bias) = &first.bias {
+            let bias_of = |m: &Mlp<LinearSource>| m.map(p).unwrap().bias.as_ref().unwrap().to_f32().unwrap();
             all.push((bias.dtype(), experts.iter().map(|(m, share)| (bias_of(m), *share)).collect()));
         }
     }
@@ -192,7 +192,7 @@ fn fused_routers_make_a_stock_checkpoint() {
 /// The order of the neurons of expert `to` of the first MoE layer becomes another, its function stays.
 fn permute(moe: &MoeSource, from: usize, order: &[usize]) -> Vec<Tensor> {
     let mlp = dense(&moe.experts[from]);
-    let [gate, up, down] = mlp.maps().map(|m| m.weight.tensors("").swap_remove(0));
+    let [gate, up, down] = Projection::ALL.map(|p| mlp.map(p).unwrap().weight.tensors("").swap_remove(0));
     let columns = |t: &Tensor| {
         let (values, width) = (t.to_f32().unwrap(), order.len());
         let permuted: Vec<f32> =
@@ -256,7 +256,7 @@ fn biases_move_with_their_neurons() {
     let select = |bias: &Option<Tensor>| bias.as_ref().map(|b| b.select_rows(&order));
     let member = Mlp {
         gate: map(gate, select(&target.gate.bias)),
-        up: map(up, select(&target.up.bias)),
+        up: target.up.as_ref().map(|own| map(up, select(&own.bias))),
         down: map(down, target.down.bias.clone()),
         activation: target.activation,
     };
@@ -288,7 +288,7 @@ fn merged_then_factorised() {
     apply(&model, &both, &MOEPRESS, &out.path().join("both")).unwrap();
     let (average, after) = (moe(&out.path().join("merged")), moe(&out.path().join("both")));
     let Expert::Mlp(factors) = &after.experts[2] else { panic!("{}", after.experts[2].form()) };
-    for (map, found) in dense(&average.experts[2]).maps().into_iter().zip(factors.maps()) {
+    for (map, found) in dense(&average.experts[2]).maps().zip(factors.maps()) {
         let expected = factorise(&map.weight, rank.gate.unwrap(), Whitening::None, FactorOptions::default());
         for (a, b) in expected.unwrap().parts().into_iter().zip(found.weight.parts()) {
             assert_eq!(bits(&a.to_f32()), bits(&b.to_f32()));

@@ -143,7 +143,7 @@ fn means_are_those_of_the_reference() {
                 for (group, expected) in groups.iter().zip(layer[key].as_array().unwrap()) {
                     let mlp = dense(&merged.moe.experts[group[0]]);
                     for p in Projection::ALL {
-                        let weight = &mlp.maps()[p as usize].weight;
+                        let weight = &mlp.map(p).unwrap().weight;
                         let (values, cols) = (weight.to_f32(), weight.cols());
                         let expected = &expected[p.name().trim_end_matches("_proj")];
                         let number = |key: &str| expected[key].as_f64().unwrap();

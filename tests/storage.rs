@@ -138,7 +138,7 @@ fn low_rank_keeps_biases_and_unpacks() {
         for (before, after) in experts(&model).iter().zip(experts(&dir)) {
             let (Expert::Mlp(before), Expert::Mlp(after)) = (before, after) else { unreachable!() };
             assert_eq!(before.activation, after.activation);
-            for (before, after) in before.maps().into_iter().zip(after.maps()) {
+            for (before, after) in before.maps().zip(after.maps()) {
                 let bias = |b: &Option<Tensor>| b.as_ref().map(|b| b.bytes().to_vec());
                 assert_eq!(bias(&before.bias), bias(&after.bias));
                 let Matrix::LowRank { u, v } = &after.weight else { panic!("{name}: not low rank") };

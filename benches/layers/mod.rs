@@ -74,7 +74,7 @@ impl Layer {
         let expert = |e: usize| {
             Expert::Mlp(Mlp {
                 gate: map(width, hidden, 6 * e),
-                up: map(width, hidden, 6 * e + 2),
+                up: Some(map(width, hidden, 6 * e + 2)),
                 down: map(hidden, width, 6 * e + 4),
                 activation: Activation::SwiGlu,
             })
@@ -84,7 +84,7 @@ impl Layer {
         let shared = (shared_width > 0).then(|| {
             let (gate, up) = (weight(shared_width, hidden, 1001), weight(shared_width, hidden, 1002));
             let down = weight(hidden, shared_width, 1003);
-            (Mlp { gate, up, down, activation: Activation::SwiGlu }, weight(1, hidden, 1004))
+            (Mlp { gate, up: Some(up), down, activation: Activation::SwiGlu }, weight(1, hidden, 1004))
         });
         let rule = RouterRule {
             spec: RouterSpec::softmax(top_k, WeightRule::Scaled(1.0)),
@@ -119,8 +119,10 @@ impl Layer {
         Cpu.run_experts(x, experts, routing, out, None)?;
         if let Some((mlp, scalar_gate)) = shared {
             Cpu.linear(x, &mlp.gate, None, gate)?;
-            Cpu.linear(x, &mlp.up, None, up)?;
-            Cpu.activate(gate, up, mlp.activation)?;
+            if let Some(map) = &mlp.up {
+                Cpu.linear(x, map, None, up)?;
+            }
+            Cpu.activate(gate, Some(up), mlp.activation)?;
             Cpu.linear(gate, &mlp.down, None, down)?;
             Cpu.linear(x, scalar_gate, None, scalar)?;
             Cpu.sigmoid_gate(down, scalar)?;

@@ -11,6 +11,7 @@ fn profile() -> Profile {
         experts: 6,
         top_k: 2,
         width: 16,
+        ungated: false,
         groups: 3,
         top_groups: 2,
         expert_parameters: 3 * 16 * 32,

@@ -134,7 +134,8 @@ fn missing(key: &str) -> Error {
 
 fn size(key: &str, value: &Value) -> Result<usize> {
     // Some exporters write whole numbers as floats.
-    let largest = if key == "num_hidden_layers" { MOST_LAYERS } else { LARGEST };
+    let layers = ["num_hidden_layers", "num_layers", "num_decoder_layers"];
+    let largest = if layers.contains(&key) { MOST_LAYERS } else { LARGEST };
     let number =
         value.as_u64().or_else(|| value.as_f64().filter(|f| *f >= 0.0 && f.fract() == 0.0).map(|f| f as u64));
     match number {

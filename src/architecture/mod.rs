@@ -22,7 +22,7 @@ use config::Config;
 /// Result of this module.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// A decoder-only MoE language model: everything that its forward pass depends on, except the weights.
+/// A MoE language model, decoder-only or with an encoder: everything that its forward pass depends on, except the weights.
 #[derive(Clone, Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each says whether a checkpoint has tensors of one kind")]
 pub struct Architecture {
@@ -38,14 +38,20 @@ pub struct Architecture {
     pub norm_eps: f32,
     /// Whether these norms have biases: layer norms instead of RMS norms.
     pub norm_bias: bool,
+    /// Between the matrices of the MLPs of dense layers and shared experts.
+    pub dense_activation: Activation,
     /// Whether the MLPs of dense layers and shared experts have biases.
     pub mlp_bias: bool,
     /// Whether the output head is the embedding table.
     pub tied_embeddings: bool,
     /// Whether the output head has a bias.
     pub head_bias: bool,
-    /// The decoder layers.
+    /// The layers: those of the encoder, where there is one, and then those of the decoder. One numbering for all.
     pub layers: Vec<LayerSpec>,
+    /// Number of layers that form an encoder; 0 in a decoder-only model.
+    pub encoder_layers: usize,
+    /// Factor of the final hidden state before the output head.
+    pub head_scale: f32,
     /// Tensor names.
     pub names: Names,
     /// Section of `config.json` that speaks of the language model; `None` where the whole file does.
@@ -73,7 +79,7 @@ impl Packing {
     pub const USUAL_FP8_BLOCK: [usize; 2] = [128, 128];
 }
 
-/// One decoder layer.
+/// One layer.
 #[derive(Clone, Debug)]
 pub struct LayerSpec {
     /// Self-attention.
@@ -103,6 +109,7 @@ impl AttentionSpec {
 
 /// Multi-head or grouped-query attention: softmax(scale · q kᵀ) v with `heads / kv_heads` query heads per key head.
 #[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each says whether a part is there")]
 pub struct GroupedAttention {
     /// Query heads.
     pub heads: usize,
@@ -128,9 +135,46 @@ pub struct GroupedAttention {
     pub scale: f32,
     /// Further factor of the scores that grows with the position.
     pub temperature: Option<Temperature>,
+    /// Bias of the scores by relative position.
+    pub bias: Option<RelativeBias>,
+    /// Whether an attention of the same sizes to the encoder's output follows.
+    pub cross: bool,
 }
 
-/// Which keys a query sees among those that are not after it.
+/// A learned bias of the scores for every head and class of relative positions (T5, arXiv 1910.10683, §2.1). All layers
+/// of an encoder or decoder share those of its first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RelativeBias {
+    /// Number of classes.
+    pub buckets: usize,
+    /// Distance from which on all are one class.
+    pub max_distance: usize,
+    /// Whether keys after the query have classes of their own.
+    pub bidirectional: bool,
+}
+
+impl RelativeBias {
+    /// The class of a key at `distance` = key − query.
+    pub fn bucket(self, distance: isize) -> usize {
+        let (count, first, distance) = if self.bidirectional {
+            let half = self.buckets / 2;
+            (half, if distance > 0 { half } else { 0 }, distance.unsigned_abs())
+        } else {
+            (self.buckets, 0, (-distance).max(0) as usize)
+        };
+        let exact = count / 2;
+        if distance < exact {
+            return first + distance;
+        }
+        // In f32, as the models were trained with.
+        let ratio = (distance as f32 / exact as f32).ln()
+            / (self.max_distance as f64 / exact as f64).ln() as f32
+            * (count - exact) as f32;
+        first + (exact + ratio as usize).min(count - 1)
+    }
+}
+
+/// Which keys a query sees, but for the last kind among those that are not after it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Span {
     /// All.
@@ -140,16 +184,23 @@ pub enum Span {
     Window(usize),
     /// Those in the same chunk: ⌊q / chunk⌋ = ⌊k / chunk⌋ (Llama 4).
     Chunk(usize),
+    /// All, and those after it as well: in an encoder, and of a decoder towards the encoder.
+    Bidirectional,
 }
 
 impl Span {
     /// The first position that the query at `position` sees.
     pub fn first(self, position: usize) -> usize {
         match self {
-            Span::Full => 0,
+            Span::Full | Span::Bidirectional => 0,
             Span::Window(window) => (position + 1).saturating_sub(window),
             Span::Chunk(chunk) => position / chunk * chunk,
         }
+    }
+
+    /// Behind the last position that the query at `position` sees among `end`.
+    pub fn end(self, position: usize, end: usize) -> usize {
+        if self == Span::Bidirectional { end } else { position + 1 }
     }
 }
 
@@ -211,7 +262,7 @@ pub struct LatentAttention {
 /// Feed-forward part of a layer.
 #[derive(Clone, Debug)]
 pub enum FeedForwardSpec {
-    /// One SwiGLU MLP.
+    /// One MLP.
     Dense {
         /// Intermediate width.
         width: usize,
@@ -250,6 +301,17 @@ pub enum Activation {
         /// Factor within the sigmoid.
         slope: f32,
     },
+    /// max(g, 0), without an up projection (Switch Transformer, arXiv 2101.03961).
+    Relu,
+    /// g · Φ(g) with Φ by its tanh approximation, without an up projection (Hendrycks and Gimpel, arXiv 1606.08415).
+    GeluTanh,
+}
+
+impl Activation {
+    /// Whether the MLP has an up projection, which this multiplies the gate's activation by.
+    pub fn is_gated(self) -> bool {
+        matches!(self, Activation::SwiGlu | Activation::ClampedSwiGlu { .. })
+    }
 }
 
 /// The shared expert: a SwiGLU MLP that every token passes.
@@ -291,6 +353,11 @@ impl Architecture {
             FeedForwardSpec::Moe(moe) => Some(moe),
             FeedForwardSpec::Dense { .. } => None,
         }
+    }
+
+    /// Whether layer `l` is one of an encoder.
+    pub fn in_encoder(&self, l: usize) -> bool {
+        l < self.encoder_layers
     }
 
     /// Name of the table that the output head multiplies by.

@@ -1,6 +1,6 @@
 //! How the tensors of a family are called.
 
-/// One of the three matrices of a SwiGLU MLP.
+/// One of the matrices of an MLP; one without a gate calls its first matrix that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Projection {
     /// W_gate, `[width, hidden]`.
@@ -34,7 +34,7 @@ impl Projection {
     }
 }
 
-/// The tensor names of a decoder family.
+/// The tensor names of a family.
 #[derive(Clone, Copy, Debug)]
 pub struct Names {
     /// Prefix of embedding, layers and final norm, with the final dot.
@@ -57,6 +57,8 @@ pub struct Names {
     pub shared: &'static str,
     /// How a stock checkpoint holds the routed experts.
     pub storage: ExpertStorage,
+    /// Where the names follow T5: the number of encoder layers. The other fields then speak of less.
+    pub t5: Option<usize>,
 }
 
 /// How a stock checkpoint of a family holds the routed experts of a layer.
@@ -87,6 +89,7 @@ impl Default for Names {
             projections: Projection::ALL.map(Projection::mlp_name),
             shared: "",
             storage: ExpertStorage::Separate,
+            t5: None,
         }
     }
 }
@@ -97,12 +100,28 @@ impl Names {
 
     /// Embedding table, `[vocabulary, hidden]`.
     pub fn embedding(&self) -> String {
-        format!("{}embed_tokens.weight", self.model)
+        match self.t5 {
+            None => format!("{}embed_tokens.weight", self.model),
+            Some(_) => "shared.weight".into(),
+        }
+    }
+
+    /// The table that the encoder, or the decoder behind one, has where embeddings are not tied.
+    pub fn own_embedding(&self, of_encoder: bool) -> String {
+        format!("{}.embed_tokens.weight", if of_encoder { "encoder" } else { "decoder" })
     }
 
     /// Final norm, without `.weight`.
     pub fn final_norm(&self) -> String {
-        format!("{}norm", self.model)
+        match self.t5 {
+            None => format!("{}norm", self.model),
+            Some(_) => "decoder.final_layer_norm".into(),
+        }
+    }
+
+    /// Norm behind the encoder, without `.weight`.
+    pub fn encoder_norm(&self) -> &'static str {
+        "encoder.final_layer_norm"
     }
 
     /// Output head, `[vocabulary, hidden]`; absent where it is tied to the embedding.
@@ -117,7 +136,21 @@ impl Names {
 
     /// Prefix of everything in layer `l`, with the final dot.
     pub fn layer(&self, l: usize) -> String {
-        format!("{}layers.{l}.", self.model)
+        match self.t5 {
+            None => format!("{}layers.{l}.", self.model),
+            Some(encoder) if l < encoder => format!("encoder.block.{l}."),
+            Some(encoder) => format!("decoder.block.{}.", l - encoder),
+        }
+    }
+
+    /// Prefix of layer `l`'s feed-forward part, with the final dot: in T5 a numbered part of its own.
+    fn part(&self, l: usize) -> String {
+        let layer = self.layer(l);
+        match self.t5 {
+            None => layer,
+            Some(encoder) if l < encoder => layer + "layer.1.",
+            Some(_) => layer + "layer.2.",
+        }
     }
 
     /// Whether a tensor belongs to the layers for multi-token prediction that some checkpoints of models with
@@ -130,22 +163,45 @@ impl Names {
 
     /// Norm before the attention, without `.weight`.
     pub fn input_norm(&self, l: usize) -> String {
-        format!("{}input_layernorm", self.layer(l))
+        let name = if self.t5.is_some() { "layer.0.layer_norm" } else { "input_layernorm" };
+        format!("{}{name}", self.layer(l))
     }
 
     /// Norm before the feed-forward part, without `.weight`.
     pub fn post_attention_norm(&self, l: usize) -> String {
-        format!("{}post_attention_layernorm", self.layer(l))
+        let name = if self.t5.is_some() { "layer_norm" } else { "post_attention_layernorm" };
+        format!("{}{name}", self.part(l))
     }
 
     /// A parameter of the attention, such as `q_proj.weight`.
     pub fn attention(&self, l: usize, parameter: &str) -> String {
-        format!("{}self_attn.{parameter}", self.layer(l))
+        match self.t5 {
+            None => format!("{}self_attn.{parameter}", self.layer(l)),
+            Some(_) => format!("{}layer.0.SelfAttention.{}", self.layer(l), parameter.replace("_proj", "")),
+        }
+    }
+
+    /// Norm before the attention to the encoder's output, without `.weight`.
+    pub fn cross_norm(&self, l: usize) -> String {
+        format!("{}layer.1.layer_norm", self.layer(l))
+    }
+
+    /// A parameter of the attention to the encoder's output, such as `q_proj`.
+    pub fn cross_attention(&self, l: usize, parameter: &str) -> String {
+        format!("{}layer.1.EncDecAttention.{}", self.layer(l), parameter.replace("_proj", ""))
+    }
+
+    /// The biases by relative position, `[buckets, heads]`, that layer `l` uses: those of the first layer of its stack.
+    pub fn relative_bias(&self, l: usize) -> String {
+        let first = self.t5.filter(|encoder| l >= *encoder).unwrap_or(0);
+        self.attention(first, "relative_attention_bias.weight")
     }
 
     /// A matrix of a dense layer's MLP, without `.weight`.
     pub fn dense(&self, l: usize, projection: Projection) -> String {
-        format!("{}{}.{}", self.layer(l), self.feed_forward, projection.mlp_name())
+        let name =
+            if self.t5.is_some() { self.projections[projection as usize] } else { projection.mlp_name() };
+        format!("{}{}.{name}", self.part(l), self.feed_forward)
     }
 
     /// The router without `.weight`, `[experts, hidden]`: as published, and in the fused layout.
@@ -159,7 +215,7 @@ impl Names {
     }
 
     fn in_moe(&self, l: usize, [published, fused]: [&str; 2]) -> [String; 2] {
-        let prefix = self.layer(l);
+        let prefix = self.part(l);
         [format!("{prefix}{}.{published}", self.moe), format!("{prefix}{}.{fused}", Names::FUSED_MOE)]
     }
 
@@ -170,7 +226,8 @@ impl Names {
 
     /// Prefix of everything that belongs to routed expert `e`, with the final dot.
     pub fn expert_prefix(&self, l: usize, e: usize) -> String {
-        format!("{}{}.experts.{e}.", self.layer(l), self.moe)
+        let expert = if self.t5.is_some() { "expert_" } else { "" };
+        format!("{}{}.experts.{expert}{e}.", self.part(l), self.moe)
     }
 
     /// Prefixes of everything that belongs to routed experts: as published, and in the fused layout.

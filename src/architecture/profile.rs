@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::Projection;
+
 /// The sizes of one checkpoint. Stored with the statistics, so that planning needs no checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Profile {
@@ -37,11 +39,14 @@ pub struct MoeProfile {
     pub top_k: usize,
     /// Intermediate width of a routed expert.
     pub width: usize,
+    /// Whether the experts have no up matrix.
+    #[serde(default)]
+    pub ungated: bool,
     /// Expert groups of a group-limited router; 1 where there is no limit.
     pub groups: usize,
     /// Groups kept per token by a group-limited router; 1 where there is no limit.
     pub top_groups: usize,
-    /// Parameters of one routed expert: gate, up and down, and their biases.
+    /// Parameters of one routed expert: its matrices and their biases.
     pub expert_parameters: u64,
     /// Stored bytes of one routed expert, scales of packed weights included.
     pub expert_bytes: u64,
@@ -56,6 +61,18 @@ pub struct MoeProfile {
     pub router_parameters: u64,
     /// Stored bytes of the router per expert.
     pub router_bytes: u64,
+}
+
+impl MoeProfile {
+    /// The matrices that a dense expert has.
+    pub fn projections(&self) -> &'static [Projection] {
+        if self.ungated { &[Projection::Gate, Projection::Down] } else { &Projection::ALL }
+    }
+
+    /// Number of matrices of a dense expert.
+    pub fn matrices(&self) -> u64 {
+        self.projections().len() as u64
+    }
 }
 
 impl Profile {

@@ -1,6 +1,6 @@
 //! The forms that an expert can take: all that layers, kernels and files know about compression.
 
-use crate::architecture::Activation;
+use crate::architecture::{Activation, Projection};
 use crate::checkpoint::{Tensor, Weight};
 
 /// One weight matrix W `[out, in]`.
@@ -26,13 +26,14 @@ pub struct Linear<M, V> {
     pub bias: Option<V>,
 }
 
-/// A gated MLP: down(activation(gate(x), up(x))).
+/// An MLP: down(activation(gate(x), up(x))), or without a gate, where `gate` is the only map before the activation,
+/// down(activation(gate(x))).
 #[derive(Clone, Debug)]
 pub struct Mlp<L> {
     /// `[width, hidden]`.
     pub gate: L,
-    /// `[width, hidden]`.
-    pub up: L,
+    /// `[width, hidden]`; there exactly where the activation is gated.
+    pub up: Option<L>,
     /// `[hidden, width]`.
     pub down: L,
     /// Between them.
@@ -86,15 +87,41 @@ impl RouterWeights {
 }
 
 impl<L> Mlp<L> {
-    /// The linear maps in the order gate, up, down.
-    pub fn maps(&self) -> [&L; 3] {
-        [&self.gate, &self.up, &self.down]
+    /// The linear maps that there are, in the order gate, up, down.
+    pub fn maps(&self) -> impl Iterator<Item = &L> {
+        self.named().map(|(_, map)| map)
     }
 
-    /// Applies `f` to the three linear maps.
+    /// The linear maps that there are, with their names.
+    pub fn named(&self) -> impl Iterator<Item = (Projection, &L)> {
+        Projection::ALL.into_iter().filter_map(|p| Some((p, self.map(p)?)))
+    }
+
+    /// The linear map of this name, if there is one.
+    pub fn map(&self, projection: Projection) -> Option<&L> {
+        match projection {
+            Projection::Gate => Some(&self.gate),
+            Projection::Up => self.up.as_ref(),
+            Projection::Down => Some(&self.down),
+        }
+    }
+
+    /// Applies `f` to the linear maps.
     pub fn try_map<N, E>(&self, mut f: impl FnMut(&L) -> Result<N, E>) -> Result<Mlp<N>, E> {
-        let [gate, up, down] = [f(&self.gate)?, f(&self.up)?, f(&self.down)?];
-        Ok(Mlp { gate, up, down, activation: self.activation })
+        self.try_map_named(|_, map| f(map))
+    }
+
+    /// Applies `f` to the linear maps and their names.
+    pub fn try_map_named<N, E>(
+        &self,
+        mut f: impl FnMut(Projection, &L) -> Result<N, E>,
+    ) -> Result<Mlp<N>, E> {
+        Ok(Mlp {
+            gate: f(Projection::Gate, &self.gate)?,
+            up: self.up.as_ref().map(|up| f(Projection::Up, up)).transpose()?,
+            down: f(Projection::Down, &self.down)?,
+            activation: self.activation,
+        })
     }
 }
 
@@ -112,9 +139,7 @@ impl<W, V> Expert<W, V> {
     /// Name of the form, as `inspect` shows it.
     pub fn form(&self) -> &'static str {
         match self {
-            Expert::Mlp(mlp) if mlp.maps().iter().any(|m| matches!(m.weight, Matrix::LowRank { .. })) => {
-                "low_rank"
-            }
+            Expert::Mlp(mlp) if mlp.maps().any(|m| matches!(m.weight, Matrix::LowRank { .. })) => "low_rank",
             Expert::Mlp(_) => "dense",
             Expert::Alias(_) => "alias",
             Expert::Constant(_) => "constant",
@@ -125,7 +150,7 @@ impl<W, V> Expert<W, V> {
     /// The stored matrices.
     pub fn weights(&self) -> Vec<&W> {
         match self {
-            Expert::Mlp(mlp) => mlp.maps().into_iter().flat_map(|m| m.weight.parts()).collect(),
+            Expert::Mlp(mlp) => mlp.maps().flat_map(|m| m.weight.parts()).collect(),
             _ => Vec::new(),
         }
     }
@@ -133,7 +158,7 @@ impl<W, V> Expert<W, V> {
     /// The stored vectors: biases, or the constant.
     pub fn vectors(&self) -> Vec<&V> {
         match self {
-            Expert::Mlp(mlp) => mlp.maps().into_iter().filter_map(|m| m.bias.as_ref()).collect(),
+            Expert::Mlp(mlp) => mlp.maps().filter_map(|m| m.bias.as_ref()).collect(),
             Expert::Constant(vector) => vec![vector],
             Expert::Alias(_) | Expert::None => Vec::new(),
         }

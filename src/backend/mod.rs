@@ -113,8 +113,22 @@ pub struct AttentionShape {
     pub temperature: Option<Temperature>,
     /// Which earlier keys are visible.
     pub span: Span,
-    /// Position of the first row of keys and values in every window; they reach to the window's last token.
+    /// Position of the first row of keys and values in every window.
     pub first_key: usize,
+    /// Position behind the last one.
+    pub end_key: usize,
+}
+
+/// What takes part in an attention besides queries, keys and values.
+#[derive(Debug)]
+pub struct AttentionTerms<'a, V> {
+    /// One more logit for each head's softmax, neither scaled nor masked, whose probability is left out.
+    pub sinks: Option<&'a V>,
+    /// Biases of the scaled scores, `[heads, 2 · reach + 1]`: of a key at distance d = key − query entry
+    /// reach + max(−reach, min(d, reach)) of the head's row.
+    pub bias: Option<&'a V>,
+    /// `false` for padding, one entry per row of keys; `None` where nothing is padding.
+    pub mask: Option<&'a [bool]>,
 }
 
 /// Sizes of multi-head latent attention in its absorbed form.
@@ -274,13 +288,12 @@ pub trait Backend: Sync {
         heads: HeadLayout,
         batch: &Batch,
     ) -> Result<()>;
-    /// Causal attention within each window; padding is invisible. `sinks` holds one more logit for each head's softmax,
-    /// neither scaled nor masked, whose probability is left out.
+    /// Attention within each window, to the keys that the span says; padding is invisible.
     fn attend(
         &self,
         query: &Self::Buffer,
         keys: Keys<'_, Self::Buffer>,
-        sinks: Option<&Self::Vector>,
+        terms: AttentionTerms<'_, Self::Vector>,
         shape: AttentionShape,
         batch: &Batch,
         out: &mut Self::Buffer,
@@ -304,8 +317,13 @@ pub trait Backend: Sync {
         shape: LatentShape,
         out: &mut Self::Buffer,
     ) -> Result<()>;
-    /// The activation of gate and up into `gate`.
-    fn activate(&self, gate: &mut Self::Buffer, up: &Self::Buffer, activation: Activation) -> Result<()>;
+    /// The activation of gate and, where it is gated, up into `gate`.
+    fn activate(
+        &self,
+        gate: &mut Self::Buffer,
+        up: Option<&Self::Buffer>,
+        activation: Activation,
+    ) -> Result<()>;
     /// x += y.
     fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer) -> Result<()>;
     /// Multiplies each row of `x` by the sigmoid of its entry in the one-column buffer `gate`.

@@ -58,7 +58,7 @@ pub fn calibrate<B: Backend>(
         work.begin()?;
     }
     let mut stream = Stream::new(model, windows)?;
-    let done = work.restore(backend, &mut stream, architecture.hidden_size)?;
+    let done = work.restore(backend, &mut stream, architecture.hidden_size, architecture.encoder_layers)?;
     let layers = architecture.layers.len();
     let layer_file = |l: usize| work.path(&format!("layer-{l:05}.safetensors"));
 
@@ -139,6 +139,7 @@ fn advance<B: Backend>(
             files: windows.files.len(),
         };
         let mut observer = backend.observer(dims, &options.second)?;
+        let windows = windows.of_layer(architecture.in_encoder(l));
         stream.observe(&layer, &mut observer, |chunk| sampled_rows(windows, options.sample, chunk))?;
         let moments = backend.moments(observer)?;
         check_finite(l, &moments)?;

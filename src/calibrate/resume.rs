@@ -150,7 +150,8 @@ impl Residual {
         self.dir.join(name)
     }
 
-    /// Puts `stream` where the last run left it and returns the number of layers that are done.
+    /// Puts `stream`, of a model with `encoder_layers` layers before its decoder's, where the last run left it and returns
+    /// the number of layers that are done.
     ///
     /// # Errors
     /// Names the file that cannot be read.
@@ -159,6 +160,7 @@ impl Residual {
         backend: &B,
         stream: &mut Stream<'_, B>,
         hidden_size: usize,
+        encoder_layers: usize,
     ) -> Result<usize> {
         let done = self.layers_done();
         if done == 0 {
@@ -167,11 +169,19 @@ impl Residual {
         let path = self.file(done);
         let io = |source| Error::from(crate::checkpoint::Error::Io { path: path.clone(), source });
         let mut file = BufReader::with_capacity(1 << 20, fs::File::open(&path).map_err(io)?);
-        for chunk in &mut stream.chunks {
-            let rows = chunk.batch.tokens();
+        let mut read = |buffer: &mut B::Buffer, rows: usize| -> Result<()> {
             let mut values = vec![0.0f32; rows * hidden_size];
             file.read_exact(bytemuck::must_cast_slice_mut(&mut values)).map_err(io)?;
-            backend.upload(&values, rows, hidden_size, &mut chunk.x)?;
+            Ok(backend.upload(&values, rows, hidden_size, buffer)?)
+        };
+        for chunk in &mut stream.chunks {
+            if done > encoder_layers {
+                chunk.begin_decoder(backend.buffer());
+            }
+            read(&mut chunk.x, chunk.batch.tokens())?;
+            if let Some(memory) = &mut chunk.memory {
+                read(&mut memory.x, memory.batch.tokens())?;
+            }
         }
         Ok(done)
     }
@@ -183,7 +193,9 @@ impl Residual {
     pub fn save<B: Backend>(&self, backend: &B, stream: &Stream<'_, B>, done: usize) -> Result<()> {
         let mut file = AtomicFile::create(&self.file(done))?;
         for chunk in &stream.chunks {
-            file.write_all(bytemuck::must_cast_slice(&backend.download(&chunk.x)?))?;
+            for buffer in std::iter::once(&chunk.x).chain(chunk.memory.iter().map(|memory| &memory.x)) {
+                file.write_all(bytemuck::must_cast_slice(&backend.download(buffer)?))?;
+            }
         }
         file.commit()?;
         let _ = fs::remove_file(self.file(done - 1));

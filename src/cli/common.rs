@@ -221,13 +221,17 @@ impl TextInput {
             }
             match &mut joined {
                 None => joined = Some(windows),
-                Some(joined) if joined.length == windows.length => joined.append(&windows),
+                Some(joined) if joined.fits(&windows) => joined.append(&windows),
                 Some(joined) => {
+                    let lengths = |windows: &Windows| match &windows.decoder {
+                        None => format!("{}", windows.length),
+                        Some(decoder) => format!("{} and {}", windows.length, decoder.length),
+                    };
                     return Err(Failure::Work(format!(
                         "{}: windows of {} tokens, expected {} as in {}",
                         path.display(),
-                        windows.length,
-                        joined.length,
+                        lengths(&windows),
+                        lengths(joined),
                         self.tokens[0].display()
                     )));
                 }
@@ -333,7 +337,7 @@ mod tests {
         let tokens = |name: &str, ids: &[u32], mask: Option<Vec<bool>>, length: usize| {
             let count = ids.len() / length;
             let files = vec![SourceFile { name: name.into(), windows: count }];
-            let windows = Windows { ids: ids.to_vec(), mask, count, length, files };
+            let windows = Windows { ids: ids.to_vec(), mask, count, length, files, decoder: None };
             write_token_file(&folder.path().join(name), &windows).unwrap();
         };
         tokens("one", &[1, 2, 3, 4, 5, 6], None, 2);

@@ -97,10 +97,14 @@ fn attention(attention: &AttentionSummary, layers: usize) -> String {
 
 fn layers(model: &Inspection) -> String {
     let (all, moe) = (model.layers, model.moe_layers.len());
-    match all - moe {
+    let text = match all - moe {
         0 => format!("{all}, all with experts"),
         dense if moe == 0 => format!("{dense}, none with experts"),
         dense => format!("{all}, {moe} with experts and {dense} dense"),
+    };
+    match model.encoder_layers {
+        None => text,
+        Some(encoder) => format!("{text}; 0 to {} are the encoder's", encoder - 1),
     }
 }
 

@@ -3,7 +3,7 @@
 //! The hidden neurons of an expert may stand in any order: permuting the rows of gate and up and the columns of down
 //! alike leaves its function as it is. Experts that are to be averaged are brought into the order in which their neurons
 //! are nearest to each other: weight matching (Ainsworth et al., "Git Re-Basin", arXiv 2209.04836, §3.2), here over all
-//! three matrices of a gated MLP together, as in MC-SMoE (arXiv 2310.01334, §3.1) over two.
+//! matrices of an MLP together, three of a gated one, as in MC-SMoE (arXiv 2310.01334, §3.1) over two.
 
 use rayon::prelude::*;
 
@@ -84,14 +84,20 @@ impl Part {
         Part::Biases,
     ];
 
-    /// This part of the neurons of `mlp`; `None` where there are no biases.
+    /// This part of the neurons of `mlp`; `None` where it has none.
     fn of(self, mlp: &Mlp<LinearSource>) -> Result<Option<Rows>> {
         let Part::Matrix(projection) = self else {
-            let (Some(gate), Some(up)) = (&mlp.gate.bias, &mlp.up.bias) else { return Ok(None) };
-            let pairs = gate.to_f32()?.into_iter().zip(up.to_f32()?);
-            return Ok(Some(Rows { values: pairs.flat_map(|(g, u)| [g, u]).collect(), cols: 2 }));
+            let maps = std::iter::once(&mlp.gate).chain(&mlp.up);
+            let Some(biases) = maps.map(|map| map.bias.as_ref()).collect::<Option<Vec<_>>>() else {
+                return Ok(None);
+            };
+            let vectors =
+                biases.into_iter().map(Tensor::to_f32).collect::<crate::checkpoint::Result<Vec<_>>>()?;
+            let values = (0..vectors[0].len()).flat_map(|i| vectors.iter().map(move |vector| vector[i]));
+            return Ok(Some(Rows { values: values.collect(), cols: vectors.len() }));
         };
-        let weight = &mlp.maps()[projection as usize].weight;
+        let Some(map) = mlp.map(projection) else { return Ok(None) };
+        let weight = &map.weight;
         let (rows, cols) = (weight.rows(), weight.cols());
         let values = weight.to_f32();
         Ok(Some(match projection {

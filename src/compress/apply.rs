@@ -8,8 +8,8 @@ use super::factorise::{FactorOptions, Whitening, factorise};
 use super::merge::{Merged, merge};
 use super::{Alignment, Error, Result};
 use crate::architecture::Projection;
-use crate::backend::{Expert, Linear, Matrix, Mlp, Moment, Moments, StoredExpert};
-use crate::checkpoint::{Dtype, Tensor};
+use crate::backend::{Expert, Linear, Matrix, Moment, Moments, StoredExpert};
+use crate::checkpoint::{Dtype, Tensor, Weight};
 use crate::model::MoeSource;
 use crate::plan::{Action, LayerPlan, Plan, Ranks};
 
@@ -142,8 +142,7 @@ fn low_rank<'g>(
         let what = format!("is {} and has no matrices to factorise; keep or drop it", expert.form());
         return Err(Error::Action { layer, expert: slot, what });
     };
-    let map = |p: Projection| {
-        let source = mlp.maps()[p as usize];
+    let map = |p: Projection, source: &Linear<Matrix<Weight>, Tensor>| {
         let Some(rank) = rank.get(p) else { return Ok(source.clone()) };
         let Matrix::Dense(weight) = &source.weight else {
             let what = format!("{} is already low rank; start from the original checkpoint", p.name());
@@ -157,6 +156,5 @@ fn low_rank<'g>(
             factors.map_err(|source| Error::Factorise { layer, expert: slot, matrix: p.name(), source })?;
         Ok(Linear { weight, bias: source.bias.clone() })
     };
-    let [gate, up, down] = Projection::ALL;
-    Ok(Expert::Mlp(Mlp { gate: map(gate)?, up: map(up)?, down: map(down)?, activation: mlp.activation }))
+    Ok(Expert::Mlp(mlp.try_map_named(map)?))
 }

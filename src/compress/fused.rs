@@ -29,7 +29,7 @@ pub(super) fn tensors(names: &Names, l: usize, moe: &MoeSource) -> Vec<Tensor> {
 fn assemble(names: &Names, moe: &MoeSource, projections: &[Projection], name: &str) -> Option<Tensor> {
     let matrices = |expert: &StoredExpert| -> Vec<Weight> {
         let Expert::Mlp(mlp) = expert else { return Vec::new() };
-        let maps = projections.iter().map(|p| mlp.maps()[*p as usize]);
+        let maps = projections.iter().filter_map(|p| mlp.map(*p));
         maps.filter_map(|m| if let Matrix::Dense(w) = &m.weight { Some(w.clone()) } else { None }).collect()
     };
     let experts: Vec<Vec<Weight>> = moe.experts.iter().map(matrices).collect();
@@ -67,7 +67,7 @@ fn assemble_biases(names: &Names, moe: &MoeSource, projections: &[Projection], n
     let (mut bytes, mut dtype, mut width) = (Vec::new(), None, 0);
     for expert in &moe.experts {
         let Expert::Mlp(mlp) = expert else { return None };
-        let biases = projections.iter().map(|p| mlp.maps()[*p as usize].bias.as_ref());
+        let biases = projections.iter().map(|p| mlp.map(*p)?.bias.as_ref());
         let biases = biases.collect::<Option<Vec<_>>>()?;
         let out = biases[0].len();
         width = out * parts;

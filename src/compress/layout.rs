@@ -78,7 +78,7 @@ impl Layout {
             let number = if stock { slot } else { moe.numbers[slot] };
             match expert {
                 Expert::Mlp(mlp) => {
-                    for (projection, map) in Projection::ALL.into_iter().zip(mlp.maps()) {
+                    for (projection, map) in mlp.named() {
                         let stem = names.expert(l, number, projection);
                         match &map.weight {
                             Matrix::Dense(w) => tensors.extend(w.tensors(&stem)),
@@ -217,12 +217,12 @@ fn stock_config(
 
 /// The entry of layer `l` in `moepress.json`.
 pub(super) fn manifest_entry(l: usize, moe: &MoeSource) -> LayerEntry {
-    let rank = |map: &Linear<Matrix<Weight>, Tensor>| match &map.weight {
+    let rank = |map: Option<&Linear<Matrix<Weight>, Tensor>>| match &map?.weight {
         Matrix::Dense(_) => None,
         Matrix::LowRank { v, .. } => Some(v.rows()),
     };
     let form = |expert: &StoredExpert| match expert {
-        Expert::Mlp(mlp) => match mlp.maps().map(rank) {
+        Expert::Mlp(mlp) => match Projection::ALL.map(|p| rank(mlp.map(p))) {
             [None, None, None] => ExpertForm::Dense,
             [gate, up, down] => ExpertForm::LowRank { rank: MatrixRanks { gate, up, down } },
         },

@@ -27,8 +27,9 @@ impl<'a, 'm, B: Backend> Follower<'a, 'm, B> {
 
     /// Puts the stream where the last run left it; returns the number of finished layers.
     pub(super) fn restore(&mut self, work: &Residual) -> Result<usize> {
-        let hidden = self.model.architecture().hidden_size;
-        Ok(work.restore(self.model.backend(), &mut self.stream, hidden)?)
+        let architecture = self.model.architecture();
+        let (hidden, encoder) = (architecture.hidden_size, architecture.encoder_layers);
+        Ok(work.restore(self.model.backend(), &mut self.stream, hidden, encoder)?)
     }
 
     /// Records that `done` layers are finished.
@@ -62,7 +63,7 @@ impl<'a, 'm, B: Backend> Follower<'a, 'm, B> {
         let mut copy = backend.buffer();
         let Stream { chunks, scratch, .. } = &mut self.stream;
         for chunk in chunks {
-            layer.attend(backend, &mut chunk.x, &chunk.batch, scratch)?;
+            layer.attend(backend, chunk, scratch)?;
             let observe = Some(Observation { observer: &mut observer, sample: &[] });
             if self.propagate {
                 backend.copy_rows(&chunk.x, 0, chunk.batch.tokens(), &mut copy)?;

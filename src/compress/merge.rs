@@ -162,7 +162,7 @@ fn check_alike(
     target: &Mlp<LinearSource>,
     into: usize,
 ) -> std::result::Result<(), String> {
-    for ((a, b), projection) in member.maps().into_iter().zip(target.maps()).zip(Projection::ALL) {
+    for ((projection, a), b) in member.named().zip(target.maps()) {
         let shape = |map: &LinearSource| (map.weight.rows(), map.weight.cols());
         let ((rows, cols), (r, c)) = (shape(a), shape(b));
         let name = projection.name();
@@ -212,20 +212,25 @@ fn average(
     let orders: Vec<Option<Vec<usize>>> = group.iter().map(order).collect();
     let members = group.iter().zip(&orders).map(|(m, order)| (&dense[&m.slot], m.weight, order.as_deref()));
     let shares: Vec<Share<'_>> = std::iter::once((target, own.max(0.0), None)).chain(members).collect();
-    let map = |p: Projection| Linear {
-        weight: Matrix::Dense(mean_weight(&shares, p, dtype)),
-        bias: mean_bias(&shares, p),
+    let map = |p: Projection, own: &LinearSource| Linear {
+        weight: Matrix::Dense(mean_weight(&own.weight, &shares, p, dtype)),
+        bias: own.bias.as_ref().and_then(|bias| mean_bias(bias, &shares, p)),
     };
-    let [gate, up, down] = Projection::ALL;
-    Expert::Mlp(Mlp { gate: map(gate), up: map(up), down: map(down), activation: target.activation })
+    Expert::Mlp(Mlp {
+        gate: map(Projection::Gate, &target.gate),
+        up: target.up.as_ref().map(|up| map(Projection::Up, up)),
+        down: map(Projection::Down, &target.down),
+        activation: target.activation,
+    })
 }
 
-fn mean_weight(shares: &[Share<'_>], p: Projection, dtype: Option<Dtype>) -> Weight {
-    let first = &shares[0].0.maps()[p as usize].weight;
+/// The mean of the matrices of this name, of which the target's is `first`.
+fn mean_weight(first: &Weight, shares: &[Share<'_>], p: Projection, dtype: Option<Dtype>) -> Weight {
     let (rows, cols) = (first.rows(), first.cols());
     let mut sum = vec![0.0; rows * cols];
     for (mlp, share, order) in shares {
-        let values = mlp.maps()[p as usize].weight.to_f32();
+        let Some(map) = mlp.map(p) else { continue };
+        let values = map.weight.to_f32();
         let add = |(i, sum): (usize, &mut [f64])| match order {
             Some(order) if p == Projection::Down => {
                 let row = &values[i * cols..][..cols];
@@ -242,11 +247,11 @@ fn mean_weight(shares: &[Share<'_>], p: Projection, dtype: Option<Dtype>) -> Wei
     Weight::plain(tensor).unwrap_or_else(|_| unreachable!("a matrix of plain numbers"))
 }
 
-fn mean_bias(shares: &[Share<'_>], p: Projection) -> Option<Tensor> {
-    let first = shares[0].0.maps()[p as usize].bias.as_ref()?;
+/// The mean of their biases; `None` where one has none.
+fn mean_bias(first: &Tensor, shares: &[Share<'_>], p: Projection) -> Option<Tensor> {
     let mut sum = vec![0.0; first.len()];
     for (mlp, share, order) in shares {
-        let values = mlp.maps()[p as usize].bias.as_ref()?.to_f32().ok()?;
+        let values = mlp.map(p)?.bias.as_ref()?.to_f32().ok()?;
         let order = order.filter(|_| p != Projection::Down);
         for (i, s) in sum.iter_mut().enumerate() {
             *s += share * f64::from(values[order.map_or(i, |order| order[i])]);

@@ -35,7 +35,8 @@ impl SpectrumSource for WeightSpectra<'_> {
         let source = LayerSource::locate(self.checkpoint, self.architecture, layer).map_err(|e| text(&e))?;
         let slot = source.moe().and_then(|moe| moe.experts.get(expert)).ok_or("there is no such expert")?;
         let Expert::Mlp(mlp) = slot else { return Err(format!("is {} and has no matrices", slot.form())) };
-        let Form::Dense(weight) = &mlp.maps()[matrix as usize].weight else {
+        let map = mlp.map(matrix).ok_or_else(|| format!("has no {} matrix", matrix.name()))?;
+        let Form::Dense(weight) = &map.weight else {
             return Err("is low rank already".into());
         };
         weight.check_finite().map_err(|e| text(&e))?;

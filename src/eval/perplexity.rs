@@ -11,7 +11,7 @@ use super::{Error, MultipleChoice, Result, Skipping};
 use crate::backend::Backend;
 use crate::model::Model;
 use crate::progress::Progress;
-use crate::tokens::{SourceFile, Windows};
+use crate::tokens::Windows;
 
 /// The loss over some predicted tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -203,16 +203,16 @@ fn evaluate<B: Backend>(
         let architecture = model.architecture();
         windows.check(architecture.vocabulary, architecture.max_positions)?;
     }
-    check_predictions(windows)?;
-    let per_wave = (TOKENS_PER_WAVE / windows.length).max(1);
+    check_predictions(windows.predicted())?;
+    let per_wave = (TOKENS_PER_WAVE / windows.longest()).max(1);
     let layers: usize = models().map(|m| m.architecture().layers.len()).sum();
     progress.begin("evaluate: layer", layers * windows.count.div_ceil(per_wave));
 
     let mut sums = vec![Sums::default(); windows.count];
     let mut skipping = Skipping::default();
     for first in (0..windows.count).step_by(per_wave) {
-        let part = [slice(windows, first, per_wave.min(windows.count - first))];
-        let places = places(&part[0], first);
+        let part = [windows.slice(first, per_wave.min(windows.count - first))];
+        let places = places(part[0].predicted(), first);
         let mut wave = Wave::run(model, &part, &mut skipping, progress)?;
         let mut original_wave =
             original.map(|o| Wave::run(o, &part, &mut Skipping::default(), progress)).transpose()?;
@@ -225,7 +225,7 @@ fn evaluate<B: Backend>(
                         Culprit::Model => model,
                         Culprit::Original => original.unwrap_or(model),
                     };
-                    let (window, position) = (place.owner, place.row % windows.length);
+                    let (window, position) = (place.owner, place.row % windows.predicted().length);
                     Error::NonFinite {
                         dir: at_fault.checkpoint().dir().into(),
                         place: format!("window {window}, position {position}"),
@@ -249,7 +249,7 @@ fn evaluate<B: Backend>(
         skipping: skipping.finish(),
         multiple_choice: None,
         seconds,
-        tokens_per_second: windows.real_tokens() as f64 / seconds.max(f64::MIN_POSITIVE),
+        tokens_per_second: windows.predicted().real_tokens() as f64 / seconds.max(f64::MIN_POSITIVE),
         device: model.backend().device(),
     })
 }
@@ -304,23 +304,4 @@ pub(super) fn places(windows: &Windows, first: usize) -> Vec<Place> {
         })
     };
     (0..windows.count).flat_map(of_window).collect()
-}
-
-/// Windows `first .. first + count`. Keeps every file, so that their numbers stay the same.
-fn slice(windows: &Windows, first: usize, count: usize) -> Windows {
-    let (last, mut start) = (first + count, 0);
-    let files = windows.files.iter().map(|file| {
-        let end = start + file.windows;
-        let shared = end.min(last).saturating_sub(start.max(first));
-        start = end;
-        SourceFile { name: file.name.clone(), windows: shared }
-    });
-    let tokens = first * windows.length..last * windows.length;
-    Windows {
-        files: files.collect(),
-        ids: windows.ids[tokens.clone()].to_vec(),
-        mask: windows.mask.as_ref().map(|m| m[tokens].to_vec()),
-        count,
-        length: windows.length,
-    }
 }

@@ -145,6 +145,7 @@ pub(super) fn windows(sequences: &[Sequence], part: &[usize]) -> Windows {
         count: part.len(),
         length,
         files: vec![SourceFile { name: "questions".into(), windows: part.len() }],
+        decoder: None,
     }
 }
 

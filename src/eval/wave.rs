@@ -49,7 +49,7 @@ impl<'m, B: Backend> Wave<'m, B> {
     ) -> Result<Self> {
         let (backend, checkpoint) = (model.backend(), model.checkpoint());
         // Rotary tables as long as these windows, whatever length `model` was made for.
-        let length = parts.iter().map(|p| p.length).max().unwrap_or(0);
+        let length = parts.iter().map(Windows::longest).max().unwrap_or(0);
         let sized = Model::new(checkpoint, backend, length)?;
         let mut stream = Stream::new(&sized, &parts[0])?;
         let mut windows = parts[0].count;

@@ -179,7 +179,7 @@ pub(super) unsafe fn expert<S: Source>(
                 |map, name, shape| unsafe { linear::<S>(map, shape, element, &format!("{what}.{name}")) };
             Ok(Expert::Mlp(Mlp {
                 gate: map(&expert.gate, "gate", [width, hidden])?,
-                up: map(&expert.up, "up", [width, hidden])?,
+                up: Some(map(&expert.up, "up", [width, hidden])?),
                 down: map(&expert.down, "down", [hidden, width])?,
                 activation,
             }))

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use super::cache::{LayerCache, Rows};
 use super::layer::{Linear, Scratch};
 use super::source::{AttentionSource, LinearSource};
-use crate::architecture::{AttentionSpec, GroupedAttention, LatentAttention, QkNorm, Span};
-use crate::backend::{AttentionShape, Backend, Batch, HeadLayout, Keys, LatentShape, Result};
+use super::stream::Memory;
+use crate::architecture::{AttentionSpec, GroupedAttention, LatentAttention, QkNorm, RelativeBias, Span};
+use crate::backend::{AttentionShape, AttentionTerms, Backend, Batch, HeadLayout, Keys, LatentShape, Result};
 use crate::checkpoint::{Dtype, Tensor};
 
 pub(super) enum Attention<B: Backend> {
@@ -19,6 +20,7 @@ pub(super) struct Grouped<B: Backend> {
     qkv: [Linear<B>; 3],
     norms: Option<[B::Vector; 2]>,
     sinks: Option<B::Vector>,
+    bias: Option<B::Vector>,
     output: Linear<B>,
     rotation: Option<Arc<B::Rotation>>,
 }
@@ -46,7 +48,7 @@ impl<B: Backend> Attention<B> {
         Ok(match (spec, source) {
             (
                 AttentionSpec::Grouped(spec),
-                AttentionSource::Grouped { qkv: [q, k, v], norms, sinks, output },
+                AttentionSource::Grouped { qkv: [q, k, v], norms, sinks, bias, output },
             ) => {
                 let ones = Tensor::from_f32("", Dtype::F32, vec![spec.head_dim], &vec![1.0; spec.head_dim]);
                 let norms = match (norms, spec.qk_norm) {
@@ -59,6 +61,10 @@ impl<B: Backend> Attention<B> {
                     qkv: [linear(q)?, linear(k)?, linear(v)?],
                     norms,
                     sinks: sinks.as_ref().map(|s| backend.vector(s)).transpose()?,
+                    bias: match (spec.bias, bias) {
+                        (Some(spec), Some(stored)) => Some(backend.vector(&bias_table(spec, stored)?)?),
+                        _ => None,
+                    },
                     output: linear(output)?,
                     rotation,
                 })
@@ -116,6 +122,30 @@ impl<B: Backend> Attention<B> {
             Attention::Latent(latent) => latent.apply(backend, batch, scratch, cache),
         }
     }
+
+    /// Reads `scratch.normed`, writes `scratch.out`; queries see all tokens of the encoder's output.
+    pub(super) fn apply_cross(
+        &self,
+        backend: &B,
+        batch: &Batch,
+        memory: &Memory<B>,
+        scratch: &mut Scratch<B>,
+    ) -> Result<()> {
+        match self {
+            Attention::Grouped(grouped) => grouped.apply_cross(backend, batch, memory, scratch),
+            Attention::Latent(_) => unreachable!("no family has a latent attention to an encoder"),
+        }
+    }
+}
+
+/// `[heads, 2 · reach + 1]` from the stored `[buckets, heads]`; beyond the reach all distances are in one class.
+fn bias_table(spec: RelativeBias, stored: &Tensor) -> Result<Tensor> {
+    let heads = stored.shape()[1];
+    let values = stored.to_f32()?;
+    let reach = spec.max_distance as isize;
+    let row = |head: usize| (-reach..=reach).map(move |distance| spec.bucket(distance) * heads + head);
+    let table: Vec<f32> = (0..heads).flat_map(row).map(|entry| values[entry]).collect();
+    Ok(Tensor::from_f32("", Dtype::F32, vec![heads, table.len() / heads], &table))
 }
 
 impl<B: Backend> Grouped<B> {
@@ -127,7 +157,7 @@ impl<B: Backend> Grouped<B> {
         s: &mut Scratch<B>,
         cache: Option<&mut LayerCache<B>>,
     ) -> Result<()> {
-        let Grouped { spec, qkv: [q, k, v], norms, sinks, output, rotation } = self;
+        let Grouped { spec, qkv: [q, k, v], norms, sinks, bias, output, rotation } = self;
         q.apply(backend, &s.normed, &mut s.query)?;
         k.apply(backend, &s.normed, &mut s.key)?;
         v.apply(backend, &s.normed, &mut s.value)?;
@@ -154,8 +184,12 @@ impl<B: Backend> Grouped<B> {
         if spec.qk_norm == QkNorm::Unweighted {
             norm(s)?;
         }
+        let mut mask = None;
         let (first_key, key, value) = match cache {
-            None => (batch.start, &s.key, &s.value),
+            None => {
+                mask = batch.mask.as_deref();
+                (batch.start, &s.key, &s.value)
+            }
             Some(cache) => {
                 cache.append(backend, batch, |rows, at| match rows {
                     Rows::Grouped { keys, values } => {
@@ -170,17 +204,38 @@ impl<B: Backend> Grouped<B> {
                 }
             }
         };
-        let shape = AttentionShape {
+        let end_key = batch.start + batch.length;
+        let shape = AttentionShape { first_key, end_key, ..Self::shape(spec) };
+        let keys = Keys::Grouped { key, value, kv_heads: spec.kv_heads };
+        let terms = AttentionTerms { sinks: sinks.as_ref(), bias: bias.as_ref(), mask };
+        backend.attend(&s.query, keys, terms, shape, batch, &mut s.attended)?;
+        output.apply(backend, &s.attended, &mut s.out)
+    }
+
+    fn shape(spec: &GroupedAttention) -> AttentionShape {
+        AttentionShape {
             heads: spec.heads,
             query_dim: spec.head_dim,
             value_dim: spec.head_dim,
             scale: spec.scale,
             temperature: spec.temperature,
             span: spec.span,
-            first_key,
-        };
-        let keys = Keys::Grouped { key, value, kv_heads: spec.kv_heads };
-        backend.attend(&s.query, keys, sinks.as_ref(), shape, batch, &mut s.attended)?;
+            first_key: 0,
+            end_key: 0,
+        }
+    }
+
+    /// Attention of `scratch.normed` to all tokens of `memory`, into `scratch.out`.
+    fn apply_cross(&self, backend: &B, batch: &Batch, memory: &Memory<B>, s: &mut Scratch<B>) -> Result<()> {
+        let Grouped { spec, qkv: [q, k, v], output, .. } = self;
+        q.apply(backend, &s.normed, &mut s.query)?;
+        k.apply(backend, &memory.x, &mut s.key)?;
+        v.apply(backend, &memory.x, &mut s.value)?;
+        let (span, end_key) = (Span::Bidirectional, memory.batch.length);
+        let shape = AttentionShape { span, end_key, ..Self::shape(spec) };
+        let keys = Keys::Grouped { key: &s.key, value: &s.value, kv_heads: spec.kv_heads };
+        let terms = AttentionTerms { sinks: None, bias: None, mask: memory.batch.mask.as_deref() };
+        backend.attend(&s.query, keys, terms, shape, batch, &mut s.attended)?;
         output.apply(backend, &s.attended, &mut s.out)
     }
 }
@@ -260,10 +315,11 @@ impl<B: Backend> Latent<B> {
         shared: &B::Buffer,
         out: &mut B::Buffer,
     ) -> Result<()> {
-        let LatentAttention { heads, latent_dim, nope_dim, rope_dim, value_dim, .. } = self.spec;
-        let shape = self.shape(heads, nope_dim + rope_dim, value_dim, first_key);
+        let LatentAttention { latent_dim, nope_dim, rope_dim, value_dim, .. } = self.spec;
+        let shape = self.shape(batch, nope_dim + rope_dim, value_dim, first_key);
         let keys = Keys::Latent { expanded, shared, rope_start: latent_dim, nope_dim };
-        backend.attend(query, keys, None, shape, batch, out)
+        let mask = batch.mask.as_deref();
+        backend.attend(query, keys, AttentionTerms { sinks: None, bias: None, mask }, shape, batch, out)
     }
 
     /// Attention over the latents themselves: one key head `[latent | rope]`, whose first part is the value as well.
@@ -278,14 +334,23 @@ impl<B: Backend> Latent<B> {
         let dims = LatentShape { heads, latent_dim, nope_dim, rope_dim, value_dim };
         backend.absorb_queries(&s.query, &self.expand.weight, dims, &mut s.gate)?;
         // The latent of all tokens is visible, so the first row is that of position 0.
-        let shape = self.shape(heads, latent_dim + rope_dim, latent_dim, 0);
+        let shape = self.shape(batch, latent_dim + rope_dim, latent_dim, 0);
         let keys = Keys::Grouped { key: rows, value: rows, kv_heads: 1 };
-        backend.attend(&s.gate, keys, None, shape, batch, &mut s.up)?;
+        let terms = AttentionTerms { sinks: None, bias: None, mask: None };
+        backend.attend(&s.gate, keys, terms, shape, batch, &mut s.up)?;
         backend.expand_values(&s.up, &self.expand.weight, dims, &mut s.attended)
     }
 
-    fn shape(&self, heads: usize, query_dim: usize, value_dim: usize, first_key: usize) -> AttentionShape {
-        let scale = self.spec.scale;
-        AttentionShape { heads, query_dim, value_dim, scale, temperature: None, span: Span::Full, first_key }
+    fn shape(&self, batch: &Batch, query_dim: usize, value_dim: usize, first_key: usize) -> AttentionShape {
+        AttentionShape {
+            heads: self.spec.heads,
+            query_dim,
+            value_dim,
+            scale: self.spec.scale,
+            temperature: None,
+            span: Span::Full,
+            first_key,
+            end_key: batch.start + batch.length,
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! A model with all layers at hand, and texts that grow token by token.
 
 use super::cache::LayerCache;
-use super::{Head, HeadScratch, Layer, LayerSource, Model, Result, Scratch, TOKENS_PER_CHUNK};
+use super::{Error, Head, HeadScratch, Layer, LayerSource, Model, Result, Scratch, TOKENS_PER_CHUNK};
 use crate::backend::{Backend, Batch};
 use crate::progress::Progress;
 use crate::tokens;
@@ -20,9 +20,12 @@ impl<'m, B: Backend> Decoder<'m, B> {
     /// finite is not, for that would read them all: see [`Decoder::check_finite`].
     ///
     /// # Errors
-    /// Names the layer and tensor that do not fit.
+    /// Names the layer and tensor that do not fit; a model with an encoder.
     pub fn new(model: &'m Model<'m, B>, progress: &mut dyn Progress) -> Result<Self> {
         let architecture = model.architecture();
+        if architecture.encoder_layers > 0 {
+            return Err(Error::HasEncoder { family: architecture.family });
+        }
         let embedding = model.backend().weight(&model.embedding()?)?;
         let head = model.head()?;
         progress.begin("load: layer", architecture.layers.len());

@@ -39,6 +39,12 @@ pub enum Error {
         /// What is wrong and what would be right.
         what: String,
     },
+    /// A model with an encoder, where only a decoder can be used.
+    #[error("{family} has an encoder: it does not continue texts; `run` and `eval` take ids and decoder_ids")]
+    HasEncoder {
+        /// Its family.
+        family: &'static str,
+    },
     /// The token windows.
     #[error(transparent)]
     Tokens(#[from] crate::tokens::Error),

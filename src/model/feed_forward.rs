@@ -97,7 +97,7 @@ impl<B: Backend> Moe<B> {
     }
 }
 
-/// out = down(activation(gate(x), up(x))).
+/// out = down(activation(gate(x), up(x))), or without a gate down(activation(gate(x))).
 fn run<B: Backend>(
     backend: &B,
     mlp: &Mlp<Linear<B>>,
@@ -107,7 +107,13 @@ fn run<B: Backend>(
     out: &mut B::Buffer,
 ) -> BackendResult<()> {
     mlp.gate.apply(backend, x, gate)?;
-    mlp.up.apply(backend, x, up)?;
+    let up = match &mlp.up {
+        None => None,
+        Some(map) => {
+            map.apply(backend, x, up)?;
+            Some(&*up)
+        }
+    };
     backend.activate(gate, up, mlp.activation)?;
     mlp.down.apply(backend, gate, out)
 }

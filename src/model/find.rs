@@ -3,7 +3,8 @@
 use super::source::{AttentionSource, FeedForwardSource, LayerSource, LinearSource, NormSource};
 use super::{Error, Result};
 use crate::architecture::{
-    Activation, Architecture, AttentionSpec, FeedForwardSpec, LatentAttention, Packing, Projection, QkNorm,
+    Architecture, AttentionSpec, FeedForwardSpec, GroupedAttention, LatentAttention, Packing, Projection,
+    QkNorm,
 };
 use crate::backend::Mlp;
 use crate::checkpoint::{Checkpoint, Dtype, Error as CheckpointError, Stride, Tensor, Weight};
@@ -99,6 +100,13 @@ impl Finder<'_> {
             input_norm: self.norm(&names.input_norm(l))?,
             post_attention_norm: self.norm(&names.post_attention_norm(l))?,
             attention: self.attention(&spec.attention)?,
+            cross: match &spec.attention {
+                AttentionSpec::Grouped(a) if a.cross => Some(self.cross_attention(a)?),
+                _ => None,
+            },
+            encoder_norm: (l > 0 && l == self.architecture.encoder_layers)
+                .then(|| self.norm(names.encoder_norm()))
+                .transpose()?,
             feed_forward: match &spec.feed_forward {
                 FeedForwardSpec::Dense { width } => {
                     FeedForwardSource::Dense(self.mlp(*width, |p| names.dense(l, p))?)
@@ -130,11 +138,35 @@ impl Finder<'_> {
                         }
                     },
                     sinks: a.sinks.then(|| self.attention_vector("sinks", a.heads)).transpose()?,
+                    bias: match a.bias {
+                        None => None,
+                        Some(bias) => {
+                            let name = self.architecture.names.relative_bias(self.l);
+                            Some(self.numbers(&name, &[bias.buckets, a.heads])?)
+                        }
+                    },
                     output: self.attention_linear("o_proj", d, q, a.output_bias)?,
                 })
             }
             AttentionSpec::Latent(a) => self.latent_attention(a, d),
         }
+    }
+
+    /// The attention to the encoder's output and the norm before it.
+    fn cross_attention(&self, a: &GroupedAttention) -> Result<(NormSource, AttentionSource)> {
+        let (l, names, d) = (self.l, &self.architecture.names, self.architecture.hidden_size);
+        let (q, kv) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
+        let linear = |name: &str, out: usize, input: usize| {
+            self.linear(&names.cross_attention(l, name), out, input, false)
+        };
+        let attention = AttentionSource::Grouped {
+            qkv: [linear("q_proj", q, d)?, linear("k_proj", kv, d)?, linear("v_proj", kv, d)?],
+            norms: None,
+            sinks: None,
+            bias: None,
+            output: linear("o_proj", d, q)?,
+        };
+        Ok((self.norm(&names.cross_norm(l))?, attention))
     }
 
     fn latent_attention(&self, a: &LatentAttention, d: usize) -> Result<AttentionSource> {
@@ -160,11 +192,13 @@ impl Finder<'_> {
 
     pub(super) fn mlp(&self, width: usize, name: impl Fn(Projection) -> String) -> Result<Mlp<LinearSource>> {
         let (d, bias) = (self.architecture.hidden_size, self.architecture.mlp_bias);
+        let activation = self.architecture.dense_activation;
+        let up = || self.linear(&name(Projection::Up), width, d, bias);
         Ok(Mlp {
             gate: self.linear(&name(Projection::Gate), width, d, bias)?,
-            up: self.linear(&name(Projection::Up), width, d, bias)?,
+            up: activation.is_gated().then(up).transpose()?,
             down: self.linear(&name(Projection::Down), d, width, bias)?,
-            activation: Activation::SwiGlu,
+            activation,
         })
     }
 }

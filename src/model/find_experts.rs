@@ -215,8 +215,13 @@ fn assemble(
     moe: &MoeSpec,
     map: impl Fn(Projection) -> Result<Linear<Matrix<Weight>, Tensor>>,
 ) -> Result<StoredExpert> {
-    let [gate, up, down] = Projection::ALL;
-    Ok(Expert::Mlp(Mlp { gate: map(gate)?, up: map(up)?, down: map(down)?, activation: moe.activation }))
+    let up = || map(Projection::Up);
+    Ok(Expert::Mlp(Mlp {
+        gate: map(Projection::Gate)?,
+        up: moe.activation.is_gated().then(up).transpose()?,
+        down: map(Projection::Down)?,
+        activation: moe.activation,
+    }))
 }
 
 /// The matrices of all experts in one tensor, or one and its scales.

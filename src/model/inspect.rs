@@ -18,8 +18,11 @@ pub struct Inspection {
     pub family: String,
     /// `hf` for a stock checkpoint, `moepress` where `moepress.json` describes the experts.
     pub layout: &'static str,
-    /// Decoder layers, dense ones included.
+    /// Layers, dense ones included; those of an encoder first.
     pub layers: usize,
+    /// How many of them form an encoder, where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub encoder_layers: Option<usize>,
     /// Width of the residual stream.
     pub hidden_size: usize,
     /// Size of the vocabulary.
@@ -173,6 +176,7 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Inspection> {
         family: architecture.family.into(),
         layout: if checkpoint.manifest().is_some() { "moepress" } else { "hf" },
         layers: architecture.layers.len(),
+        encoder_layers: (architecture.encoder_layers > 0).then_some(architecture.encoder_layers),
         hidden_size: architecture.hidden_size,
         vocabulary: architecture.vocabulary,
         max_positions: architecture.max_positions,
@@ -277,7 +281,7 @@ fn dtype_name(tensor: &Tensor) -> String {
 /// Ranks of the factored matrices of an expert.
 fn ranks(expert: &StoredExpert) -> Vec<usize> {
     let Expert::Mlp(mlp) = expert else { return Vec::new() };
-    let ranks = mlp.maps().into_iter().filter_map(|map| match &map.weight {
+    let ranks = mlp.maps().filter_map(|map| match &map.weight {
         Matrix::LowRank { v, .. } => Some(v.rows()),
         Matrix::Dense(_) => None,
     });

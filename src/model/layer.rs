@@ -1,4 +1,5 @@
-//! One decoder layer: x += attention(norm(x)); x += feed_forward(norm(x)).
+//! One layer: x += attention(norm(x)); x += feed_forward(norm(x)); behind an encoder, with an attention to its output
+//! between the two.
 
 use std::sync::Arc;
 
@@ -7,15 +8,20 @@ use super::attention::Attention;
 use super::cache::LayerCache;
 use super::feed_forward::FeedForward;
 use super::source::{LayerSource, LinearSource, NormSource};
+use super::stream::Chunk;
 use crate::architecture::Architecture;
 use crate::backend::{Backend, Batch, Result as BackendResult};
 
-/// A decoder layer prepared for a backend.
+/// A layer prepared for a backend.
 pub struct Layer<B: Backend> {
     input_norm: Norm<B>,
     post_attention_norm: Norm<B>,
     eps: f32,
     attention: Attention<B>,
+    /// To the encoder's output, with the norm before it.
+    cross: Option<(Norm<B>, Attention<B>)>,
+    /// Behind the encoder, in the first layer of a decoder.
+    encoder_norm: Option<Norm<B>>,
     pub(super) feed_forward: FeedForward<B>,
 }
 
@@ -111,6 +117,14 @@ impl<B: Backend> Layer<B> {
             post_attention_norm: Norm::prepare(backend, &source.post_attention_norm)?,
             eps: architecture.norm_eps,
             attention: Attention::prepare(backend, spec, &source.attention, rotation)?,
+            cross: match &source.cross {
+                None => None,
+                Some((norm, attention)) => {
+                    let attention = Attention::prepare(backend, spec, attention, None)?;
+                    Some((Norm::prepare(backend, norm)?, attention))
+                }
+            },
+            encoder_norm: source.encoder_norm.as_ref().map(|n| Norm::prepare(backend, n)).transpose()?,
             feed_forward: FeedForward::prepare(backend, source)?,
         })
     }
@@ -120,31 +134,45 @@ impl<B: Backend> Layer<B> {
         matches!(self.feed_forward, FeedForward::Moe(_))
     }
 
-    /// Advances the residual stream `x`, `[tokens, hidden]`, by this layer. Enqueues only.
+    /// Advances the residual stream of `chunk` by this layer. Enqueues only.
     pub fn forward(
         &self,
         backend: &B,
-        x: &mut B::Buffer,
-        batch: &Batch,
+        chunk: &mut Chunk<B>,
         scratch: &mut Scratch<B>,
         observe: Option<Observation<'_, B>>,
     ) -> Result<()> {
-        self.attend(backend, x, batch, scratch)?;
-        self.feed(backend, x, batch, scratch, observe)
+        self.attend(backend, chunk, scratch)?;
+        self.feed(backend, &mut chunk.x, &chunk.batch, scratch, observe)
+    }
+
+    /// Before the first layer of a decoder, the residual stream of the encoder becomes its output, and that of the decoder
+    /// takes its place; otherwise does nothing. [`Layer::attend`] does so by itself.
+    pub fn enter(&self, backend: &B, chunk: &mut Chunk<B>) -> Result<()> {
+        if let Some(norm) = &self.encoder_norm
+            && chunk.is_in_encoder()
+        {
+            let mut x = backend.buffer();
+            norm.apply(backend, &chunk.x, self.eps, &mut x)?;
+            chunk.begin_decoder(x);
+        }
+        Ok(())
     }
 
     /// The attention half.
-    pub fn attend(
-        &self,
-        backend: &B,
-        x: &mut B::Buffer,
-        batch: &Batch,
-        scratch: &mut Scratch<B>,
-    ) -> Result<()> {
-        self.attend_with(backend, x, batch, scratch, None)
+    pub fn attend(&self, backend: &B, chunk: &mut Chunk<B>, scratch: &mut Scratch<B>) -> Result<()> {
+        self.enter(backend, chunk)?;
+        let Chunk { x, batch, memory, .. } = chunk;
+        self.attend_with(backend, x, batch, scratch, None)?;
+        if let (Some((norm, attention)), Some(memory)) = (&self.cross, memory) {
+            norm.apply(backend, x, self.eps, &mut scratch.normed)?;
+            attention.apply_cross(backend, batch, memory, scratch)?;
+            backend.add(x, &scratch.out)?;
+        }
+        Ok(())
     }
 
-    /// As [`Layer::forward`] for the next tokens of one text, of which `cache` holds the earlier ones; adds these to it.
+    /// As [`Layer::forward`] in a decoder-only model for the next tokens of one text, of which `cache` holds the earlier ones; adds these to it.
     /// Enqueues only.
     pub fn extend(
         &self,

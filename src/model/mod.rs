@@ -24,13 +24,13 @@ pub use layer::{Layer, Observation, Scratch};
 pub use profile::profile;
 pub use run::{LayerTrace, RunOutput, RunSize, run};
 pub use source::{AttentionSource, FeedForwardSource, LayerSource, LinearSource, MoeSource, NormSource};
-pub use stream::{Chunk, Stream, TOKENS_PER_CHUNK};
+pub use stream::{Chunk, Memory, Stream, TOKENS_PER_CHUNK};
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::architecture::{Architecture, Rope};
 use crate::backend::Backend;
-use crate::checkpoint::{Checkpoint, Tensor, Weight};
+use crate::checkpoint::{Checkpoint, Dtype, Tensor, Weight};
 
 /// Result of this module.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -121,20 +121,38 @@ impl<'a, B: Backend> Model<'a, B> {
         self.table(&self.architecture.names.embedding())
     }
 
+    /// The embedding table of the encoder, or of the decoder behind one. Where embeddings are not tied, transformers 5
+    /// lets each have its own; older checkpoints hold copies of the shared one.
+    pub fn own_embedding(&self, of_encoder: bool) -> Result<Weight> {
+        let name = self.architecture.names.own_embedding(of_encoder);
+        let has_own = !self.architecture.tied_embeddings && self.checkpoint.get(&name).is_some();
+        if has_own { self.table(&name) } else { self.embedding() }
+    }
+
     /// The output head: final norm and projection.
     pub fn head(&self) -> Result<Head<B>> {
         let Architecture { hidden_size, vocabulary, norm_bias, head_bias, ref names, .. } = self.architecture;
-        let vector = |name: &str, length: usize| {
+        let tensor = |name: &str, length: usize| {
             let tensor = self.checkpoint.tensor(name)?;
             tensor.check_shape(&[length])?;
             tensor.check_float()?;
             tensor.check_finite()?;
-            Ok::<_, Error>(self.backend.vector(&tensor)?)
+            Ok::<_, Error>(tensor)
         };
+        let vector = |name: &str, length: usize| Ok::<_, Error>(self.backend.vector(&tensor(name, length)?)?);
         let norm = names.final_norm();
         let norm_bias = norm_bias.then(|| vector(&format!("{norm}.bias"), hidden_size)).transpose()?;
+        // A factor of the head's input is one of the norm's weight.
+        let weight = tensor(&format!("{norm}.weight"), hidden_size)?;
+        let weight = match self.architecture.head_scale {
+            1.0 => weight,
+            scale => {
+                let scaled: Vec<f32> = weight.to_f32()?.into_iter().map(|w| w * scale).collect();
+                Tensor::from_f32("", Dtype::F32, vec![hidden_size], &scaled)
+            }
+        };
         Ok(Head {
-            norm: vector(&format!("{norm}.weight"), hidden_size)?,
+            norm: self.backend.vector(&weight)?,
             norm_bias,
             eps: self.architecture.norm_eps,
             weight: self.backend.weight(&self.table(&self.architecture.head_table())?)?,

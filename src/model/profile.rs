@@ -39,6 +39,7 @@ fn moe_profile(layer: usize, spec: &MoeSpec, source: &MoeSource) -> MoeProfile {
         experts: source.experts.len(),
         top_k: source.spec.top_k,
         width: spec.width,
+        ungated: !spec.activation.is_gated(),
         groups: source.spec.groups.map_or(1, |g| g.count),
         top_groups: source.spec.groups.map_or(1, |g| g.kept),
         expert_parameters: source.experts.iter().map(StoredExpert::parameters).sum::<u64>() / n,
@@ -53,7 +54,7 @@ fn moe_profile(layer: usize, spec: &MoeSpec, source: &MoeSource) -> MoeProfile {
 /// The dense ones among the experts' matrices of one kind.
 fn dense_matrices<'e>(experts: &'e [StoredExpert], projection: Projection) -> Vec<&'e Weight> {
     let matrix = |expert: &'e StoredExpert| match expert {
-        Expert::Mlp(mlp) => match &mlp.maps()[projection as usize].weight {
+        Expert::Mlp(mlp) => match &mlp.map(projection)?.weight {
             Matrix::Dense(weight) => Some(weight),
             Matrix::LowRank { .. } => None,
         },

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::{HeadScratch, LayerSource, Model, Result, Stream};
-use crate::architecture::FeedForwardSpec;
+use crate::architecture::{FeedForwardSpec, LayerSpec};
 use crate::backend::{Backend, Routes};
 use crate::checkpoint::{Entry, write_safetensors};
 use crate::progress::Progress;
@@ -15,7 +15,7 @@ use crate::tokens::Windows;
 pub struct RunOutput {
     /// Number of windows.
     pub windows: usize,
-    /// Tokens per window.
+    /// Tokens per window; of the decoder's, behind an encoder.
     pub length: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
@@ -30,6 +30,8 @@ pub struct RunOutput {
 /// What one layer did.
 #[derive(Clone, Debug, Default)]
 pub struct LayerTrace {
+    /// Tokens per window that pass the layer.
+    pub length: usize,
     /// Residual stream after the layer, `[windows, length, hidden]`.
     pub hidden: Vec<f32>,
     /// Routing of all tokens, where the layer has a router. Ids are rows of the router.
@@ -53,9 +55,16 @@ impl RunSize {
             FeedForwardSpec::Dense { .. } => architecture.hidden_size,
             FeedForwardSpec::Moe(moe) => architecture.hidden_size + moe.experts + 2 * moe.router.top_k,
         };
-        let per_token: usize = architecture.layers.iter().map(|l| values(&l.feed_forward)).sum();
-        let bytes = |per_token: usize| (windows.count * windows.length) as u64 * 4 * per_token as u64;
-        RunSize { logits: bytes(architecture.vocabulary), trace: bytes(per_token) }
+        let bytes = |windows: &Windows, per_token: usize| {
+            (windows.count * windows.length) as u64 * 4 * per_token as u64
+        };
+        let layer = |(l, layer): (usize, &LayerSpec)| {
+            bytes(windows.of_layer(architecture.in_encoder(l)), values(&layer.feed_forward))
+        };
+        RunSize {
+            logits: bytes(windows.predicted(), architecture.vocabulary),
+            trace: architecture.layers.iter().enumerate().map(layer).sum(),
+        }
     }
 }
 
@@ -79,7 +88,8 @@ pub fn run<B: Backend>(
     for l in 0..architecture.layers.len() {
         let source = LayerSource::open(model.checkpoint(), architecture, l)?;
         let layer = model.prepare(&source)?;
-        let mut traced = LayerTrace::default();
+        let length = windows.of_layer(architecture.in_encoder(l)).length;
+        let mut traced = LayerTrace { length, ..LayerTrace::default() };
         stream.advance(&layer, |chunk, scratch| {
             if trace {
                 traced.hidden.extend(backend.download(&chunk.x)?);
@@ -98,7 +108,7 @@ pub fn run<B: Backend>(
     }
     progress.end();
     let mut work = HeadScratch::new(backend);
-    let mut logits = Vec::with_capacity(windows.ids.len() * architecture.vocabulary);
+    let mut logits = Vec::with_capacity(windows.predicted().ids.len() * architecture.vocabulary);
     progress.begin("run: logits", stream.chunks.len());
     for chunk in &stream.chunks {
         let tokens = chunk.batch.tokens();
@@ -111,7 +121,7 @@ pub fn run<B: Backend>(
     progress.end();
     Ok(RunOutput {
         windows: windows.count,
-        length: windows.length,
+        length: windows.predicted().length,
         hidden_size: architecture.hidden_size,
         vocabulary: architecture.vocabulary,
         logits,
@@ -140,17 +150,17 @@ impl RunOutput {
     /// # Errors
     /// Names the file; it is then as it was before.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let tokens = self.windows * self.length;
-        let shape = |width: usize| vec![self.windows, self.length, width];
+        let shape = |length: usize, width: usize| vec![self.windows, length, width];
         let ids: Vec<Vec<i32>> = self
             .layers
             .iter()
             .map(|layer| layer.routes.iter().flat_map(|r| &r.ids).map(|&id| id as i32).collect())
             .collect();
-        let mut entries = vec![Entry::f32("logits", shape(self.vocabulary), &self.logits)];
+        let mut entries = vec![Entry::f32("logits", shape(self.length, self.vocabulary), &self.logits)];
         for (l, (layer, ids)) in self.layers.iter().zip(&ids).enumerate() {
             let name = |what: &str| format!("layers.{l}.{what}");
-            entries.push(Entry::f32(name("hidden"), shape(self.hidden_size), &layer.hidden));
+            let tokens = self.windows * layer.length;
+            entries.push(Entry::f32(name("hidden"), shape(layer.length, self.hidden_size), &layer.hidden));
             if let Some(routes) = &layer.routes {
                 let chosen = vec![tokens, routes.top_k];
                 let experts = routes.logits.len() / tokens.max(1);

@@ -8,7 +8,7 @@ use crate::architecture::{Architecture, RouterSpec};
 use crate::backend::{Expert, Linear, Mlp, RouterRule, RouterWeights, StoredExpert};
 use crate::checkpoint::{Checkpoint, Tensor, Weight};
 
-/// The tensors of one decoder layer.
+/// The tensors of one layer.
 #[derive(Clone, Debug)]
 pub struct LayerSource {
     /// 0-based layer.
@@ -19,6 +19,10 @@ pub struct LayerSource {
     pub post_attention_norm: NormSource,
     /// The attention's parameters, in the order in which [`super::Layer`] takes them.
     pub attention: AttentionSource,
+    /// Norm before, and parameters of, the attention to the encoder's output.
+    pub cross: Option<(NormSource, AttentionSource)>,
+    /// In the first layer of a decoder: the norm behind the encoder.
+    pub encoder_norm: Option<NormSource>,
     /// The feed-forward part.
     pub feed_forward: FeedForwardSource,
 }
@@ -37,7 +41,6 @@ pub struct NormSource {
 
 /// The attention's tensors.
 #[derive(Clone, Debug)]
-#[expect(clippy::large_enum_variant, reason = "there is one per layer")]
 pub enum AttentionSource {
     /// Multi-head or grouped-query attention.
     Grouped {
@@ -47,6 +50,8 @@ pub enum AttentionSource {
         norms: Option<[Tensor; 2]>,
         /// Attention sinks, `[heads]`.
         sinks: Option<Tensor>,
+        /// Biases by relative position, `[buckets, heads]`.
+        bias: Option<Tensor>,
         /// Output projection.
         output: LinearSource,
     },
@@ -165,16 +170,11 @@ impl LayerSource {
 
     /// Every vector of the layer, and the router.
     pub fn vectors(&self) -> Vec<&Tensor> {
-        let norms = [&self.input_norm, &self.post_attention_norm];
-        let mut all: Vec<&Tensor> = norms.into_iter().flat_map(NormSource::tensors).collect();
+        let norms = [&self.input_norm, &self.post_attention_norm].into_iter().chain(&self.encoder_norm);
+        let norms = norms.chain(self.cross.iter().map(|(norm, _)| norm));
+        let mut all: Vec<&Tensor> = norms.flat_map(NormSource::tensors).collect();
         all.extend(self.linears().into_iter().filter_map(|linear| linear.bias.as_ref()));
-        match &self.attention {
-            AttentionSource::Grouped { norms, sinks, .. } => all.extend(norms.iter().flatten().chain(sinks)),
-            AttentionSource::Latent { query_latent, latent_norm, .. } => {
-                all.push(latent_norm);
-                all.extend(query_latent.iter().map(|(_, norm)| norm));
-            }
-        }
+        all.extend(self.attentions().flat_map(AttentionSource::vectors));
         if let Some(moe) = self.moe() {
             all.extend(moe.router.tensors());
             all.extend(moe.experts.iter().flat_map(Expert::vectors));
@@ -182,15 +182,13 @@ impl LayerSource {
         all
     }
 
+    fn attentions(&self) -> impl Iterator<Item = &AttentionSource> {
+        std::iter::once(&self.attention).chain(self.cross.iter().map(|(_, attention)| attention))
+    }
+
     /// The linear maps outside routed experts.
     fn linears(&self) -> Vec<&LinearSource> {
-        let mut all = match &self.attention {
-            AttentionSource::Grouped { qkv, output, .. } => qkv.iter().chain([output]).collect(),
-            AttentionSource::Latent { query, query_latent, latent, expand, output, .. } => {
-                let down = query_latent.iter().map(|(down, _)| down);
-                [query, latent, expand, output].into_iter().chain(down).collect::<Vec<_>>()
-            }
-        };
+        let mut all: Vec<_> = self.attentions().flat_map(AttentionSource::linears).collect();
         match &self.feed_forward {
             FeedForwardSource::Dense(mlp) => all.extend(mlp.maps()),
             FeedForwardSource::Moe(moe) => all.extend(moe.shared.iter().flat_map(|(mlp, _)| mlp.maps())),
@@ -209,6 +207,29 @@ impl LayerSource {
         match &self.feed_forward {
             FeedForwardSource::Moe(moe) => Some(moe),
             FeedForwardSource::Dense(_) => None,
+        }
+    }
+}
+
+impl AttentionSource {
+    fn vectors(&self) -> Vec<&Tensor> {
+        match self {
+            AttentionSource::Grouped { norms, sinks, bias, .. } => {
+                norms.iter().flatten().chain(sinks).chain(bias).collect()
+            }
+            AttentionSource::Latent { query_latent, latent_norm, .. } => {
+                query_latent.iter().map(|(_, norm)| norm).chain([latent_norm]).collect()
+            }
+        }
+    }
+
+    fn linears(&self) -> Vec<&LinearSource> {
+        match self {
+            AttentionSource::Grouped { qkv, output, .. } => qkv.iter().chain([output]).collect(),
+            AttentionSource::Latent { query, query_latent, latent, expand, output, .. } => {
+                let down = query_latent.iter().map(|(down, _)| down);
+                [query, latent, expand, output].into_iter().chain(down).collect()
+            }
         }
     }
 }

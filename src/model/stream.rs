@@ -2,7 +2,8 @@
 //! whatever the depth of the model, and every weight is read once.
 
 use super::{Layer, Model, Observation, Result, Scratch};
-use crate::backend::{Backend, Batch};
+use crate::backend::{Backend, Batch, Result as BackendResult};
+use crate::checkpoint::Weight;
 use crate::tokens::Windows;
 
 /// Tokens that pass a layer together, roughly: whole windows, at least one. Fixed, so that sums over chunks and
@@ -15,8 +16,36 @@ pub struct Chunk<B: Backend> {
     pub first_window: usize,
     /// Shape, padding and origin.
     pub batch: Batch,
-    /// Residual stream, `[tokens, hidden]`.
+    /// Residual stream, `[tokens, hidden]`; of the encoder, where there is one, and then of the decoder.
     pub x: B::Buffer,
+    /// The encoder's output, once the decoder has begun.
+    pub memory: Option<Memory<B>>,
+    /// The decoder's tokens, embedded, until it begins.
+    decoder: Option<(B::Buffer, Batch)>,
+}
+
+/// What a decoder sees of its encoder.
+pub struct Memory<B: Backend> {
+    /// Output, `[tokens, hidden]`.
+    pub x: B::Buffer,
+    /// Shape and padding.
+    pub batch: Batch,
+}
+
+impl<B: Backend> Chunk<B> {
+    /// Whether the decoder is still to begin.
+    pub(super) fn is_in_encoder(&self) -> bool {
+        self.decoder.is_some()
+    }
+
+    /// Makes `memory` the encoder's output, and the decoder's tokens the residual stream.
+    pub fn begin_decoder(&mut self, memory: B::Buffer) {
+        if let Some((x, batch)) = self.decoder.take() {
+            let batch = std::mem::replace(&mut self.batch, batch);
+            self.memory = Some(Memory { x: memory, batch });
+            self.x = x;
+        }
+    }
 }
 
 /// The residual stream of a set of windows, between two layers.
@@ -36,17 +65,31 @@ impl<'m, B: Backend> Stream<'m, B> {
     pub fn new(model: &Model<'m, B>, windows: &Windows) -> Result<Self> {
         let architecture = model.architecture();
         windows.check(architecture.vocabulary, architecture.max_positions)?;
+        windows.check_decoder(architecture.family, architecture.encoder_layers > 0)?;
         let backend = model.backend();
-        let stored = model.embedding()?;
-        let table = backend.weight(&stored)?;
-        let chunks = batches(windows).into_iter().map(|(first_window, batch)| {
-            let start = first_window * windows.length;
+        let stored = match &windows.decoder {
+            None => vec![model.embedding()?],
+            Some(_) => vec![model.own_embedding(true)?, model.own_embedding(false)?],
+        };
+        let tables = stored.iter().map(|table| backend.weight(table)).collect::<BackendResult<Vec<_>>>()?;
+        let embed = |table: &B::Weight, windows: &Windows, first: usize, count: usize| -> Result<_> {
+            let batch = batch(windows, first, count);
+            let start = first * windows.length;
             let mut x = backend.buffer();
-            backend.embed(&table, &windows.ids[start..start + batch.tokens()], &mut x)?;
-            Ok(Chunk { first_window, batch, x })
+            backend.embed(table, &windows.ids[start..start + batch.tokens()], &mut x)?;
+            Ok((x, batch))
+        };
+        let longest = windows.length.max(windows.decoder.as_ref().map_or(1, |d| d.length));
+        let per_chunk = (TOKENS_PER_CHUNK / longest).max(1);
+        let chunks = (0..windows.count).step_by(per_chunk).map(|first_window| {
+            let count = per_chunk.min(windows.count - first_window);
+            let (x, batch) = embed(&tables[0], windows, first_window, count)?;
+            let decoder =
+                windows.decoder.as_ref().map(|d| embed(&tables[1], d, first_window, count)).transpose()?;
+            Ok(Chunk { first_window, batch, x, memory: None, decoder })
         });
         let chunks = chunks.collect::<Result<_>>()?;
-        stored.release();
+        stored.iter().for_each(Weight::release);
         Ok(Stream { backend, chunks, scratch: Scratch::new(backend) })
     }
 
@@ -57,7 +100,7 @@ impl<'m, B: Backend> Stream<'m, B> {
         mut after: impl FnMut(&Chunk<B>, &Scratch<B>) -> Result<()>,
     ) -> Result<()> {
         for chunk in &mut self.chunks {
-            layer.forward(self.backend, &mut chunk.x, &chunk.batch, &mut self.scratch, None)?;
+            layer.forward(self.backend, chunk, &mut self.scratch, None)?;
             after(chunk, &self.scratch)?;
         }
         Ok(())
@@ -72,32 +115,24 @@ impl<'m, B: Backend> Stream<'m, B> {
         mut sample: impl FnMut(&Chunk<B>) -> Vec<usize>,
     ) -> Result<()> {
         for chunk in &mut self.chunks {
+            layer.enter(self.backend, chunk)?;
             let rows = sample(chunk);
             let observation = Observation { observer: &mut *observer, sample: &rows };
-            layer.forward(self.backend, &mut chunk.x, &chunk.batch, &mut self.scratch, Some(observation))?;
+            layer.forward(self.backend, chunk, &mut self.scratch, Some(observation))?;
         }
         Ok(())
     }
 }
 
-/// Cuts windows into chunks of about [`TOKENS_PER_CHUNK`] tokens.
-fn batches(windows: &Windows) -> Vec<(usize, Batch)> {
-    let per_chunk = (TOKENS_PER_CHUNK / windows.length.max(1)).max(1);
-    let files = windows.file_of_windows();
-    let starts = (0..windows.count).step_by(per_chunk);
-    starts
-        .map(|first| {
-            let count = per_chunk.min(windows.count - first);
-            let tokens = first * windows.length..(first + count) * windows.length;
-            let batch = Batch {
-                windows: count,
-                length: windows.length,
-                mask: windows.mask.as_ref().map(|m| m[tokens].to_vec()),
-                files: files[first..first + count].to_vec(),
-                start: 0,
-                text_length: windows.length,
-            };
-            (first, batch)
-        })
-        .collect()
+/// Windows `first .. first + count` as a batch.
+fn batch(windows: &Windows, first: usize, count: usize) -> Batch {
+    let tokens = first * windows.length..(first + count) * windows.length;
+    Batch {
+        windows: count,
+        length: windows.length,
+        mask: windows.mask.as_ref().map(|m| m[tokens].to_vec()),
+        files: windows.file_of_windows()[first..first + count].to_vec(),
+        start: 0,
+        text_length: windows.length,
+    }
 }

@@ -175,13 +175,19 @@ fn action_against(action: &Action, layer: &MoeProfile, hidden_size: usize, place
         if rank > most { Err(field.plan(problem())) } else { Ok(()) }
     };
     let reshapes = matches!(action, Action::LowRank { .. } | Action::Channels { .. } | Action::Delta { .. });
-    if reshapes && u128::from(layer.expert_parameters) < 3 * d as u128 * p as u128 {
+    if reshapes && u128::from(layer.expert_parameters) < u128::from(layer.matrices()) * d as u128 * p as u128
+    {
         let problem = "the experts of this layer are not dense; only keep, drop, merge and constant apply";
         return Err(place.field("action").plan(problem));
     }
     match action {
         Action::LowRank { rank: ranks } => {
             let field = place.field("rank");
+            if layer.ungated && ranks.up.is_some() {
+                return Err(field
+                    .field("up")
+                    .plan("the experts of this layer have no such matrix; use null"));
+            }
             Projection::ALL
                 .iter()
                 .filter_map(|&m| Some((m, ranks.get(m)?)))

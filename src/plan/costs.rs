@@ -115,17 +115,17 @@ pub(super) struct Costs<'a> {
     pub(super) profile: &'a Profile,
     dtype: FactorDtype,
     merged: FactorDtype,
-    /// Tensors of one dense expert: 3, or 0 where all experts of a layer share fused tensors.
-    expert_tensors: u64,
+    /// Whether every expert has tensors of its own, one per matrix; else all experts of a layer share fused ones.
+    separate: bool,
     /// Experts that are dropped leave a constant and their router row behind.
     novices: bool,
 }
 
 impl<'a> Costs<'a> {
     pub(super) fn new(profile: &'a Profile, dtype: FactorDtype) -> Self {
-        let matrices = profile.moe_layers.iter().map(|l| 3 * l.experts as u64).sum::<u64>();
-        let expert_tensors = if profile.tensors >= matrices { 3 } else { 0 };
-        Costs { profile, dtype, merged: FactorDtype::Auto, expert_tensors, novices: false }
+        let matrices = profile.moe_layers.iter().map(|l| l.matrices() * l.experts as u64).sum::<u64>();
+        let separate = profile.tensors >= matrices;
+        Costs { profile, dtype, merged: FactorDtype::Auto, separate, novices: false }
     }
 
     /// The same where [`Costs::dropped`] is about experts that get `action`.
@@ -138,12 +138,17 @@ impl<'a> Costs<'a> {
         Costs { merged, ..self }
     }
 
+    /// Tensors of one dense expert.
+    fn expert_tensors(&self, layer: &MoeProfile) -> u64 {
+        if self.separate { layer.matrices() } else { 0 }
+    }
+
     /// Cost of one expert, without what the layer shares.
     pub(super) fn expert(&self, layer: &MoeProfile, action: &Action) -> Sizes {
         let dense = Sizes {
             parameters: layer.expert_parameters,
             bytes: layer.expert_bytes,
-            tensors: self.expert_tensors,
+            tensors: self.expert_tensors(layer),
         };
         let (d, p) = (self.profile.hidden_size as u64, layer.width as u64);
         match action {
@@ -153,27 +158,31 @@ impl<'a> Costs<'a> {
             Action::Constant => Sizes { parameters: d, bytes: 4 * d, tensors: 1 },
             Action::LowRank { rank } => {
                 let mut sizes = dense;
-                for projection in Projection::ALL {
+                for &projection in layer.projections() {
                     let Some(r) = rank.get(projection) else { continue };
                     let values = r as u64 * (d + p);
                     sizes.parameters = sizes.parameters.saturating_sub(d * p) + values;
                     sizes.bytes = sizes.bytes.saturating_sub(matrix(layer, projection, d * p))
                         + self.factors(layer, values);
-                    sizes.tensors = sizes.tensors.saturating_sub(self.expert_tensors / 3) + 2;
+                    sizes.tensors = sizes.tensors.saturating_sub(u64::from(self.separate)) + 2;
                 }
                 sizes
             }
             Action::Channels { keep } => {
-                let gone = 3 * d * (p - (keep.count() as u64).min(p));
+                let gone = layer.matrices() * d * (p - (keep.count() as u64).min(p));
                 Sizes {
                     parameters: dense.parameters.saturating_sub(gone),
                     bytes: dense.bytes.saturating_sub(stored(layer, gone)),
-                    tensors: 3,
+                    tensors: layer.matrices(),
                 }
             }
             Action::Delta { rank } => {
-                let values = 3 * *rank as u64 * (d + p);
-                Sizes { parameters: values, bytes: self.factors(layer, values), tensors: 6 }
+                let values = layer.matrices() * *rank as u64 * (d + p);
+                Sizes {
+                    parameters: values,
+                    bytes: self.factors(layer, values),
+                    tensors: 2 * layer.matrices(),
+                }
             }
         }
     }
@@ -206,13 +215,13 @@ impl<'a> Costs<'a> {
             return Sizes {
                 parameters: layer.expert_parameters.saturating_sub(constant.parameters),
                 bytes: layer.expert_bytes.saturating_sub(constant.bytes),
-                tensors: self.expert_tensors.saturating_sub(constant.tensors),
+                tensors: self.expert_tensors(layer).saturating_sub(constant.tensors),
             };
         }
         Sizes {
             parameters: layer.expert_parameters + layer.router_parameters,
             bytes: layer.expert_bytes + layer.router_bytes,
-            tensors: self.expert_tensors,
+            tensors: self.expert_tensors(layer),
         }
     }
 
@@ -226,7 +235,7 @@ impl<'a> Costs<'a> {
             _ => false,
         };
         let mut bytes = [0; 2];
-        for p in Projection::ALL.into_iter().filter(stays) {
+        for p in layer.projections().iter().copied().filter(stays) {
             let before = matrix(layer, p, values);
             let after = match (self.merged, layer.factor_bytes) {
                 (FactorDtype::Auto, 0) => before,
@@ -264,7 +273,7 @@ impl<'a> Costs<'a> {
     pub(super) fn on_disk_after(&self, layers: &[LayerPlan]) -> u64 {
         let mut tensors = self.profile.tensors;
         for (plan, layer) in layers.iter().zip(&self.profile.moe_layers) {
-            tensors -= self.expert_tensors * layer.experts as u64;
+            tensors -= self.expert_tensors(layer) * layer.experts as u64;
             tensors += self.layer(layer, plan.experts.iter().map(|e| &e.action)).tensors;
         }
         self.on_disk(Expected::of(self, layers).bytes, tensors)

@@ -29,6 +29,21 @@ pub enum Error {
         /// Size of the vocabulary.
         vocabulary: usize,
     },
+    /// Windows for the encoder alone.
+    #[error(
+        "{family} has an encoder and a decoder: its windows need decoder_ids beside ids, int32 [windows, decoder length], \
+         in a token file"
+    )]
+    NoDecoderIds {
+        /// Family of the model.
+        family: &'static str,
+    },
+    /// Windows for a decoder behind an encoder.
+    #[error("{family} has no encoder, but the token file has decoder_ids; leave them out")]
+    NoEncoder {
+        /// Family of the model.
+        family: &'static str,
+    },
     /// A text without tokens.
     #[error("there are no tokens to begin with")]
     NoTokens,

@@ -26,6 +26,9 @@ pub struct Windows {
     pub length: usize,
     /// The files that the windows came from, in order; their counts add up to `count`.
     pub files: Vec<SourceFile>,
+    /// What the decoder of a model with an encoder gets, from its start token on: as many windows, of a length of their
+    /// own. The others are the encoder's.
+    pub decoder: Option<Box<Windows>>,
 }
 
 /// An input file and how many windows it gave.
@@ -59,14 +62,65 @@ impl Windows {
         }
         self.count = self.files.iter().map(|f| f.windows).sum();
         (self.ids, self.mask) = (ids, mask);
+        if let Some(decoder) = &mut self.decoder {
+            decoder.truncate_files(count);
+        }
+    }
+
+    /// Windows `first .. first + count`. Keeps every file, so that their numbers stay the same.
+    #[must_use]
+    pub fn slice(&self, first: usize, count: usize) -> Windows {
+        let (last, mut start) = (first + count, 0);
+        let files = self.files.iter().map(|file| {
+            let end = start + file.windows;
+            let shared = end.min(last).saturating_sub(start.max(first));
+            start = end;
+            SourceFile { name: file.name.clone(), windows: shared }
+        });
+        let tokens = first * self.length..last * self.length;
+        Windows {
+            files: files.collect(),
+            ids: self.ids[tokens.clone()].to_vec(),
+            mask: self.mask.as_ref().map(|m| m[tokens].to_vec()),
+            count,
+            length: self.length,
+            decoder: self.decoder.as_ref().map(|d| Box::new(d.slice(first, count))),
+        }
+    }
+
+    /// The windows whose tokens the model predicts: the decoder's, where there are any.
+    pub fn predicted(&self) -> &Windows {
+        self.decoder.as_deref().unwrap_or(self)
+    }
+
+    /// The windows that pass a layer: of the encoder, or of what predicts.
+    pub fn of_layer(&self, in_encoder: bool) -> &Windows {
+        if in_encoder { self } else { self.predicted() }
+    }
+
+    /// Tokens of the longest window, the decoder's included.
+    pub fn longest(&self) -> usize {
+        self.length.max(self.predicted().length)
+    }
+
+    /// Whether `other` has windows of the same length, the decoder's included.
+    pub fn fits(&self, other: &Windows) -> bool {
+        let decoders = [&self.decoder, &other.decoder].map(|d| d.as_ref().map(|d| d.length));
+        self.length == other.length && decoders[0] == decoders[1]
     }
 
     /// Adds the windows of `other` behind these.
     ///
     /// # Panics
-    /// Where the windows differ in length: callers compare first and can say which files are at fault.
+    /// Where the windows differ in length, or only some have a decoder's: callers compare first and can say which files
+    /// are at fault.
     pub fn append(&mut self, other: &Windows) {
         assert_eq!(self.length, other.length, "tokens per window");
+        match (&mut self.decoder, &other.decoder) {
+            (Some(own), Some(others)) => own.append(others),
+            (None, None) => {}
+            _ => panic!("windows with and without a decoder's"),
+        }
         if self.mask.is_some() || other.mask.is_some() {
             let real = |windows: &Windows| vec![true; windows.ids.len()];
             let mut mask = self.mask.take().unwrap_or_else(|| real(self));
@@ -76,6 +130,15 @@ impl Windows {
         self.ids.extend_from_slice(&other.ids);
         self.files.extend_from_slice(&other.files);
         self.count += other.count;
+    }
+
+    /// Errors unless there are windows for a decoder exactly where the model, of `family`, has an encoder.
+    pub fn check_decoder(&self, family: &'static str, has_encoder: bool) -> Result<()> {
+        match (has_encoder, &self.decoder) {
+            (true, None) => Err(Error::NoDecoderIds { family }),
+            (false, Some(_)) => Err(Error::NoEncoder { family }),
+            _ => Ok(()),
+        }
     }
 
     /// Index of the file of each window.
@@ -88,7 +151,7 @@ impl Windows {
     }
 
     /// SHA-256, in hexadecimal, of the ids as a token file holds them (int32, little-endian, window after window), and
-    /// of the mask behind them where something is padding.
+    /// of the mask behind them where something is padding; then the same of the decoder's windows, if there are any.
     pub fn sha256(&self) -> String {
         let mut hash = Sha256::new();
         for id in &self.ids {
@@ -97,6 +160,9 @@ impl Windows {
         for real in self.mask.iter().flatten() {
             hash.update([u8::from(*real)]);
         }
+        if let Some(decoder) = &self.decoder {
+            hash.update(decoder.sha256());
+        }
         crate::checkpoint::hex(&hash.finalize())
     }
 
@@ -104,6 +170,9 @@ impl Windows {
     pub fn check(&self, vocabulary: usize, max_positions: usize) -> Result<()> {
         if self.length > max_positions {
             return Err(Error::TooLong { length: self.length, max_positions });
+        }
+        if let Some(decoder) = &self.decoder {
+            decoder.check(vocabulary, max_positions)?;
         }
         match self.ids.iter().position(|&id| id as usize >= vocabulary) {
             None => Ok(()),

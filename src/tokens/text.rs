@@ -101,7 +101,8 @@ impl Tokenizer {
     /// Names the file that is unreadable, not UTF-8, or too short for one window.
     pub fn windows(&self, files: &[PathBuf], length: usize) -> Result<Windows> {
         let length = length.max(1);
-        let mut windows = Windows { ids: Vec::new(), mask: None, count: 0, length, files: Vec::new() };
+        let mut windows =
+            Windows { ids: Vec::new(), mask: None, count: 0, length, files: Vec::new(), decoder: None };
         for path in files {
             let invalid = |what: String| Error::File { path: path.clone(), what };
             let bytes = std::fs::read(path).map_err(|e| invalid(e.to_string()))?;

@@ -24,11 +24,22 @@ pub fn options(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
 }
 
 pub fn plan(model: &Path, name: &str, budget: Option<Budget>, set: &[(&str, &str)]) -> Plan {
+    plan_on(model, &tokens(), name, budget, set)
+}
+
+/// The same with statistics of other tokens.
+pub fn plan_on(
+    model: &Path,
+    tokens: &Windows,
+    name: &str,
+    budget: Option<Budget>,
+    set: &[(&str, &str)],
+) -> Plan {
     let checkpoint = Checkpoint::open(model).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let opened = Model::new(&checkpoint, &Cpu, 24).unwrap();
     let statistics =
-        calibrate(&opened, &tokens(), &CalibrateOptions::default(), &dir.path().join("s"), &mut ()).unwrap();
+        calibrate(&opened, tokens, &CalibrateOptions::default(), &dir.path().join("s"), &mut ()).unwrap();
     let moments = statistics.first_moments().unwrap();
     let request = Request {
         statistics: Some(&moments),

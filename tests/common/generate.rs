@@ -79,6 +79,7 @@ pub fn tokens(path: &Path, count: usize, length: usize, vocabulary: u32) {
         count,
         length,
         files: vec![SourceFile { name: "generated".into(), windows: count }],
+        decoder: None,
     };
     write_token_file(path, &windows).unwrap();
 }

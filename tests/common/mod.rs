@@ -63,7 +63,17 @@ pub fn windows(ids: &[f64], count: usize) -> Windows {
         count,
         length: ids.len() / count,
         files: vec![SourceFile { name: "test".into(), windows: count }],
+        decoder: None,
     }
+}
+
+/// The inputs of a golden file of a model with an encoder.
+pub fn encoder_windows(golden: &Path) -> Windows {
+    let count = shape(golden, "input_ids").unwrap()[0];
+    let mask = read(golden, "attention_mask").into_iter().map(|real| real != 0.0).collect();
+    let decoder = windows(&read(golden, "decoder_input_ids"), count);
+    let encoder = windows(&read(golden, "input_ids"), count);
+    Windows { mask: Some(mask), decoder: Some(Box::new(decoder)), ..encoder }
 }
 
 /// Embeddings, the residual stream after every layer, and the logits.

@@ -13,6 +13,10 @@ Each fixture is one flat folder:
                           hidden.l   f32                  after layer l; the last one after the final norm
                           logits     f32 [2, 24, vocabulary]
 
+For a model with an encoder, input_ids and attention_mask (int64, 0 = padding) are the encoder's, decoder_input_ids
+int64 [2, 17] the decoder's, and logits are f32 [2, 17, vocabulary]; hidden.l are the encoder's embeddings and layers,
+and decoder.hidden.l the decoder's, the last of each after its final norm.
+
 The outputs come from the folder as written (not from the model in memory), in float32 with eager
 attention; weights stored in bfloat16 or packed are widened first.  Every tensor is drawn from its own generator,
 seeded with the fixture's name, a retry number and the tensor's name, so the weights do not depend on the
@@ -326,6 +330,37 @@ LLAMA4_TEXT = COMMON | {
     },
 }
 
+# Both stacks have layers with and without experts, and windows longer than the exact distances.
+SWITCH_TRANSFORMERS = {
+    "model_type": "switch_transformers",
+    "architectures": ["SwitchTransformersForConditionalGeneration"],
+    "torch_dtype": "float32",
+    "vocab_size": 64,
+    "d_model": 32,
+    "d_kv": 12,
+    "d_ff": 24,
+    "num_layers": 4,
+    "num_decoder_layers": 2,
+    "num_sparse_encoder_layers": 2,
+    "num_sparse_decoder_layers": 1,
+    "num_heads": 3,
+    "num_experts": 5,
+    "expert_capacity": 64,
+    "router_bias": False,
+    "router_dtype": "float32",
+    "router_jitter_noise": 0.01,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+    "layer_norm_epsilon": 1e-03,
+    "dense_act_fn": "relu",
+    "feed_forward_proj": "relu",
+    "is_encoder_decoder": True,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"]}
 # Real checkpoints have blocks of 128 x 128; these do not divide the small matrices either.
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [12, 20]}
@@ -364,6 +399,13 @@ FIXTURES = {
     "phimoe": {"config": PHIMOE, "dtype": torch.bfloat16},
     "ernie4_5_moe": {"config": ERNIE4_5_MOE, "dtype": torch.bfloat16},
     "llama4_text": {"config": LLAMA4_TEXT, "dtype": torch.bfloat16},
+    "switch_transformers": {"config": SWITCH_TRANSFORMERS, "embedding": 1.0},
+    "switch_transformers_untied": {
+        "config": SWITCH_TRANSFORMERS
+        | {"tie_word_embeddings": False, "dense_act_fn": "gelu_new", "num_decoder_layers": 3, "router_bias": True}
+        | {"num_sparse_encoder_layers": 4, "num_sparse_decoder_layers": 3},
+        "dtype": torch.bfloat16,
+    },
 }
 
 # ------------------------------------------------------------------------------------------- weights
@@ -387,11 +429,13 @@ def randomise(model, words, dtype, embedding):
             value, keep = 0.2 * noise, torch.float32
         elif "norm" in name and kind == "weight":
             value, keep = 1.0 + 0.25 * noise, dtype
+        elif "relative_attention_bias" in name:
+            value, keep = noise, dtype
         elif "bias" in kind:
             value, keep = 0.2 * noise, dtype
         elif kind == "sinks":
             value, keep = 0.7 * noise, dtype
-        elif "embed_tokens" in name:
+        elif "embed_tokens" in name or name.startswith("shared."):
             value, keep = embedding * noise, dtype
         else:  # a matrix, or a stack of them: [out, in] except the input-major ones
             inputs = tensor.shape[-1]
@@ -467,7 +511,7 @@ def plain(folder, scratch):
     if not (folder / "model.safetensors").exists():
         return folder
     tensors = load_file(folder / "model.safetensors")
-    behind = [n for n in tensors if n.startswith(f"model.layers.{config['num_hidden_layers']}.")]
+    behind = [n for n in tensors if n.startswith(f"model.layers.{config.get('num_hidden_layers')}.")]
     if not quantization and not behind:
         return folder
     for name in behind:
@@ -489,7 +533,7 @@ def plain(folder, scratch):
 
 
 class Margin:
-    """Watches torch.topk and keeps the smallest difference that decided a choice."""
+    """Watches torch.topk (and torch.max) and keeps the smallest difference that decided a choice."""
 
     def __enter__(self):
         self.least, self.topk = float("inf"), torch.topk
@@ -504,11 +548,18 @@ class Margin:
                     self.least = min(self.least, gap.min().item())
             return self.topk(values, k, dim=dim, **options)
 
-        torch.topk = watched
+        def watched_max(values, *arguments, **options):
+            # How Switch Transformers choose; everything else that takes a maximum has no keepdim.
+            if options.get("keepdim") and values.dim() == 2:
+                watched(values, 1)
+            return self.max(values, *arguments, **options)
+
+        self.max = torch.max
+        torch.topk, torch.max = watched, watched_max
         return self
 
     def __exit__(self, *_):
-        torch.topk = self.topk
+        torch.topk, torch.max = self.topk, self.max
 
 
 def load(folder, dtype=torch.float32):
@@ -517,20 +568,32 @@ def load(folder, dtype=torch.float32):
         return load_plain(plain(folder, pathlib.Path(scratch)), dtype)
 
 
+def has_encoder(config):
+    return config.get("is_encoder_decoder", False)
+
+
+def auto_class(folder):
+    config = json.loads((folder / "config.json").read_text())
+    return transformers.AutoModelForSeq2SeqLM if has_encoder(config) else transformers.AutoModelForCausalLM
+
+
 def load_plain(folder, dtype):
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    model, info = auto_class(folder).from_pretrained(
         folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(what):
             raise SystemExit(f"{folder}: {what}: {sorted(map(str, info[what]))[:5]}")
-    model.set_experts_implementation("eager")  # expert by expert, not through a grouped kernel
+    if not model.config.is_encoder_decoder:
+        model.set_experts_implementation("eager")  # expert by expert, not through a grouped kernel
     return model.eval()
 
 
 def outputs(folder, ids, dtype=torch.float32):
     """Hidden states and logits of a folder, as the tensors of a golden file."""
     model = load(folder, dtype)
+    if model.config.is_encoder_decoder:
+        return encoder_outputs(model, ids)
     with torch.no_grad():
         out = model(input_ids=ids, output_hidden_states=True, use_cache=False)
     golden = {"input_ids": ids, "logits": out.logits.contiguous()}
@@ -541,10 +604,35 @@ def outputs(folder, ids, dtype=torch.float32):
     return golden
 
 
+def encoder_outputs(model, ids):
+    """The same of a model with an encoder: `ids` are the encoder's, the decoder's are made of them."""
+    mask = torch.ones_like(ids)
+    mask[1, -5:] = 0
+    decoder_ids = torch.cat([torch.zeros_like(ids[:, :1]), (ids[:, :16] * 7 + 3) % model.config.vocab_size], dim=1)
+    with torch.no_grad():
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            decoder_input_ids=decoder_ids,
+            output_hidden_states=True,
+            use_cache=False,
+        )
+    golden = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "decoder_input_ids": decoder_ids,
+        "logits": out.logits.contiguous(),
+    }
+    for prefix, states in [("", out.encoder_hidden_states), ("decoder.", out.decoder_hidden_states)]:
+        for i, hidden in enumerate(states):
+            golden[f"{prefix}hidden.{i}"] = hidden.contiguous()
+    return golden
+
+
 def difference(a, b, relative=False):
     """Largest difference between two goldens; relative: in units of each tensor's spread, if that is above 1."""
     worst = 0.0
-    for name in a.keys() - {"input_ids"}:
+    for name in a.keys() - {"input_ids", "attention_mask", "decoder_input_ids"}:
         unit = max(1.0, a[name].std().item()) if relative else 1.0
         worst = max(worst, (a[name].double() - b[name].double()).abs().max().item() / unit)
     return worst
@@ -561,7 +649,7 @@ def write_checkpoint(folder, name, recipe, attempt):
     without = {k: v for k, v in recipe["config"].items() if k != "quantization_config"}
     (folder / "config.json").write_text(json.dumps(without))
     config = transformers.AutoConfig.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    model = auto_class(folder).from_config(config, attn_implementation="eager", dtype=torch.float32)
     tied = recipe["config"]["tie_word_embeddings"]
     randomise(model, (name, attempt), dtype, recipe.get("embedding", 0.2 if tied else 1.0))
     if dtype != torch.float32:

@@ -9,6 +9,7 @@ mod mixtral;
 mod olmoe;
 mod phimoe;
 mod qwen;
+mod switch_transformers;
 
 use super::config::Config;
 use super::rope::{RopeConfig, RopeDefaults};
@@ -20,7 +21,7 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 12] = [
+pub(super) const FAMILIES: [(&str, Read); 13] = [
     ("deepseek_v2", deepseek::v2),
     ("deepseek_v3", deepseek::v3),
     ("ernie4_5_moe", ernie4_5_moe::read),
@@ -33,6 +34,7 @@ pub(super) const FAMILIES: [(&str, Read); 12] = [
     ("phimoe", phimoe::read),
     ("qwen2_moe", qwen::qwen2),
     ("qwen3_moe", qwen::qwen3),
+    ("switch_transformers", switch_transformers::read),
 ];
 
 const EXPERT_COUNTS: [&str; 4] = ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"];
@@ -154,6 +156,8 @@ impl<'c> Common<'c> {
             sinks: false,
             scale: (head_dim as f64).powf(-0.5) as f32,
             temperature: None,
+            bias: None,
+            cross: false,
         })
     }
 
@@ -207,10 +211,13 @@ impl<'c> Common<'c> {
             max_positions: self.max_positions,
             norm_eps: self.norm_eps as f32,
             norm_bias: false,
+            dense_activation: Activation::SwiGlu,
             mlp_bias: false,
             tied_embeddings: self.config.flag_or("tie_word_embeddings", self.defaults.tied)?,
             head_bias: false,
             layers: (0..self.layers).map(layer).collect(),
+            encoder_layers: 0,
+            head_scale: 1.0,
             names: self.names,
             config_section: None,
             expert_count_keys: self.expert_count_keys,

@@ -7,7 +7,7 @@ use super::gemm::{Columns, Product, Scratch, Source, WeightedRows};
 use super::simd::Isa;
 use super::softmax::Softmax;
 use crate::architecture::{Pairing, Rope};
-use crate::backend::{AttentionShape, Batch, HeadLayout, Keys};
+use crate::backend::{AttentionShape, AttentionTerms, Batch, HeadLayout, Keys};
 use crate::checkpoint::Dtype;
 
 /// Cosines and sines for every position.
@@ -89,14 +89,14 @@ const QUERY_BLOCK: usize = 64;
 pub(super) fn attend(
     query: &CpuBuffer,
     keys: &Keys<'_, CpuBuffer>,
-    sinks: Option<&[f32]>,
+    terms: &AttentionTerms<'_, Vec<f32>>,
     shape: AttentionShape,
     batch: &Batch,
     out: &mut CpuBuffer,
 ) {
     let (rows, cols) = (out.rows, out.cols);
     let out = Columns::new(&mut out.data, rows, cols, cols);
-    let attention = Attention { query, keys, sinks, shape, batch, out };
+    let attention = Attention { query, keys, terms, shape, batch, out };
     let Batch { windows, length, .. } = *batch;
     let blocks = length.div_ceil(QUERY_BLOCK);
     let group = match keys {
@@ -126,7 +126,7 @@ pub(super) fn attend(
 struct Attention<'a> {
     query: &'a CpuBuffer,
     keys: &'a Keys<'a, CpuBuffer>,
-    sinks: Option<&'a [f32]>,
+    terms: &'a AttentionTerms<'a, Vec<f32>>,
     shape: AttentionShape,
     batch: &'a Batch,
     out: Columns<'a>,
@@ -151,8 +151,8 @@ impl Attention<'_> {
         let first_position = batch.start + first_query;
         // Keys that at least one query of the piece sees.
         let key_start = shape.span.first(first_position);
-        let key_count = first_position + queries - key_start;
-        let keys_per_window = batch.start + batch.length - shape.first_key;
+        let key_count = shape.span.end(first_position + queries - 1, shape.end_key) - key_start;
+        let keys_per_window = shape.end_key - shape.first_key;
         let key_row = window * keys_per_window + key_start - shape.first_key;
         let query_row = window * batch.length + first_query;
         let rows = queries * heads;
@@ -187,21 +187,29 @@ impl Attention<'_> {
         for (i, row) in scores.chunks_exact_mut(key_count).enumerate() {
             let position = first_position + i % queries;
             let first = shape.span.first(position) - key_start;
-            let end = position + 1 - key_start;
+            let end = shape.span.end(position, shape.end_key) - key_start;
             row[..first].fill(0.0);
             row[end..].fill(0.0);
             let visible = &mut row[first..end];
-            if let Some(mask) = &batch.mask {
-                // Keys that were there before the batch are no padding.
-                let before = batch.start.saturating_sub(key_start + first).min(visible.len());
-                let own = window * batch.length + (key_start + first).saturating_sub(batch.start);
-                for (score, real) in visible[before..].iter_mut().zip(&mask[own..]) {
+            let head = head + i / queries;
+            let mut scale = shape.scale * shape.temperature.map_or(1.0, |t| t.at(position));
+            if let Some(bias) = self.terms.bias {
+                let row = bias.len() / shape.heads;
+                let bias = &bias[head * row..(head + 1) * row];
+                for (score, key) in visible.iter_mut().zip(key_start + first..) {
+                    // Distance + reach, at least 0.
+                    let entry = (key + row / 2).saturating_sub(position).min(row - 1);
+                    *score = *score * scale + bias[entry];
+                }
+                scale = 1.0;
+            }
+            if let Some(mask) = self.terms.mask {
+                for (score, real) in visible.iter_mut().zip(&mask[key_row + first..]) {
                     *score = if *real { *score } else { f32::NEG_INFINITY };
                 }
             }
-            let temperature = shape.temperature.map_or(1.0, |t| t.at(position));
-            let sink = self.sinks.map(|s| s[head + i / queries]);
-            isa.run(Softmax { scores: visible, scale: shape.scale * temperature, sink });
+            let sink = self.terms.sinks.map(|s| s[head]);
+            isa.run(Softmax { scores: visible, scale, sink });
         }
         let out = self.out.part(query_row, queries, head * shape.value_dim, heads * shape.value_dim);
         isa.run(WeightedRows {

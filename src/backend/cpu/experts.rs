@@ -25,6 +25,12 @@ enum Prepared {
     Idle,
 }
 
+impl Prepared {
+    fn is_gated(&self) -> bool {
+        matches!(self, Prepared::Mlp(Mlp { up: Some(_), .. }))
+    }
+}
+
 type CpuLinear = Linear<Matrix<CpuWeight>, Vec<f32>>;
 
 /// Buffers of one expert computation. A *pair* is a token and one of its experts; pairs are sorted by expert, and by
@@ -107,18 +113,19 @@ impl CpuExperts {
 
         let count = |e: usize| work.offsets[e + 1] - work.offsets[e];
         let sizes: Vec<_> = (0..self.len()).map(|e| (count(e), self.width(e), self.rank(e))).collect();
+        let gated: Vec<_> = self.experts.iter().map(Prepared::is_gated).map(usize::from).collect();
         work.hidden.resize(sizes.iter().map(|(n, width, _)| n * width).sum(), 0.0);
-        work.up.resize(work.hidden.len(), 0.0);
+        work.up.resize(sizes.iter().zip(&gated).map(|((n, width, _), gated)| n * width * gated).sum(), 0.0);
         work.rank.resize(sizes.iter().map(|(n, _, rank)| n * rank).sum(), 0.0);
         let (mut input, mut hidden, mut up) = (&work.input[..], &mut work.hidden[..], &mut work.up[..]);
         let (mut rank, mut output) = (&mut work.rank[..], &mut work.output[..]);
         let mut jobs = Vec::with_capacity(self.len());
-        for (expert, &(n, width, r)) in self.experts.iter().zip(&sizes) {
+        for ((expert, &(n, width, r)), gated) in self.experts.iter().zip(&sizes).zip(&gated) {
             let job = Job {
                 expert,
                 input: input.split_off(..n * d).unwrap_or_default(),
                 hidden: hidden.split_off_mut(..n * width).unwrap_or_default(),
-                up: up.split_off_mut(..n * width).unwrap_or_default(),
+                up: up.split_off_mut(..n * width * gated).unwrap_or_default(),
                 rank: rank.split_off_mut(..n * r).unwrap_or_default(),
                 output: output.split_off_mut(..n * d).unwrap_or_default(),
             };
@@ -133,7 +140,7 @@ impl CpuExperts {
     fn rank(&self, e: usize) -> usize {
         let Prepared::Mlp(mlp) = &self.experts[e] else { return 0 };
         let rank = |m: &CpuLinear| if let Matrix::LowRank { v, .. } = &m.weight { v.rows() } else { 0 };
-        mlp.maps().into_iter().map(rank).max().unwrap_or(0)
+        mlp.maps().map(rank).max().unwrap_or(0)
     }
 
     /// Counting sort of the pairs by expert, stable in token order.
@@ -223,7 +230,9 @@ impl Job<'_> {
         match self.expert {
             Prepared::Mlp(mlp) => {
                 apply(&mlp.gate, self.input, self.rank, self.hidden);
-                apply(&mlp.up, self.input, self.rank, self.up);
+                if let Some(up) = &mlp.up {
+                    apply(up, self.input, self.rank, self.up);
+                }
                 activate(self.hidden, self.up, mlp.activation);
                 apply(&mlp.down, self.hidden, self.rank, self.output);
             }

@@ -18,8 +18,8 @@ use crate::architecture::{Activation, Rope};
 use crate::checkpoint::{Tensor, Weight};
 
 use super::{
-    AttentionShape, Backend, Batch, HeadLayout, Keys, LatentShape, Moment, MomentDims, Moments, Result,
-    RouterRule, RouterWeights, Routes, StoredExpert,
+    AttentionShape, AttentionTerms, Backend, Batch, HeadLayout, Keys, LatentShape, Moment, MomentDims,
+    Moments, Result, RouterRule, RouterWeights, Routes, StoredExpert,
 };
 pub use attention::CpuRotation;
 pub use experts::CpuExperts;
@@ -212,13 +212,13 @@ impl Backend for Cpu {
         &self,
         query: &CpuBuffer,
         keys: Keys<'_, CpuBuffer>,
-        sinks: Option<&Vec<f32>>,
+        terms: AttentionTerms<'_, Vec<f32>>,
         shape: AttentionShape,
         batch: &Batch,
         out: &mut CpuBuffer,
     ) -> Result<()> {
         out.reshape(query.rows, shape.heads * shape.value_dim);
-        attention::attend(query, &keys, sinks.map(Vec::as_slice), shape, batch, out);
+        attention::attend(query, &keys, &terms, shape, batch, out);
         Ok(())
     }
 
@@ -246,8 +246,8 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn activate(&self, gate: &mut CpuBuffer, up: &CpuBuffer, activation: Activation) -> Result<()> {
-        pointwise::activate(&mut gate.data, &up.data, activation);
+    fn activate(&self, gate: &mut CpuBuffer, up: Option<&CpuBuffer>, activation: Activation) -> Result<()> {
+        pointwise::activate(&mut gate.data, up.map_or(&[], |up| &up.data), activation);
         Ok(())
     }
 

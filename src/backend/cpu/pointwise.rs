@@ -62,7 +62,11 @@ pub(super) fn clamp(x: &mut CpuBuffer, limit: f32) {
     });
 }
 
+/// `up` is used by gated activations alone.
 pub(super) fn activate(gate: &mut [f32], up: &[f32], activation: Activation) {
+    if !activation.is_gated() {
+        return gate.par_chunks_mut(PIECE).for_each(|gate| activate_alone(gate, activation));
+    }
     gate.par_chunks_mut(PIECE).zip(up.par_chunks(PIECE)).for_each(|(gate, up)| match activation {
         Activation::SwiGlu => Isa::current().run(Swiglu { gate, up }),
         Activation::ClampedSwiGlu { limit, slope } => {
@@ -72,7 +76,21 @@ pub(super) fn activate(gate: &mut [f32], up: &[f32], activation: Activation) {
                 *g = clamped * sigmoid(slope * clamped) * (u.clamp(-limit, limit) + 1.0);
             }
         }
+        Activation::Relu | Activation::GeluTanh => unreachable!("not gated"),
     });
+}
+
+/// Activations without a gate, in place.
+fn activate_alone(x: &mut [f32], activation: Activation) {
+    match activation {
+        // Unlike `max`, lets NaN through.
+        Activation::Relu => x.iter_mut().for_each(|v| *v = if *v < 0.0 { 0.0 } else { *v }),
+        Activation::GeluTanh => x.iter_mut().for_each(|v| {
+            let inner = (2.0 / std::f32::consts::PI).sqrt() * (*v + 0.044_715 * *v * *v * *v);
+            *v *= 0.5 * (1.0 + inner.tanh());
+        }),
+        Activation::SwiGlu | Activation::ClampedSwiGlu { .. } => unreachable!("gated"),
+    }
 }
 
 /// silu(gate) ∘ up into `gate`.

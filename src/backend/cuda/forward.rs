@@ -399,6 +399,7 @@ impl<L: Launch + ?Sized> Pass<'_, L> {
         let (activation, limit, slope) = match self.tables.activation {
             Activation::SwiGlu => (0, 0.0, 0.0),
             Activation::ClampedSwiGlu { limit, slope } => (1, limit, slope),
+            Activation::Relu | Activation::GeluTanh => unreachable!("refused when the layer was prepared"),
         };
         let ld_input = match self.tables.target {
             WeightTarget::Output => self.args.x.stride,

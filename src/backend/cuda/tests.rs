@@ -83,7 +83,7 @@ fn expert(rank: Option<usize>) -> TestExpert {
     };
     Expert::Mlp(Mlp {
         gate: map(WIDTH, HIDDEN),
-        up: map(WIDTH, HIDDEN),
+        up: Some(map(WIDTH, HIDDEN)),
         down: map(HIDDEN, WIDTH),
         activation: Activation::SwiGlu,
     })
@@ -316,7 +316,7 @@ fn device_factors_are_stacked() {
         let map = |u, v| Linear { weight: Matrix::LowRank { u, v }, bias: None };
         Expert::<_, DeviceVector>::Mlp(Mlp {
             gate: map(at(0x1000, WIDTH, 4), at(0x10000, 4, HIDDEN)),
-            up: map(at(0x1000, WIDTH, 4), at(v_up, 4, HIDDEN)),
+            up: Some(map(at(0x1000, WIDTH, 4), at(v_up, 4, HIDDEN))),
             down: map(at(0x1000, HIDDEN, 4), at(0x20000, 4, WIDTH)),
             activation: Activation::SwiGlu,
         })

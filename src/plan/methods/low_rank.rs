@@ -85,7 +85,7 @@ impl Method for LowRank {
         check::profile(profile)?;
         let options = options::resolve(self.name(), &OPTIONS, request.options)?;
         for layer in &profile.moe_layers {
-            let values = 3 * profile.hidden_size as u128 * layer.width as u128;
+            let values = u128::from(layer.matrices()) * profile.hidden_size as u128 * layer.width as u128;
             if u128::from(layer.expert_parameters) < values {
                 let (has, place) =
                     (layer.expert_parameters, Place::layer(layer.layer).field("expert_parameters"));
@@ -172,7 +172,7 @@ impl Target {
     }
 }
 
-/// The matrices of one layer's experts: all three have d·p values and d + p rows and columns.
+/// The matrices of one layer's experts: all have d·p values and d + p rows and columns.
 struct Shape<'a> {
     layer: &'a MoeProfile,
     d: usize,
@@ -209,9 +209,13 @@ impl<'a> Shape<'a> {
         (rank <= self.largest()).then_some(rank)
     }
 
-    /// The same rank for all three matrices.
+    /// The same rank for all matrices.
     fn ranks(&self, rank: usize) -> Ranks {
-        Ranks::uniform(self.useful(rank))
+        let mut ranks = Ranks::default();
+        for &matrix in self.layer.projections() {
+            *ranks.get_mut(matrix) = self.useful(rank);
+        }
+        ranks
     }
 }
 
@@ -325,7 +329,7 @@ fn spectrum(
 fn by_energy(shape: &Shape<'_>, energy: f64, source: &dyn SpectrumSource) -> Result<Vec<Ranks>> {
     let mut layer = vec![Ranks::default(); shape.layer.experts];
     for (expert, ranks) in layer.iter_mut().enumerate() {
-        for matrix in Projection::ALL {
+        for &matrix in shape.layer.projections() {
             let values = spectrum(shape, source, expert, matrix)?;
             let target = energy * values.iter().sum::<f64>();
             let mut kept = 0.0;
@@ -345,7 +349,7 @@ fn by_energy(shape: &Shape<'_>, energy: f64, source: &dyn SpectrumSource) -> Res
 fn by_spectrum(shape: &Shape<'_>, rank: usize, source: &dyn SpectrumSource) -> Result<Vec<Ranks>> {
     let experts = shape.layer.experts;
     let mut layer = vec![Ranks::default(); experts];
-    for matrix in Projection::ALL {
+    for &matrix in shape.layer.projections() {
         let mut rest = Vec::new();
         for expert in 0..experts {
             let values = spectrum(shape, source, expert, matrix)?;

@@ -20,6 +20,7 @@ pub(super) fn layer(layer: usize, experts: usize, top_k: usize) -> MoeProfile {
         experts,
         top_k,
         width: 12,
+        ungated: false,
         groups: 1,
         top_groups: 1,
         expert_parameters: 3 * 8 * 12,

@@ -34,6 +34,7 @@ impl Reference {
             experts,
             top_k: number("top_k") as usize,
             width: number("expert_width") as usize,
+            ungated: false,
             groups: 1,
             top_groups: 1,
             expert_parameters: number("parameters_per_expert"),
