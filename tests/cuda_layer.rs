@@ -1,21 +1,20 @@
-//! The whole GPU layer, run on the emulation of its kernels, against the CPU backend.
+//! The whole GPU layer against the CPU backend: on the emulated GPU, and on a real one where there is one.
 
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-#[allow(dead_code, reason = "shared with the tests of the kernels")]
-#[path = "emulation/emulator.rs"]
-mod emulator;
+mod gpu;
 
-use emulator::{Buffer, Emulator, Mode};
+use gpu::Gpu;
+use gpu::emulator::{Emulator, Mode};
 use half::{bf16, f16};
 use moepress::architecture::{
     Activation, Choice, GroupLimit, GroupScore, RouterSpec, Scoring, WeightRule, WeightTarget,
 };
 use moepress::backend::cpu::Cpu;
 use moepress::backend::cuda::{
-    DeviceMatrix, DeviceVector, Element, Forward, LayerMatrix, LayerRouter, LayerSpec, LayerVector, MoeLayer,
-    Routing, Rows, SharedExpert,
+    Block, DeviceMatrix, DeviceVector, Element, Forward, LayerMatrix, LayerRouter, LayerSpec, LayerVector,
+    MoeLayer, Routing, Rows, SharedExpert,
 };
 use moepress::backend::{
     Backend, Expert, Linear, Matrix, Mlp, RouterRule, RouterWeights, Routes, StoredExpert,
@@ -162,10 +161,10 @@ fn with_router<'a, W, V>(
     LayerSpec { router: Some(router), target: rule.spec.target, ..spec }
 }
 
-/// A layer on an emulated GPU, with the inputs of one pass.
-struct Bench {
-    gpu: Emulator,
-    layer: MoeLayer<Buffer>,
+/// A layer on a GPU.
+struct Bench<'g, G: Gpu> {
+    gpu: &'g G,
+    layer: MoeLayer<G::Block>,
 }
 
 /// The routing of a pass, on the host.
@@ -175,36 +174,35 @@ enum By<'a> {
     Given(&'a [i32], &'a [f32]),
 }
 
-impl Bench {
-    fn new<'a, W, V>(mode: Mode, spec: &LayerSpec<'a, W, V>) -> Option<Self>
+impl<'g, G: Gpu> Bench<'g, G> {
+    fn new<'a, W, V>(gpu: &'g G, spec: &LayerSpec<'a, W, V>) -> Self
     where
         LayerMatrix<'a>: From<&'a W>,
         LayerVector<'a>: From<&'a V>,
     {
-        let gpu = Emulator::new(mode)?;
-        let layer = MoeLayer::new(&gpu, spec).unwrap();
-        Some(Bench { gpu, layer })
+        Bench { gpu, layer: MoeLayer::new(gpu, spec).unwrap() }
     }
 
     fn run(&self, x: &[f32], by: &By<'_>, residual: Option<&[f32]>) -> Vec<f32> {
         let element = self.layer.element();
         let tokens = x.len() / HIDDEN;
-        let gpu = &self.gpu;
-        let upload = |values: &[f32]| gpu.upload(&encode_f32(dtype(element), values));
+        let upload = |values: &[f32]| self.gpu.upload(&encode_f32(dtype(element), values));
         let (x, residual) = (upload(x), residual.map(upload));
-        let out = gpu.room(tokens * HIDDEN * element.bytes());
+        let out = self.gpu.room(tokens * HIDDEN * element.bytes());
         let bytes = self.layer.workspace_bytes(tokens).unwrap();
-        let workspace = gpu.room(bytes);
-        let rows = |buffer: &Buffer| Rows { address: buffer.address(), stride: HIDDEN };
+        let workspace = self.gpu.room(bytes);
+        let rows = |block: &G::Block| Rows { address: block.address(), stride: HIDDEN };
+        let words = |values: &[f32]| self.gpu.upload(&encode_f32(Dtype::F32, values));
         let (one, two);
         let routing = match by {
             By::Router => Routing::Router,
             By::Logits(logits) => {
-                one = gpu.upload(logits);
+                one = words(logits);
                 Routing::Logits { address: one.address(), stride: logits.len() / tokens }
             }
             By::Given(ids, weights) => {
-                (one, two) = (gpu.upload(ids), gpu.upload(weights));
+                let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+                (one, two) = (self.gpu.upload(&bytes), words(weights));
                 Routing::Given { ids: one.address(), weights: two.address() }
             }
         };
@@ -218,8 +216,8 @@ impl Bench {
             workspace_bytes: bytes,
         };
         // SAFETY: buffers of the sizes that the layer asks for.
-        unsafe { self.layer.forward(gpu, &args) }.unwrap();
-        decode(element, out.contents())
+        self.gpu.enqueue(&mut |launch| unsafe { self.layer.forward(launch, &args) }).unwrap();
+        decode(element, &self.gpu.read(&out))
     }
 }
 
@@ -259,8 +257,7 @@ fn tolerance(element: Element) -> f32 {
 }
 
 /// All forms, all types, batches on both sides of every boundary between families and sorts.
-#[test]
-fn every_form_against_the_cpu() {
+fn every_form_against_the_cpu(gpu: &impl Gpu) {
     let cases: [(Element, &[usize]); 3] =
         [(Element::F32, &[1, 70]), (Element::F16, &[3, 40]), (Element::Bf16, &[1, 8, 9, 40, 150, 1400])];
     let rule = rule(RouterSpec::softmax(TOP_K, WeightRule::RENORMALISED));
@@ -268,7 +265,7 @@ fn every_form_against_the_cpu() {
     for (element, batches) in cases {
         let experts = experts(element, Activation::SwiGlu);
         let spec = with_router(spec(element, &experts), &rule, &weights);
-        let Some(bench) = Bench::new(Mode::Random(3), &spec) else { return };
+        let bench = Bench::new(gpu, &spec);
         for &tokens in batches {
             let x = round(element, noise(tokens * HIDDEN, 5, 1.7));
             let (expected, _) = reference(&experts, &rule, &weights, &x);
@@ -279,23 +276,21 @@ fn every_form_against_the_cpu() {
 }
 
 /// gpt-oss: biases, clamps, softmax over the chosen.
-#[test]
-fn clamped_activation_against_the_cpu() {
+fn clamped_activation_against_the_cpu(gpu: &impl Gpu) {
     let activation = Activation::ClampedSwiGlu { limit: 1.0, slope: 1.702 };
     let experts = experts(Element::F32, activation);
     let softmax = RouterSpec::softmax(TOP_K, WeightRule::RENORMALISED);
     let rule = rule(RouterSpec { choice: Choice::Logit, bias: true, ..softmax });
     let weights = router_weights(&rule);
     let spec = with_router(spec(Element::F32, &experts), &rule, &weights);
-    let Some(bench) = Bench::new(Mode::Early, &spec) else { return };
+    let bench = Bench::new(gpu, &spec);
     let x = noise(20 * HIDDEN, 6, 2.0);
     let (expected, _) = reference(&experts, &rule, &weights, &x);
     close(&bench.run(&x, &By::Router, None), &expected, 1e-5, "clamped");
 }
 
 /// Every rule of a family routes as on the CPU; logits of the caller and ids of the caller give the same bits.
-#[test]
-fn routers_against_the_cpu() {
+fn routers_against_the_cpu(gpu: &impl Gpu) {
     let softmax = RouterSpec::softmax(TOP_K, WeightRule::RENORMALISED);
     let sum = WeightRule::Renormalised { added: 1e-20, least: 0.0, scale: 2.5 };
     let limit = |score| Some(GroupLimit { count: 3, kept: 2, score });
@@ -317,7 +312,7 @@ fn routers_against_the_cpu() {
         let rule = rule(spec_of_rule);
         let weights = router_weights(&rule);
         let spec = with_router(spec(Element::F32, &experts), &rule, &weights);
-        let Some(bench) = Bench::new(Mode::Late, &spec) else { return };
+        let bench = Bench::new(gpu, &spec);
         let (expected, routes) = reference(&experts, &rule, &weights, &x);
         let what = format!("{:?}", rule.spec);
         let found = bench.run(&x, &By::Router, None);
@@ -330,10 +325,9 @@ fn routers_against_the_cpu() {
 }
 
 /// Ids that stand for nothing, ids that repeat, and a residual stream that is added.
-#[test]
-fn given_ids_and_a_residual() {
+fn given_ids_and_a_residual(gpu: &impl Gpu) {
     let experts = experts(Element::F32, Activation::SwiGlu);
-    let Some(bench) = Bench::new(Mode::Late, &spec(Element::F32, &experts)) else { return };
+    let bench = Bench::new(gpu, &spec(Element::F32, &experts));
     let x = noise(3 * HIDDEN, 9, 1.5);
     let run = |ids: &[i32], weights: &[f32], residual| bench.run(&x, &By::Given(ids, weights), residual);
     let ids = [0, 2, -1, 1, 3, 1, 5, 99, 6];
@@ -351,8 +345,7 @@ fn given_ids_and_a_residual() {
 }
 
 /// The expert that all tokens pass runs with the others; its gate is one more logit.
-#[test]
-fn a_shared_expert() {
+fn a_shared_expert(gpu: &impl Gpu) {
     let element = Element::F32;
     let experts = experts(element, Activation::SwiGlu);
     let made = Made { width: 64, ranks: [None, Some(9), None], ..Made::default() };
@@ -364,16 +357,14 @@ fn a_shared_expert() {
     let (routed, _) = reference(&experts, &rule, &weights, &x);
     // The shared expert alone, as the only expert of a layer.
     let alone = [expert(element, made, Activation::SwiGlu, 50)];
-    let Some(bench) = Bench::new(Mode::Late, &LayerSpec { top_k: 1, ..spec(element, &alone) }) else {
-        return;
-    };
+    let bench = Bench::new(gpu, &LayerSpec { top_k: 1, ..spec(element, &alone) });
     let output = bench.run(&x, &By::Given(&[0; 12], &[1.0; 12]), None);
     let gate_values = gate.to_f32().unwrap();
     for gated in [false, true] {
         let shared = SharedExpert { expert: &shared, gate: gated.then_some(&gate) };
         let spec =
             with_router(LayerSpec { shared: Some(shared), ..spec(element, &experts) }, &rule, &weights);
-        let bench = Bench::new(Mode::Early, &spec).unwrap();
+        let bench = Bench::new(gpu, &spec);
         assert_eq!((bench.layer.slots(), bench.layer.experts()), (TOP_K + 1, EXPERTS));
         let expected: Vec<f32> = (0..x.len())
             .map(|i| {
@@ -388,8 +379,7 @@ fn a_shared_expert() {
 }
 
 /// Experts on two ranks: the outputs of the ranks add up to that of all.
-#[test]
-fn an_expert_map_splits_the_layer() {
+fn an_expert_map_splits_the_layer(gpu: &impl Gpu) {
     let element = Element::F32;
     let experts = experts(element, Activation::SwiGlu);
     let rule = rule(RouterSpec::softmax(TOP_K, WeightRule::RENORMALISED));
@@ -404,16 +394,16 @@ fn an_expert_map_splits_the_layer() {
         let map: Vec<_> = (0..EXPERTS).map(|e| mine.iter().position(|&m| m == e)).collect();
         let spec = LayerSpec { expert_map: Some(&map), ..spec(element, &local) };
         let spec = with_router(spec, &rule, &weights);
-        let Some(bench) = Bench::new(Mode::Late, &spec) else { return };
+        let bench = Bench::new(gpu, &spec);
         let part = bench.run(&x, &By::Router, None);
         sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
     }
     close(&sum, &expected, 1e-5, "two ranks");
 }
 
-/// Neither what the workspace held nor the number of multiprocessors nor the order of threads shows in any bit.
+/// Neither the number of multiprocessors nor the order of threads and copies shows in any bit.
 #[test]
-fn runs_are_equal_bit_for_bit() {
+fn schedules_do_not_show() {
     let experts = experts(Element::Bf16, Activation::SwiGlu);
     let rule = rule(RouterSpec::softmax(TOP_K, WeightRule::RENORMALISED));
     let weights = router_weights(&rule);
@@ -421,24 +411,40 @@ fn runs_are_equal_bit_for_bit() {
     let x = round(Element::Bf16, noise(40 * HIDDEN, 13, 1.5));
     let mut first = None;
     for (mode, multiprocessors) in [(Mode::Late, 1), (Mode::Early, 3), (Mode::Random(9), 40)] {
-        let Some(mut bench) = Bench::new(mode, &spec) else { return };
-        bench.gpu.multiprocessors = multiprocessors;
-        let found: Vec<u32> = bench.run(&x, &By::Router, None).iter().map(|v| v.to_bits()).collect();
+        let Some(mut gpu) = Emulator::new(mode) else { return };
+        gpu.multiprocessors = multiprocessors;
+        let found = bits(&Bench::new(&gpu, &spec).run(&x, &By::Router, None));
         assert_eq!(*first.get_or_insert_with(|| found.clone()), found, "{mode:?}");
     }
 }
 
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+/// Runs are equal bit for bit, whatever memory they run in.
+fn repeats(gpu: &impl Gpu) {
+    let experts = experts(Element::Bf16, Activation::SwiGlu);
+    let rule = rule(RouterSpec::softmax(TOP_K, WeightRule::RENORMALISED));
+    let weights = router_weights(&rule);
+    let spec = with_router(spec(Element::Bf16, &experts), &rule, &weights);
+    let x = round(Element::Bf16, noise(70 * HIDDEN, 13, 1.5));
+    let bench = Bench::new(gpu, &spec);
+    let first = bits(&bench.run(&x, &By::Router, None));
+    for _ in 0..3 {
+        assert_eq!(bits(&bench.run(&x, &By::Router, None)), first);
+    }
+}
+
 /// Weights that lie on the device already are used where they lie.
-#[test]
-fn borrowed_weights() {
+fn borrowed_weights(gpu: &impl Gpu) {
     let element = Element::Bf16;
     let stored = expert(element, Made { width: WIDTH, ..Made::default() }, Activation::SwiGlu, 60);
-    let Some(emulator) = Emulator::new(Mode::Late) else { return };
     let Expert::Mlp(mlp) = &stored else { unreachable!() };
     let mut buffers = Vec::new();
     let borrowed = mlp.try_map(|map| {
         let Matrix::Dense(weight) = &map.weight else { unreachable!() };
-        let buffer = emulator.upload(&encode_f32(Dtype::BF16, &weight.to_f32()));
+        let buffer = gpu.upload(&encode_f32(Dtype::BF16, &weight.to_f32()));
         let (rows, cols) = (weight.rows(), weight.cols());
         let matrix = DeviceMatrix { address: buffer.address(), rows, cols, stride: cols };
         buffers.push(buffer);
@@ -448,8 +454,19 @@ fn borrowed_weights() {
     let stored = [stored];
     let x = round(element, noise(10 * HIDDEN, 14, 1.0));
     let given = By::Given(&[0; 10], &[1.0; 10]);
-    let mine = Bench::new(Mode::Late, &LayerSpec { top_k: 1, ..spec(element, &borrowed) }).unwrap();
-    let copied = Bench::new(Mode::Late, &LayerSpec { top_k: 1, ..spec(element, &stored) }).unwrap();
+    let mine = Bench::new(gpu, &LayerSpec { top_k: 1, ..spec(element, &borrowed) });
+    let copied = Bench::new(gpu, &LayerSpec { top_k: 1, ..spec(element, &stored) });
     assert_eq!(mine.run(&x, &given, None), copied.run(&x, &given, None));
     assert!(mine.layer.bytes() < copied.layer.bytes());
+}
+
+on_every_gpu! {
+    every_form_against_the_cpu
+    clamped_activation_against_the_cpu
+    routers_against_the_cpu
+    given_ids_and_a_residual
+    a_shared_expert
+    an_expert_map_splits_the_layer
+    borrowed_weights
+    repeats
 }

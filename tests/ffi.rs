@@ -125,3 +125,14 @@ fn layers_called_from_c() {
     // SAFETY: made above, used no more.
     unsafe { moepress_device_close(device) };
 }
+
+/// The Python example declares the header's structures.
+#[test]
+fn the_python_example_agrees_with_the_header() {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/pytorch/moepress_torch.py");
+    let Ok(output) = Command::new("python3").arg(script).arg("--structures").output() else {
+        eprintln!("skipped: no python3");
+        return;
+    };
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}

@@ -1,0 +1,103 @@
+//! MoE layers on a GPU: time of a forward pass, replayed as a CUDA graph, for four model shapes, dense and low rank, from
+//! one token to 16384. Does nothing, saying so, where there is no GPU.
+//!
+//! `cargo bench --bench cuda -- [--shape NAME] [--tokens N,N] [--peak TFLOP/s TB/s] [--kernels]`. One line of JSON per
+//! measurement on standard output. With `--peak`, what the device reaches in a large GEMM and in a copy, also the fraction
+//! of the floor: the larger of arithmetic and compulsory traffic, see `floor`. With `--kernels`, the time of each kernel
+//! instead.
+
+mod layer;
+mod timing;
+
+use std::error::Error;
+use std::io::Write;
+
+use layer::{Case, FORMS, Layer, SHAPES, Shape};
+use moepress::backend::cuda::{Device, availability};
+use timing::{Gpu, Timed};
+
+/// What to measure.
+#[derive(Default)]
+struct Options {
+    shape: Option<String>,
+    tokens: Vec<usize>,
+    /// TFLOP/s and TB/s of the device.
+    peak: Option<[f64; 2]>,
+    kernels: bool,
+}
+
+fn options() -> Result<Options, Box<dyn Error>> {
+    let mut options = Options::default();
+    let mut arguments = std::env::args().skip(1).filter(|a| a != "--bench");
+    let mut next = |what: &str| arguments.next().ok_or_else(|| format!("expected {what}"));
+    while let Ok(name) = next("") {
+        match name.as_str() {
+            "--shape" => options.shape = Some(next("a shape")?),
+            "--tokens" => {
+                options.tokens = next("numbers")?.split(',').map(str::parse).collect::<Result<_, _>>()?;
+            }
+            "--peak" => options.peak = Some([next("TFLOP/s")?.parse()?, next("TB/s")?.parse()?]),
+            "--kernels" => options.kernels = true,
+            other => return Err(format!("unknown argument {other}").into()),
+        }
+    }
+    if options.tokens.is_empty() {
+        options.tokens = (0..15).map(|i| 1 << i).collect();
+    }
+    Ok(options)
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let options = options()?;
+    if let Err(why) = availability() {
+        eprintln!("skipped: {why}");
+        return Ok(());
+    }
+    let gpu = Gpu::new(Device::new(0)?)?;
+    let chosen = |shape: &&Shape| options.shape.as_ref().is_none_or(|name| name == shape.name);
+    for shape in SHAPES.iter().filter(chosen) {
+        for form in FORMS {
+            let layer = Layer::new(&gpu.device, shape, form)?;
+            for &tokens in &options.tokens {
+                measure(&gpu, &layer, tokens, &options)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Copies of the inputs, so that neither tokens nor experts of one run are in the cache for the next.
+const COPIES: usize = 3;
+const RUNS: usize = 60;
+
+fn measure(gpu: &Gpu, layer: &Layer, tokens: usize, options: &Options) -> Result<(), Box<dyn Error>> {
+    let device = gpu.device.name();
+    let (shape, form) = (layer.shape.name, layer.form.name);
+    let cases = (0..COPIES).map(|copy| Case::new(&gpu.device, layer, tokens, copy as u64));
+    let cases = cases.collect::<Result<Vec<_>, _>>()?;
+    let mut line = serde_json::json!({ "device": device, "shape": shape, "form": form, "tokens": tokens });
+    if options.kernels {
+        let timed = Timed::new(gpu);
+        cases[0].enqueue(layer, &timed)?;
+        timed.clear();
+        for case in &cases {
+            case.enqueue(layer, &timed)?;
+        }
+        line["kernels"] = serde_json::json!(timed.microseconds()?);
+    } else {
+        let graphs = cases.iter().map(|case| gpu.capture(|stream| case.enqueue(layer, stream)));
+        let graphs = graphs.collect::<Result<Vec<_>, _>>()?;
+        let microseconds = gpu.median(&graphs, RUNS)?;
+        let flops = cases.iter().map(Case::flops).sum::<f64>() / COPIES as f64;
+        let bytes = cases.iter().map(Case::bytes).sum::<f64>() / COPIES as f64;
+        line["us"] = microseconds.into();
+        line["tflops"] = (flops / microseconds / 1e6).into();
+        line["gbs"] = (bytes / microseconds / 1e3).into();
+        if let Some([peak_tflops, peak_tbs]) = options.peak {
+            let floor = (flops / peak_tflops).max(bytes / peak_tbs) / 1e6;
+            line["of_floor"] = (floor / microseconds).into();
+        }
+    }
+    writeln!(std::io::stdout(), "{line}")?;
+    Ok(())
+}

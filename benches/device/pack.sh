@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Packs what a GPU machine without cargo needs into a folder: test and bench binaries with the kernels in them, the C library,
+# the peers, and run.sh. Needs nvcc. Usage: benches/device/pack.sh FOLDER
+set -euo pipefail
+out="$(mkdir -p "$1" && cd "$1" && pwd)"
+cd "$(dirname "$0")/../.."
+export MOEPRESS_REQUIRE_CUDA=1
+
+# The executables that cargo names, by target.
+executables() {
+    cargo "$@" --message-format=json | python3 -c '
+import json, sys
+for line in sys.stdin:
+    message = json.loads(line) if line.startswith("{") else {}
+    if message.get("executable"):
+        print(message["target"]["name"], message["executable"])'
+}
+executables test --release --no-run --test cuda_layer --test cuda_graph | while read -r name path; do
+    cp "$path" "$out/test-$name"
+done
+executables bench --no-run --bench cuda | while read -r _ path; do cp "$path" "$out/bench-cuda"; done
+cargo rustc --release --lib --crate-type cdylib
+cp target/release/libmoepress.so "$out"
+mkdir -p "$out/examples/pytorch" "$out/include"
+cp examples/pytorch/moepress_torch.py "$out/examples/pytorch"
+cp include/moepress.h "$out/include"
+cp benches/peers/gpu.py benches/device/table.py benches/device/run.sh "$out"
+git rev-parse HEAD > "$out/commit"
+echo "packed into $out: copy it to the GPU machine and start run.sh there"

@@ -1,0 +1,48 @@
+"""Writes the measurements in a folder (layer.jsonl, kernels.jsonl, peers.jsonl) as Markdown tables."""
+
+import json
+import pathlib
+import sys
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")] if path.exists() else []
+
+
+def table(head, rows):
+    print("| " + " | ".join(head) + " |")
+    print("|" + "|".join("--" if i == 0 else "--:" for i in range(len(head))) + "|")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    print()
+
+
+def main(folder):
+    layers, kernels, peers = (lines(folder / f"{name}.jsonl") for name in ("layer", "kernels", "peers"))
+    if layers:
+        print(f"# MoE layers on {layers[0]['device']}\n")
+    for shape in dict.fromkeys(line["shape"] for line in layers):
+        mine = [line for line in layers if line["shape"] == shape]
+        print(f"## {shape}\n\nMedian time of a replayed graph in µs.\n")
+        forms = list(dict.fromkeys(line["form"] for line in mine))
+        others = list(dict.fromkeys(line["peer"] for line in peers if line["shape"] == shape))
+        rows = []
+        for tokens in dict.fromkeys(line["tokens"] for line in mine):
+            ours = [line["us"] for form in forms for line in mine if (line["form"], line["tokens"]) == (form, tokens)]
+            theirs = {line["peer"]: line["us"] for line in peers if (line["shape"], line["tokens"]) == (shape, tokens)}
+            found = [f"{us:.1f}" for us in ours] + [f"{theirs[p]:.1f}" if p in theirs else "" for p in others]
+            rows.append([str(tokens), *found])
+        table(["tokens", *forms, *others], rows)
+        head = ["tokens, form", "µs", "TFLOP/s", "GB/s", "of the floor"]
+        rows = [[f"{line['tokens']}, {line['form']}", f"{line['us']:.1f}", f"{line['tflops']:.1f}", f"{line['gbs']:.0f}",
+                 f"{100 * line['of_floor']:.0f} %" if "of_floor" in line else ""] for line in mine]
+        table(head, rows)
+    if kernels:
+        print("## Kernels, µs each\n")
+    for line in kernels:
+        parts = ", ".join(f"{name} {us:.1f}" for name, us in line["kernels"].items())
+        print(f"* {line['shape']}, {line['form']}, {line['tokens']} tokens: {parts}")
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))

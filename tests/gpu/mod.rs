@@ -1,0 +1,110 @@
+//! The GPUs that a test runs on: the emulated one, and a real one where there is one.
+
+#![allow(dead_code, unreachable_pub, reason = "every test file uses another part of this")]
+
+#[path = "../emulation/emulator.rs"]
+pub mod emulator;
+
+use std::sync::{Arc, OnceLock};
+
+use emulator::{Buffer, Emulator};
+use moepress::backend::cuda::{Block, Device, DeviceBlock, Launch, Memory, Result, availability};
+
+/// What the tests of layers need of a GPU.
+pub trait Gpu: Memory {
+    /// Memory with this content, for kernels to read.
+    fn upload(&self, bytes: &[u8]) -> Self::Block;
+
+    /// Memory for kernels to write, full of NaN.
+    fn room(&self, bytes: usize) -> Self::Block;
+
+    /// The content, after all that was enqueued.
+    fn read(&self, block: &Self::Block) -> Vec<u8>;
+
+    /// Calls `enqueue` with a stream.
+    fn enqueue(&self, enqueue: &mut dyn FnMut(&dyn Launch) -> Result<()>) -> Result<()>;
+}
+
+impl Gpu for Emulator {
+    fn upload(&self, bytes: &[u8]) -> Buffer {
+        Emulator::upload(self, bytes)
+    }
+
+    fn room(&self, bytes: usize) -> Buffer {
+        Emulator::room(self, bytes)
+    }
+
+    fn read(&self, block: &Buffer) -> Vec<u8> {
+        block.contents().to_vec()
+    }
+
+    fn enqueue(&self, enqueue: &mut dyn FnMut(&dyn Launch) -> Result<()>) -> Result<()> {
+        enqueue(self)
+    }
+}
+
+impl Gpu for Arc<Device> {
+    fn upload(&self, bytes: &[u8]) -> DeviceBlock {
+        let block = self.allocate(bytes.len()).unwrap();
+        block.write(0, bytes).unwrap();
+        block
+    }
+
+    fn room(&self, bytes: usize) -> DeviceBlock {
+        Gpu::upload(self, &vec![0xff; bytes])
+    }
+
+    fn read(&self, block: &DeviceBlock) -> Vec<u8> {
+        let mut bytes = vec![0; block.bytes()];
+        block.read(0, &mut bytes).unwrap();
+        bytes
+    }
+
+    fn enqueue(&self, enqueue: &mut dyn FnMut(&dyn Launch) -> Result<()>) -> Result<()> {
+        // SAFETY: the default stream, for which copies wait.
+        enqueue(&unsafe { self.stream(std::ptr::null_mut()) })
+    }
+}
+
+/// GPU 0; `None`, with a line on standard error, where there is none. `MOEPRESS_REQUIRE_GPU=1` makes that a failure.
+pub fn device() -> Option<Arc<Device>> {
+    static DEVICE: OnceLock<Option<Arc<Device>>> = OnceLock::new();
+    let open = || match availability() {
+        Ok(_) => Some(Device::new(0).unwrap()),
+        Err(why) => {
+            let required = std::env::var("MOEPRESS_REQUIRE_GPU").is_ok_and(|v| v == "1");
+            assert!(!required, "MOEPRESS_REQUIRE_GPU=1: {why}");
+            eprintln!("skipped: {why}");
+            None
+        }
+    };
+    DEVICE.get_or_init(open).clone()
+}
+
+/// Tests, functions of a [`Gpu`], that run on the emulated GPU and on a real one.
+#[macro_export]
+macro_rules! on_every_gpu {
+    ($($test:ident)*) => {
+        mod emulated {
+            use super::gpu::emulator::{Emulator, Mode};
+            $(
+                #[test]
+                fn $test() {
+                    if let Some(gpu) = Emulator::new(Mode::Random(3)) {
+                        super::$test(&gpu);
+                    }
+                }
+            )*
+        }
+        mod device {
+            $(
+                #[test]
+                fn $test() {
+                    if let Some(gpu) = super::gpu::device() {
+                        super::$test(&gpu);
+                    }
+                }
+            )*
+        }
+    };
+}
