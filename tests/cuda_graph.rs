@@ -52,7 +52,7 @@ fn layer(device: &Arc<Device>) -> MoeLayer<DeviceBlock> {
         let seed = 10 * e as u64;
         Expert::<Weight, Tensor>::Mlp(Mlp {
             gate: map(WIDTH, HIDDEN, seed, e),
-            up: map(WIDTH, HIDDEN, seed + 2, e),
+            up: Some(map(WIDTH, HIDDEN, seed + 2, e)),
             down: map(HIDDEN, WIDTH, seed + 4, e),
             activation: Activation::SwiGlu,
         })

@@ -111,7 +111,7 @@ impl Shape {
                 [0, 1, 2].map(|i| linear(Matrix::LowRank { u: out[i], v: factors[i] }))
             }
         };
-        Expert::Mlp(Mlp { gate, up, down, activation: Activation::SwiGlu })
+        Expert::Mlp(Mlp { gate, up: Some(up), down, activation: Activation::SwiGlu })
     }
 }
 
