@@ -3,8 +3,8 @@
 //!
 //! `cargo bench --bench cuda -- [--shape NAME] [--tokens N,N] [--peak TFLOP/s TB/s] [--kernels]`. One line of JSON per
 //! measurement on standard output. With `--peak`, what the device reaches in a large GEMM and in a copy, also the fraction
-//! of the floor: the larger of arithmetic and compulsory traffic, see `floor`. With `--kernels`, the time of each kernel
-//! instead.
+//! of the floor: the time for the arithmetic, or for reading the visited experts and the tokens once and writing the
+//! results, whichever is longer. With `--kernels`, the time of each kernel instead.
 
 mod layer;
 mod timing;
