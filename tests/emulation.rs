@@ -17,6 +17,8 @@ mod failure_tests;
 mod fault_tests;
 #[path = "emulation/gemm_tests.rs"]
 mod gemm_tests;
+#[path = "emulation/mistake_tests.rs"]
+mod mistake_tests;
 #[path = "emulation/oracle.rs"]
 mod oracle;
 #[allow(dead_code, reason = "mirrors the whole header")]
