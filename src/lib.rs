@@ -17,6 +17,7 @@
 //! | [`model`] | the forward pass, written once for any backend, a layer at a time |
 //! | [`calibrate`] | one streamed pass over tokens, and the statistics that it leaves |
 //! | [`plan`] | methods: from statistics and a budget to what becomes of every expert |
+//! | [`search`] | runs a model for methods that search on tokens: losses of dropping experts |
 //! | [`linalg`] | truncated and whitened SVD, assignment |
 //! | [`compress`] | carries out a plan; the only place that writes weights |
 //! | [`eval`] | perplexity, agreement with the original, multiple choice |
@@ -68,4 +69,5 @@ pub mod linalg;
 pub mod model;
 pub mod plan;
 pub mod progress;
+pub mod search;
 pub mod tokens;

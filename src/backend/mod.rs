@@ -352,6 +352,20 @@ pub trait Backend: Sync {
         observer: &mut Self::Observer,
     ) -> Result<()>;
 
+    /// Runs every expert on the given rows of `x`, the same `x` that [`Backend::route`] saw last, waits, and returns for
+    /// each of the rows the inner products of the experts' outputs, without combine weights (where weights multiply
+    /// inputs: of the outputs that the expert has for this token): the lower triangle, row-major, so that (a, b) with
+    /// b ≤ a stands at a(a + 1)/2 + b. With `extra`, `[rows, hidden]`, one more vector per row stands behind the
+    /// outputs.
+    fn output_grams(
+        &self,
+        x: &Self::Buffer,
+        rows: &[usize],
+        extra: Option<&[f32]>,
+        experts: &Self::Experts,
+        routing: &mut Self::Routing,
+    ) -> Result<Vec<f32>>;
+
     /// Waits, then returns what [`Backend::route`] decided.
     fn routes(&self, routing: &Self::Routing) -> Result<Routes>;
     /// Waits, then returns what was observed.

@@ -198,7 +198,9 @@ impl Residual {
             }
         }
         file.commit()?;
-        let _ = fs::remove_file(self.file(done - 1));
+        for earlier in 0..done {
+            let _ = fs::remove_file(self.file(earlier));
+        }
         Ok(())
     }
 

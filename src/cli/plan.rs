@@ -5,20 +5,23 @@ use std::time::Instant;
 
 use clap::ArgGroup;
 use moepress::architecture::Profile;
-use moepress::backend::Moments;
+use moepress::backend::{Backend, Moments};
 use moepress::calibrate::Statistics;
 use moepress::checkpoint::Checkpoint;
 use moepress::compress::WeightSpectra;
-use moepress::model::{open_architecture, profile};
+use moepress::model::{Model, open_architecture, profile};
 use moepress::plan::{
-    Budget, Error, Expected, Plan, Request, SpectrumSource, StatisticsRef, coverage, method, parse_size,
+    Budget, Error, Expected, Method, OptionSpec, Plan, Request, SpectrumSource, StatisticsRef, coverage,
+    method, parse_size,
 };
 use moepress::progress::Progress as _;
+use moepress::search::Search;
 use serde::Serialize;
 
-use super::common::{DeviceArgs, OutputArgs, check_output_file};
+use super::common::{Device, DeviceArgs, OutputArgs, check_output_file, load_token_file};
 use super::failure::Failure;
 use super::output;
+use super::progress::Report;
 use super::table::{Align, Table};
 use super::units::{bytes, counted, parameters, parse_at_least, percent, seconds};
 
@@ -80,12 +83,18 @@ fn parse_option(text: &str) -> Result<(String, String), String> {
 impl Args {
     pub(crate) fn run(&self) -> Result<(), Failure> {
         let method = method(&self.method)?;
-        // A method that can be given a rank instead of a budget says itself what it lacks.
-        let takes_rank = method.options().iter().any(|o| o.name == "rank" && o.default.is_none());
-        if self.budget().is_none() && !takes_rank {
+        // A method that can be given a rank instead of a budget, or that skips experts, says itself what it lacks.
+        let optional = |o: &OptionSpec| (o.name == "rank" && o.default.is_none()) || o.name == "skip";
+        if self.budget().is_none() && !method.options().iter().any(optional) {
             return Err(Failure::Usage(
                 "one of --remove, --experts and --bytes is needed; see `moepress plan --help`".into(),
             ));
+        }
+        if method.needs().tokens && (self.model.is_none() || self.tokens.is_none()) {
+            let name = method.name();
+            return Err(Failure::Usage(format!(
+                "--model and --tokens are needed: {name} searches on the tokens themselves"
+            )));
         }
         let start = Instant::now();
         let statistics = self.stats.as_deref().map(Statistics::open).transpose()?;
@@ -99,7 +108,11 @@ impl Args {
             (None, Some(statistics)) => statistics.profile().clone(),
             (None, None) => return Err(Failure::Usage("one of --stats and --model is needed".into())),
         };
-        let read = checkpoint.iter().flat_map(Checkpoint::files).chain(self.stats.clone());
+        let read = checkpoint
+            .iter()
+            .flat_map(Checkpoint::files)
+            .chain(self.stats.clone())
+            .chain(self.tokens.clone());
         check_output_file("--out", &self.out, read)?;
         let moments = statistics.as_ref().map(|s| self.moments(s, &profile.identity)).transpose()?;
         let source = statistics.as_ref().map(|s| StatisticsRef {
@@ -111,19 +124,25 @@ impl Args {
         let spectra = weights.as_ref().map(|(checkpoint, architecture)| {
             WeightSpectra::new(checkpoint, architecture, statistics.as_ref().filter(|_| whiten))
         });
-        let plan = method.plan(&Request {
+        let request = Request {
             statistics: moments.as_deref(),
             source: source.as_ref(),
             budget: self.budget(),
             options: &self.set.iter().cloned().collect(),
             spectra: spectra.as_ref().map(|s| s as &dyn SpectrumSource),
             ..Request::new(&profile)
-        });
-        let plan = plan.map_err(|e| self.named(e))?;
-        let mut report = self.output.report();
-        plan.warnings.iter().for_each(|warning| report.warn(warning));
-        drop(report);
-        plan.write(&self.out)?;
+        };
+        let plan = match (&checkpoint, &self.tokens) {
+            (Some(checkpoint), Some(tokens)) if method.needs().tokens => {
+                let Device::Cpu(cpu) = self.device.open()?;
+                self.search(method, request, checkpoint, tokens, &cpu)?
+            }
+            _ => {
+                let plan = method.plan(&request).map_err(|e| self.named(e))?;
+                self.write(&plan, &mut self.output.report())?;
+                plan
+            }
+        };
         let coverage = match (&statistics, &moments) {
             (Some(statistics), Some(moments)) => {
                 let files = statistics.tokens().files.iter().cloned();
@@ -132,6 +151,38 @@ impl Args {
             _ => Vec::new(),
         };
         self.show(&plan, &profile, &coverage, start.elapsed().as_secs_f64())
+    }
+
+    /// Plans with a method that searches on tokens.
+    fn search<B: Backend>(
+        &self,
+        method: &dyn Method,
+        request: Request<'_>,
+        checkpoint: &Checkpoint,
+        tokens: &Path,
+        backend: &B,
+    ) -> Result<Plan, Failure> {
+        let windows = load_token_file(tokens, &open_architecture(checkpoint)?)?;
+        let model = Model::new(checkpoint, backend, windows.length)?;
+        let source = StatisticsRef {
+            file: tokens.display().to_string(),
+            sha256: windows.sha256(),
+            tokens: windows.real_tokens() as u64,
+        };
+        let what = format!("{} {:?} {:?}", method.name(), self.budget(), request.options);
+        let mut report = self.output.report();
+        let search = Search::new(&model, &windows, &self.out, &what, &mut report)?;
+        let request = Request { source: Some(&source), losses: Some(&search), ..request };
+        let plan = method.plan(&request).map_err(|e| self.named(e))?;
+        self.write(&plan, &mut self.output.report())?;
+        search.finish()?;
+        Ok(plan)
+    }
+
+    /// Writes the plan, and says what the person who asked for it should know.
+    fn write(&self, plan: &Plan, report: &mut Report) -> Result<(), Failure> {
+        plan.warnings.iter().for_each(|warning| report.warn(warning));
+        Ok(plan.write(&self.out)?)
     }
 
     /// Says which file the planner complains about, where it is the statistics.

@@ -292,12 +292,12 @@ fn plan_all<B: Backend>(
         for &remove in request.remove {
             let start = Instant::now();
             let plan = candidate.method.plan(&PlanRequest {
-                profile,
                 statistics: Some(&moments),
                 source: Some(&source),
                 budget: Some(Budget::Remove(remove)),
                 options: &candidate.options,
                 spectra: Some(&spectra as &dyn SpectrumSource),
+                ..PlanRequest::new(profile)
             });
             let mut row = Row { method: candidate.name(), remove, measured: None, error: None };
             match plan {

@@ -46,7 +46,7 @@ impl<B: Backend> FeedForward<B> {
                 let Scratch { normed, gate, up, out, .. } = scratch;
                 Ok(run(backend, mlp, normed, gate, up, out)?)
             }
-            FeedForward::Moe(moe) => Ok(moe.apply(backend, batch, scratch, observe)?),
+            FeedForward::Moe(moe) => Ok(moe.apply(backend, batch, scratch, None, observe)?),
         }
     }
 }
@@ -67,15 +67,45 @@ impl<B: Backend> Moe<B> {
         })
     }
 
-    fn apply(
+    /// Routes `scratch.normed` with `router`, or the layer's own.
+    pub(super) fn route(
+        &self,
+        backend: &B,
+        scratch: &mut Scratch<B>,
+        router: Option<&B::Router>,
+    ) -> BackendResult<()> {
+        backend.route(&scratch.normed, router.unwrap_or(&self.router), &mut scratch.routing)
+    }
+
+    /// Runs the experts that were just chosen, and no shared one, into `scratch.out`.
+    pub(super) fn run_routed(&self, backend: &B, scratch: &mut Scratch<B>) -> BackendResult<()> {
+        let Scratch { normed, out, routing, .. } = scratch;
+        backend.run_experts(normed, &self.experts, routing, out, None)
+    }
+
+    /// See [`Backend::output_grams`].
+    pub(super) fn output_grams(
+        &self,
+        backend: &B,
+        rows: &[usize],
+        extra: Option<&[f32]>,
+        scratch: &mut Scratch<B>,
+    ) -> BackendResult<Vec<f32>> {
+        let Scratch { normed, routing, .. } = scratch;
+        backend.output_grams(normed, rows, extra, &self.experts, routing)
+    }
+
+    /// Reads `scratch.normed`, writes `scratch.out`; chooses with `router`, or the layer's own.
+    pub(super) fn apply(
         &self,
         backend: &B,
         batch: &Batch,
         scratch: &mut Scratch<B>,
+        router: Option<&B::Router>,
         observe: Option<Observation<'_, B>>,
     ) -> BackendResult<()> {
+        self.route(backend, scratch, router)?;
         let Scratch { normed, out, shared, gate, up, scalar, routing, .. } = scratch;
-        backend.route(normed, &self.router, routing)?;
         match observe {
             None => backend.run_experts(normed, &self.experts, routing, out, None)?,
             Some(Observation { observer, sample }) => {

@@ -7,10 +7,10 @@ use super::Result;
 use super::attention::Attention;
 use super::cache::LayerCache;
 use super::feed_forward::FeedForward;
-use super::source::{LayerSource, LinearSource, NormSource};
+use super::source::{LayerSource, LinearSource, MoeSource, NormSource};
 use super::stream::Chunk;
 use crate::architecture::Architecture;
-use crate::backend::{Backend, Batch, Result as BackendResult};
+use crate::backend::{Backend, Batch, Result as BackendResult, Routes};
 
 /// A layer prepared for a backend.
 pub struct Layer<B: Backend> {
@@ -216,5 +216,69 @@ impl<B: Backend> Layer<B> {
         self.post_attention_norm.apply(backend, x, self.eps, &mut scratch.normed)?;
         self.feed_forward.apply(backend, batch, scratch, observe)?;
         Ok(backend.add(x, &scratch.out)?)
+    }
+
+    /// Another router for the layer's experts, such as one that cannot choose some of them.
+    ///
+    /// # Errors
+    /// Where a token might find too few experts.
+    pub fn router(backend: &B, l: usize, source: &MoeSource) -> Result<B::Router> {
+        source.check_choices(l)?;
+        Ok(backend.router(&source.router, source.rule())?)
+    }
+
+    /// The feed-forward half with another router; the layer must have one.
+    pub fn feed_with(
+        &self,
+        backend: &B,
+        x: &mut B::Buffer,
+        batch: &Batch,
+        scratch: &mut Scratch<B>,
+        router: &B::Router,
+    ) -> Result<()> {
+        self.post_attention_norm.apply(backend, x, self.eps, &mut scratch.normed)?;
+        if let FeedForward::Moe(moe) = &self.feed_forward {
+            moe.apply(backend, batch, scratch, Some(router), None)?;
+        }
+        Ok(backend.add(x, &scratch.out)?)
+    }
+
+    /// Routes the feed-forward half's input, with `router` or the layer's own; leaves `x` as it is. The layer must have
+    /// a router.
+    pub fn route(
+        &self,
+        backend: &B,
+        x: &B::Buffer,
+        scratch: &mut Scratch<B>,
+        router: Option<&B::Router>,
+    ) -> Result<Routes> {
+        self.post_attention_norm.apply(backend, x, self.eps, &mut scratch.normed)?;
+        if let FeedForward::Moe(moe) = &self.feed_forward {
+            moe.route(backend, scratch, router)?;
+        }
+        Ok(backend.routes(&scratch.routing)?)
+    }
+
+    /// The routed experts' output, without shared experts, for what [`Layer::route`] just routed: `[tokens, hidden]` on
+    /// the host.
+    pub fn routed_output(&self, backend: &B, scratch: &mut Scratch<B>) -> Result<Vec<f32>> {
+        if let FeedForward::Moe(moe) = &self.feed_forward {
+            moe.run_routed(backend, scratch)?;
+        }
+        Ok(backend.download(&scratch.out)?)
+    }
+
+    /// [`Backend::output_grams`] of the given rows of what [`Layer::route`] just routed.
+    pub fn output_grams(
+        &self,
+        backend: &B,
+        rows: &[usize],
+        extra: Option<&[f32]>,
+        scratch: &mut Scratch<B>,
+    ) -> Result<Vec<f32>> {
+        match &self.feed_forward {
+            FeedForward::Moe(moe) => Ok(moe.output_grams(backend, rows, extra, scratch)?),
+            FeedForward::Dense(_) => Ok(Vec::new()),
+        }
     }
 }

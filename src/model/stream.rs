@@ -106,6 +106,16 @@ impl<'m, B: Backend> Stream<'m, B> {
         Ok(())
     }
 
+    /// Advances every chunk by `layer`; with `router` in place of the layer's own, where it is given.
+    pub fn advance_with(&mut self, layer: &Layer<B>, router: Option<&B::Router>) -> Result<()> {
+        let Some(router) = router else { return self.advance(layer, |_, _| Ok(())) };
+        for Chunk { x, batch, .. } in &mut self.chunks {
+            layer.attend(self.backend, x, batch, &mut self.scratch)?;
+            layer.feed_with(self.backend, x, batch, &mut self.scratch, router)?;
+        }
+        Ok(())
+    }
+
     /// Advances every chunk by `layer` and measures on the way; `sample` lists the rows of a chunk on which every
     /// expert is run.
     pub fn observe(

@@ -207,6 +207,22 @@ impl<'a> Costs<'a> {
         if base { sizes + self.expert(layer, &Action::Keep) } else { sizes }
     }
 
+    /// Size on disk of the checkpoint after `layers`, which must fit the profile.
+    pub(super) fn size_of(&self, layers: &[LayerPlan]) -> u64 {
+        let (mut before, mut after) = (Sizes::default(), Sizes::default());
+        for (plan, layer) in layers.iter().zip(&self.profile.moe_layers) {
+            let experts = layer.experts as u64;
+            let router = Sizes { parameters: 0, bytes: layer.router_bytes, tensors: 0 };
+            before += (self.expert(layer, &Action::Keep) + router) * experts;
+            after +=
+                self.layer(layer, plan.experts.iter().map(|e| &e.action)) + router * plan.routed() as u64;
+        }
+        self.on_disk(
+            self.profile.bytes - before.bytes + after.bytes,
+            self.profile.tensors - before.tensors + after.tensors,
+        )
+    }
+
     /// What goes with one dropped expert: its weights and its router row, or where a constant takes its place, what is
     /// more than that.
     pub(super) fn dropped(&self, layer: &MoeProfile) -> Sizes {

@@ -84,6 +84,9 @@ pub enum Error {
         /// What is wrong, and what would be right.
         problem: String,
     },
+    /// A search on tokens failed, or was given none.
+    #[error("{0}")]
+    Search(String),
     /// The spectrum of a matrix is missing or damaged.
     #[error("spectrum: {place}{problem}")]
     Spectrum {

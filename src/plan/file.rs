@@ -72,6 +72,9 @@ pub struct LayerPlan {
     pub skip: Option<Skip>,
     /// Every original expert, in order.
     pub experts: Vec<ExpertPlan>,
+    /// Loss of dropping the experts that the plan drops, where the method measured it. Information only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss: Option<f64>,
     /// Experts that the super-expert guard protected; a later choice of other experts must keep them too.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub protected: Vec<usize>,
@@ -114,7 +117,15 @@ impl LayerPlan {
     pub fn new(layer: usize, top_k: usize, actions: impl IntoIterator<Item = Action>) -> Self {
         let expert = |(expert, action)| ExpertPlan { expert, action };
         let experts = actions.into_iter().enumerate().map(expert).collect();
-        LayerPlan { layer, top_k, skip: None, experts, protected: Vec::new(), router: MergedRows::default() }
+        LayerPlan {
+            layer,
+            top_k,
+            skip: None,
+            experts,
+            loss: None,
+            protected: Vec::new(),
+            router: MergedRows::default(),
+        }
     }
 
     /// Whether the router keeps the row of an expert with `action`: it is neither dropped nor merged into another one
@@ -289,7 +300,10 @@ fn layer_json(layer: &LayerPlan) -> String {
         MergedRows::Redirect => String::new(),
         MergedRows::Fuse => format!(", \"router\": {}", line(&layer.router)),
     };
-    format!("{{\"layer\": {number}, \"top_k\": {top_k}{skip}, \"experts\": {experts}{protected}{router}}}")
+    let loss = layer.loss.map_or_else(String::new, |loss| format!(", \"loss\": {}", line(&loss)));
+    format!(
+        "{{\"layer\": {number}, \"top_k\": {top_k}{skip}{loss}, \"experts\": {experts}{protected}{router}}}"
+    )
 }
 
 /// A JSON array with one item per line.

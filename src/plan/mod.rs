@@ -26,6 +26,7 @@ mod options;
 mod protect;
 mod read;
 mod score;
+mod search;
 mod select;
 mod size;
 
@@ -43,4 +44,8 @@ pub use methods::{
     Method, Needs, Paper, Request, SpectrumSource, method, methods, regroup_layer, rescore_layer,
 };
 pub use options::{OptionKind, OptionSpec, Options};
+pub use search::{
+    Found, Genetic, Loss, LossRule, LossSource, Pass, RankRule, Subsets, Tails, greedy_and_swap,
+    inverse_importance, ranks_by_importance,
+};
 pub use size::{format_size, parse_size};

@@ -69,7 +69,8 @@ fn expected(object: &Object<'_>) -> Result<Expected> {
 fn layer(value: &Value) -> Result<LayerPlan> {
     let number = Object::new(value, Place::top().field("layers"))?.index("layer")?;
     let object = Object::new(value, Place::layer(number))?;
-    object.only(&["layer", "top_k", "skip", "experts", "protected", "router"])?;
+    object.only(&["layer", "top_k", "skip", "loss", "experts", "protected", "router"])?;
+    let loss = object.map.get("loss").map(|_| object.real("loss")).transpose()?;
     let read = |value| expert(value, &object.place);
     let mut experts = object.array("experts")?.iter().map(read).collect::<Result<Vec<_>>>()?;
     experts.sort_by_key(|e| e.expert);
@@ -90,7 +91,7 @@ fn layer(value: &Value) -> Result<LayerPlan> {
             return Err(wrong(&object.place.field("router"), value, "\"redirect\" or \"fuse\""));
         }
     };
-    Ok(LayerPlan { layer: number, top_k: object.index("top_k")?, skip, experts, protected, router })
+    Ok(LayerPlan { layer: number, top_k: object.index("top_k")?, skip, experts, loss, protected, router })
 }
 
 fn skip(object: &Object<'_>) -> Result<Skip> {

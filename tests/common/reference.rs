@@ -8,7 +8,7 @@ use moepress::backend::cpu::Cpu;
 use moepress::calibrate::{Options as Calibration, Statistics, calibrate};
 use moepress::checkpoint::Checkpoint;
 use moepress::compress::{Options, compress};
-use moepress::eval::perplexity;
+use moepress::eval::{Evaluation, perplexity};
 use moepress::model::Model;
 use moepress::plan::{Budget, Plan, Request, method};
 use moepress::tokens::Windows;
@@ -72,16 +72,25 @@ impl Reference {
         nll(&out, &self.evaluation) - self.expected(key)
     }
 
-    pub fn expected(&self, key: &str) -> f64 {
+    /// What the reference says about the model called `key`; null where there is none.
+    pub fn entry(&self, key: &str) -> &Value {
         let entry = &self.evaluations[key];
-        let entry = if entry.is_null() { &self.evaluations["evaluations"][key] } else { entry };
-        entry["nll_overall"].as_f64().unwrap()
+        if entry.is_null() { &self.evaluations["evaluations"][key] } else { entry }
+    }
+
+    pub fn expected(&self, key: &str) -> f64 {
+        self.entry(key)["nll_overall"].as_f64().unwrap()
     }
 }
 
 /// Mean NLL of a model on the evaluation windows.
 pub fn nll(model: &Path, evaluation: &Windows) -> f64 {
+    evaluate(model, evaluation).overall.nll
+}
+
+/// A model on the evaluation windows.
+pub fn evaluate(model: &Path, evaluation: &Windows) -> Evaluation {
     let checkpoint = Checkpoint::open(model).unwrap();
     let model = Model::new(&checkpoint, &Cpu, evaluation.length).unwrap();
-    perplexity(&model, evaluation, &mut ()).unwrap().overall.nll
+    perplexity(&model, evaluation, &mut ()).unwrap()
 }

@@ -5,6 +5,7 @@
 mod attention;
 mod experts;
 mod gemm;
+mod grams;
 mod latent;
 mod linear;
 mod math;
@@ -63,6 +64,19 @@ impl CpuBuffer {
         self.rows = rows;
         self.cols = cols;
         self.data.resize(rows * cols, 0.0);
+    }
+}
+
+impl Cpu {
+    /// Runs every expert on the given rows of `x`; the outputs are left in the workspace of `routing`.
+    fn run_all(x: &CpuBuffer, rows: &[usize], experts: &CpuExperts, routing: &mut CpuRouting) {
+        let mut sample = CpuBuffer::default();
+        sample.reshape(rows.len(), x.cols);
+        for (to, &from) in sample.data.chunks_exact_mut(x.cols).zip(rows) {
+            to.copy_from_slice(x.row(from));
+        }
+        routing.choose_all(rows, experts.len());
+        experts.run(&sample, routing);
     }
 }
 
@@ -291,15 +305,21 @@ impl Backend for Cpu {
         routing: &mut CpuRouting,
         observer: &mut Moments,
     ) -> Result<()> {
-        let mut sample = CpuBuffer::default();
-        sample.reshape(rows.len(), x.cols);
-        for (to, &from) in sample.data.chunks_exact_mut(x.cols).zip(rows) {
-            to.copy_from_slice(x.row(from));
-        }
-        routing.choose_all(rows, experts.len());
-        experts.run(&sample, routing);
+        Cpu::run_all(x, rows, experts, routing);
         observe::sampled(observer, routing, experts, x.cols, rows.len());
         Ok(())
+    }
+
+    fn output_grams(
+        &self,
+        x: &CpuBuffer,
+        rows: &[usize],
+        extra: Option<&[f32]>,
+        experts: &CpuExperts,
+        routing: &mut CpuRouting,
+    ) -> Result<Vec<f32>> {
+        Cpu::run_all(x, rows, experts, routing);
+        Ok(grams::of_outputs(routing, experts, x.cols, rows.len(), extra))
     }
 
     fn routes(&self, routing: &CpuRouting) -> Result<Routes> {

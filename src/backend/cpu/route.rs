@@ -116,7 +116,7 @@ impl RouterRule {
     ///
     /// Rows that are not live take part in nothing, and sums run in row order, so the result is bit for bit that of a
     /// router without them.
-    fn decide(
+    pub fn decide(
         &self,
         logits: &[f32],
         choice_bias: &[f32],

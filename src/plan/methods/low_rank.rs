@@ -84,16 +84,7 @@ impl Method for LowRank {
         let profile = request.profile;
         check::profile(profile)?;
         let options = options::resolve(self.name(), &OPTIONS, request.options)?;
-        for layer in &profile.moe_layers {
-            let values = u128::from(layer.matrices()) * profile.hidden_size as u128 * layer.width as u128;
-            if u128::from(layer.expert_parameters) < values {
-                let (has, place) =
-                    (layer.expert_parameters, Place::layer(layer.layer).field("expert_parameters"));
-                let problem =
-                    format!("found {has}, but a dense expert has {values}; low-rank needs dense experts");
-                return Err(place.profile(problem));
-            }
-        }
+        check_dense(self.name(), profile)?;
         let dtype = FactorDtype::NAMES.into_iter().find(|n| options::is(&options, "factor_dtype", n));
         let costs = Costs::new(profile, dtype.and_then(FactorDtype::from_name).unwrap_or_default());
         let layers = match Target::new(request.budget, &options)? {
@@ -129,6 +120,21 @@ impl Method for LowRank {
         }
         Plan::assemble(profile, self.name(), options, request.source.cloned(), plans, warnings)
     }
+}
+
+/// Refuses experts that have been compressed already.
+pub(super) fn check_dense(method: &str, profile: &Profile) -> Result<()> {
+    for layer in &profile.moe_layers {
+        let values = u128::from(layer.matrices()) * profile.hidden_size as u128 * layer.width as u128;
+        if u128::from(layer.expert_parameters) < values {
+            let (has, place) =
+                (layer.expert_parameters, Place::layer(layer.layer).field("expert_parameters"));
+            let problem =
+                format!("found {has}, but a dense expert has {values}; {method} needs dense experts");
+            return Err(place.profile(problem));
+        }
+    }
+    Ok(())
 }
 
 /// What decides the ranks.
@@ -173,15 +179,20 @@ impl Target {
 }
 
 /// The matrices of one layer's experts: all have d·p values and d + p rows and columns.
-struct Shape<'a> {
+pub(super) struct Shape<'a> {
     layer: &'a MoeProfile,
     d: usize,
     p: usize,
 }
 
 impl<'a> Shape<'a> {
-    fn new(profile: &'a Profile, layer: &'a MoeProfile) -> Self {
+    pub(super) fn new(profile: &'a Profile, layer: &'a MoeProfile) -> Self {
         Shape { layer, d: profile.hidden_size, p: layer.width }
+    }
+
+    /// The layer.
+    pub(super) fn layer(&self) -> &'a MoeProfile {
+        self.layer
     }
 
     /// Values of a dense matrix.
@@ -195,12 +206,12 @@ impl<'a> Shape<'a> {
     }
 
     /// The rank at which factors take as many values as the matrix.
-    fn break_even(&self) -> f64 {
+    pub(super) fn break_even(&self) -> f64 {
         self.values() as f64 / self.step() as f64
     }
 
     /// The largest rank that saves anything; 0 where none does.
-    fn largest(&self) -> usize {
+    pub(super) fn largest(&self) -> usize {
         ((self.values() - 1) / self.step()) as usize
     }
 
@@ -210,7 +221,7 @@ impl<'a> Shape<'a> {
     }
 
     /// The same rank for all matrices.
-    fn ranks(&self, rank: usize) -> Ranks {
+    pub(super) fn ranks(&self, rank: usize) -> Ranks {
         let mut ranks = Ranks::default();
         for &matrix in self.layer.projections() {
             *ranks.get_mut(matrix) = self.useful(rank);

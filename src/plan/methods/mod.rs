@@ -2,14 +2,17 @@
 
 mod low_rank;
 mod merge;
+mod moe_i2;
 mod mone;
+mod naee;
 mod prune;
+mod skip;
 
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
 use super::file::StatisticsRef;
-use super::{Budget, Error, OptionSpec, Plan, Projection, Result};
+use super::{Budget, Error, LossSource, OptionSpec, Plan, Projection, Result};
 use crate::architecture::Profile;
 use crate::backend::Moments;
 
@@ -61,6 +64,8 @@ pub struct Request<'a> {
     pub options: &'a BTreeMap<String, String>,
     /// Spectra, for options that allocate ranks by them.
     pub spectra: Option<&'a dyn SpectrumSource>,
+    /// Losses, for methods that search on the tokens themselves.
+    pub losses: Option<&'a dyn LossSource>,
 }
 
 impl<'a> Request<'a> {
@@ -68,7 +73,15 @@ impl<'a> Request<'a> {
     /// `Request { budget, ..Request::new(profile) }`.
     pub fn new(profile: &'a Profile) -> Self {
         static NO_OPTIONS: BTreeMap<String, String> = BTreeMap::new();
-        Request { profile, statistics: None, source: None, budget: None, options: &NO_OPTIONS, spectra: None }
+        Request {
+            profile,
+            statistics: None,
+            source: None,
+            budget: None,
+            options: &NO_OPTIONS,
+            spectra: None,
+            losses: None,
+        }
     }
 }
 
@@ -101,7 +114,8 @@ pub trait Method: Sync {
 static METHODS: LazyLock<Vec<&'static dyn Method>> = LazyLock::new(|| {
     let prune = prune::METHODS.iter().map(|m| m as &dyn Method);
     let merge: [&dyn Method; 4] = [&merge::M_SMOE, &merge::MC_SMOE, &merge::HcSmoe, &merge::Ream];
-    prune.chain([&mone::Mone as &dyn Method, &low_rank::LowRank]).chain(merge).collect()
+    let rest: [&dyn Method; 4] = [&mone::Mone, &naee::Naee, &low_rank::LowRank, &moe_i2::MoeI2];
+    prune.chain(rest).chain(merge).collect()
 });
 
 /// Every method.

@@ -411,7 +411,7 @@ fn shapes_of_the_file() {
         (|p| p["layers"][1] = json!({}), "layers.layer: this field is missing"),
         (
             |p| p["layers"][1]["top_p"] = json!(7),
-            "layer 2: top_p: unknown field; known here: layer, top_k, skip, experts, protected, router",
+            "layer 2: top_p: unknown field; known here: layer, top_k, skip, loss, experts, protected, router",
         ),
         (
             |p| p["layers"][1]["top_k"] = json!(2.5),
