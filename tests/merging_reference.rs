@@ -55,12 +55,10 @@ fn plan(statistics: &Statistics, name: &str, percent: &str, set: &[(&str, &str)]
     let moments = statistics.first_moments().unwrap();
     let options: BTreeMap<String, String> = set.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect();
     let request = Request {
-        profile: statistics.profile(),
         statistics: Some(&moments),
-        source: None,
         budget: Some(Budget::Remove(percent.parse::<f64>().unwrap() / 100.0)),
         options: &options,
-        spectra: None,
+        ..Request::new(statistics.profile())
     };
     method(name).unwrap().plan(&request).unwrap()
 }
