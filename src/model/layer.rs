@@ -191,7 +191,8 @@ impl<B: Backend> Layer<B> {
         Ok(self.attention.cache(backend)?)
     }
 
-    fn attend_with(
+    /// The attention half of a decoder-only model, on any residual stream `x`; with a cache, for the next tokens.
+    pub(crate) fn attend_with(
         &self,
         backend: &B,
         x: &mut B::Buffer,

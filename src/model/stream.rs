@@ -109,9 +109,9 @@ impl<'m, B: Backend> Stream<'m, B> {
     /// Advances every chunk by `layer`; with `router` in place of the layer's own, where it is given.
     pub fn advance_with(&mut self, layer: &Layer<B>, router: Option<&B::Router>) -> Result<()> {
         let Some(router) = router else { return self.advance(layer, |_, _| Ok(())) };
-        for Chunk { x, batch, .. } in &mut self.chunks {
-            layer.attend(self.backend, x, batch, &mut self.scratch)?;
-            layer.feed_with(self.backend, x, batch, &mut self.scratch, router)?;
+        for chunk in &mut self.chunks {
+            layer.attend(self.backend, chunk, &mut self.scratch)?;
+            layer.feed_with(self.backend, &mut chunk.x, &chunk.batch, &mut self.scratch, router)?;
         }
         Ok(())
     }

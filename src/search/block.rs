@@ -87,7 +87,7 @@ fn descend<B: Backend>(
         return leaf(x);
     };
     backend.copy_rows(x, 0, batch.tokens(), attended)?;
-    stage.layer.attend(backend, attended, batch, scratch)?;
+    stage.layer.attend_with(backend, attended, batch, scratch, None)?;
     let one = [None];
     for router in stage.routers.as_deref().unwrap_or(&one) {
         backend.copy_rows(attended, 0, batch.tokens(), out)?;

@@ -10,6 +10,7 @@ use super::journal::Journal;
 use super::rows::{batches, real};
 use super::rule::Rule;
 use super::tails::Collector;
+use crate::architecture::Architecture;
 use crate::backend::{Backend, Expert};
 use crate::calibrate::{self, Residual};
 use crate::model::{FeedForwardSource, Layer, LayerSource, Model, Result, Stream, TOKENS_PER_CHUNK, profile};
@@ -260,8 +261,9 @@ impl<'m, B: Backend> State<'_, 'm, B> {
             if self.settings.progressive {
                 streams.original = Some(stream()?);
             } else if self.commits > 0 && self.work.layers_done() <= self.position {
-                let hidden_size = model.architecture().hidden_size;
-                from = self.work.restore(model.backend(), &mut streams.inputs, hidden_size)?;
+                let Architecture { hidden_size, encoder_layers, .. } = *model.architecture();
+                from =
+                    self.work.restore(model.backend(), &mut streams.inputs, hidden_size, encoder_layers)?;
             }
             self.streams = Some(streams);
         }
@@ -299,7 +301,7 @@ impl<'m, B: Backend> State<'_, 'm, B> {
         let layer = model.prepare(&source)?;
         for Stream { chunks, scratch, .. } in self.streams.iter_mut().flat_map(Streams::all) {
             for chunk in chunks {
-                layer.attend(model.backend(), &mut chunk.x, &chunk.batch, scratch)?;
+                layer.attend(model.backend(), chunk, scratch)?;
             }
         }
         self.entered = Some(Entered { source, layer, grams: None, targets: None });
@@ -375,6 +377,11 @@ impl<'m, B: Backend> State<'_, 'm, B> {
     }
 
     fn set_mark(&mut self) -> calibrate::Result<()> {
+        if self.model.architecture().encoder_layers > 0 {
+            let what =
+                "blocks of layers cannot be compared across encoder and decoder; use --set block=1".into();
+            return Err(crate::model::Error::Inconsistent { layer: self.position, what }.into());
+        }
         let position = self.position;
         self.reach(position)?;
         let chunks = self.streams.as_ref().map_or(&[][..], |s| &s.inputs.chunks);
