@@ -4,12 +4,13 @@ use std::borrow::Cow;
 
 use rayon::prelude::*;
 
-use super::factorise::{FactorOptions, Whitening, factorise};
+use super::factorise::{FactorOptions, Whitening, factorise_on};
 use super::merge::{Merged, merge};
 use super::{Alignment, Error, Result};
 use crate::architecture::Projection;
 use crate::backend::{Expert, Linear, Matrix, Moment, Moments, StoredExpert};
 use crate::checkpoint::{Dtype, Tensor, Weight};
+use crate::linalg::Threads;
 use crate::model::MoeSource;
 use crate::plan::{Action, LayerPlan, Plan, Ranks};
 
@@ -68,6 +69,10 @@ pub fn apply_layer(
     let source = merged.as_ref().map_or(source, |m| &m.moe);
     let slots: Vec<usize> =
         plan.experts.iter().filter(|e| plan.has_row(&e.action)).map(|e| e.expert).collect();
+    // Experts at once or one after the other: whatever leaves no thread without work.
+    let factorised =
+        slots.iter().filter(|&&s| matches!(plan.experts[s].action, Action::LowRank { .. })).count();
+    let threads = if factorised < rayon::current_num_threads() { Threads::All } else { Threads::One };
     let expert = |&slot: &usize| -> Result<StoredExpert> {
         let refuse = |what: String| Error::Action { layer: plan.layer, expert: slot, what };
         match &plan.experts[slot].action {
@@ -78,7 +83,7 @@ pub fn apply_layer(
                         .filter(|_| options.whiten)
                         .and_then(|all| Merged::gram(merged.as_ref(), all, moment, slot, side))
                 };
-                low_rank(plan.layer, slot, &source.experts[slot], *rank, gram, options)
+                low_rank(plan.layer, slot, &source.experts[slot], *rank, gram, options, threads)
             }
             Action::Constant => novice(slot, moments).map_err(refuse),
             other => Err(unknown_action(plan.layer, slot, other)),
@@ -137,6 +142,7 @@ fn low_rank<'g>(
     rank: Ranks,
     gram: impl Fn(Moment, usize) -> Option<Cow<'g, [f64]>>,
     options: FactorOptions,
+    threads: Threads,
 ) -> Result<StoredExpert> {
     let Expert::Mlp(mlp) = expert else {
         let what = format!("is {} and has no matrices to factorise; keep or drop it", expert.form());
@@ -151,7 +157,7 @@ fn low_rank<'g>(
         let moment = if p == Projection::Down { Moment::HiddenGram } else { Moment::InputGram };
         let gram = gram(moment, weight.cols());
         let whitening = gram.as_deref().map_or(Whitening::None, Whitening::Gram);
-        let factors = factorise(weight, rank, whitening, options);
+        let factors = factorise_on(weight, rank, whitening, options, threads);
         let weight =
             factors.map_err(|source| Error::Factorise { layer, expert: slot, matrix: p.name(), source })?;
         Ok(Linear { weight, bias: source.bias.clone() })

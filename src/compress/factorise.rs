@@ -2,7 +2,7 @@
 
 use crate::backend::Matrix as Form;
 use crate::checkpoint::{Dtype, Tensor, Weight};
-use crate::linalg::{self, Matrix, refit_left, refit_right, truncated_svd, whitened_svd};
+use crate::linalg::{self, Matrix, Threads, low_rank, refit_left_on, refit_right_on};
 
 /// How experts are merged, and how factors are stored.
 #[derive(Clone, Copy, Debug, Default)]
@@ -40,16 +40,24 @@ pub fn factorise(
     whitening: Whitening<'_>,
     options: FactorOptions,
 ) -> Result<Form<Weight>, linalg::Error> {
+    factorise_on(weight, rank, whitening, options, Threads::All)
+}
+
+/// [`factorise`] on as many threads as there are or on one; the result is the same.
+pub(super) fn factorise_on(
+    weight: &Weight,
+    rank: usize,
+    whitening: Whitening<'_>,
+    options: FactorOptions,
+    threads: Threads,
+) -> Result<Form<Weight>, linalg::Error> {
     let (rows, cols) = (weight.rows(), weight.cols());
     let w = Matrix::from_f32(rows, cols, &weight.to_f32())?;
     let gram = match whitening {
         Whitening::None => None,
         Whitening::Gram(values) => Some(Matrix::new(cols, cols, values.to_vec())?),
     };
-    let mut factors = match &gram {
-        None => truncated_svd(&w, rank)?,
-        Some(gram) => whitened_svd(&w, gram, rank)?,
-    };
+    let mut factors = low_rank(&w, gram.as_ref(), rank, threads)?;
     let stem = weight.name().strip_suffix(".weight").unwrap_or(weight.name());
     if options.densify {
         let product = factors.u.matmul(&factors.v)?;
@@ -62,13 +70,13 @@ pub fn factorise(
     if orthonormal_left {
         let u = store("u", &factors.u);
         if dtype != Dtype::F32 {
-            factors.v = refit_right(&Matrix::from_f32(rows, rank, &u.to_f32())?, &w)?;
+            factors.v = refit_right_on(&Matrix::from_f32(rows, rank, &u.to_f32())?, &w, threads)?;
         }
         Ok(Form::LowRank { u, v: store("v", &factors.v) })
     } else {
         let v = store("v", &factors.v);
         if dtype != Dtype::F32 {
-            factors.u = refit_left(&w, &Matrix::from_f32(rank, cols, &v.to_f32())?, None)?;
+            factors.u = refit_left_on(&w, &Matrix::from_f32(rank, cols, &v.to_f32())?, None, threads)?;
         }
         Ok(Form::LowRank { u: store("u", &factors.u), v })
     }

@@ -1,11 +1,10 @@
 //! The symmetric eigenproblem.
 
-use faer::diag::Diag;
-use faer::dyn_stack::{MemBuffer, MemStack};
-use faer::linalg::evd::{ComputeEigenvectors, self_adjoint_evd, self_adjoint_evd_scratch};
-use faer::{Mat, MatRef, Par, Spec};
+use faer::Mat;
 
-use super::{Error, Matrix, dense};
+use super::dense::Real;
+use super::tridiagonal::Tridiagonal;
+use super::{Error, Matrix, Threads, dense, divide};
 
 /// Eigenvalues and eigenvectors of a symmetric matrix: `a = vectors * diag(values) * vectorsᵀ`.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,52 +25,46 @@ pub struct Eigen {
 pub fn symmetric_eigen(a: &Matrix) -> Result<Eigen, Error> {
     a.expect_shape("the symmetric matrix", (a.rows(), a.rows()))?;
     a.expect_finite("the symmetric matrix")?;
-    let (values, vectors) = decompose(a.view())?;
+    let (values, vectors) = leading(a.view().to_owned(), &|values| values.len(), Threads::All)?;
     Ok(Eigen { values, vectors: Matrix::from_view(vectors.as_ref()) })
 }
 
 const WHAT: &str = "the symmetric eigendecomposition";
 
-/// [`symmetric_eigen`] on views; `a` is finite and square.
-pub(super) fn decompose(a: MatRef<'_, f64>) -> Result<(Vec<f64>, Mat<f64>), Error> {
+/// All eigenvalues, descending, and the eigenvectors of the first of them, as many as `wanted` says when it is given all
+/// values: orthonormal, with fixed signs. `a` is finite and square, and only its lower triangle is read.
+pub(super) fn leading<T: Real>(
+    a: Mat<T>,
+    wanted: &(dyn Fn(&[f64]) -> usize + Sync),
+    threads: Threads,
+) -> Result<(Vec<f64>, Mat<T>), Error> {
     let n = a.nrows();
+    let reduced = Tridiagonal::reduce(a, threads);
     let mut vectors = Mat::zeros(n, n);
-    let mut values = solve(a, Some(&mut vectors))?;
-    // The solver sorts ascending.
-    values.reverse();
-    let mut vectors = vectors.as_ref().reverse_cols().to_owned();
+    let values = solve(&reduced, Some(&mut vectors), wanted, threads)?;
+    let count = wanted(&values);
+    let vectors = vectors.as_ref().reverse_cols().subcols(0, count).to_owned();
+    let mut vectors = reduced.take_back(vectors, threads);
     dense::fix_signs(&mut vectors);
     Ok((values, vectors))
 }
 
-/// The eigenvalues alone, descending, at about half the cost; `a` is finite and square.
-pub(super) fn values(a: MatRef<'_, f64>) -> Result<Vec<f64>, Error> {
-    let mut values = solve(a, None)?;
-    values.reverse();
-    Ok(values)
+/// The eigenvalues alone, descending; `a` is as in [`leading`].
+pub(super) fn values(a: Mat<f64>, threads: Threads) -> Result<Vec<f64>, Error> {
+    solve(&Tridiagonal::reduce(a, threads), None, &|_| 0, threads)
 }
 
-fn solve(a: MatRef<'_, f64>, vectors: Option<&mut Mat<f64>>) -> Result<Vec<f64>, Error> {
-    let n = a.nrows();
-    // The solver's workspace arithmetic does not foresee an empty matrix.
-    if n <= 1 {
-        if let Some(v) = vectors {
-            v.fill(1.0);
-        }
-        return Ok((0..n).map(|i| a[(i, i)]).collect());
-    }
-    let wanted = if vectors.is_some() { ComputeEigenvectors::Yes } else { ComputeEigenvectors::No };
-    let scratch = self_adjoint_evd_scratch::<f64>(n, wanted, Par::Seq, Spec::default());
-    let mut values = Diag::zeros(n);
-    self_adjoint_evd(
-        a,
-        values.as_mut(),
-        vectors.map(Mat::as_mut),
-        Par::Seq,
-        MemStack::new(&mut MemBuffer::new(scratch)),
-        Spec::default(),
-    )
-    .map_err(|_| Error::NoConvergence { what: WHAT })?;
-    let values: Vec<f64> = values.column_vector().iter().copied().collect();
-    if values.iter().all(|x| x.is_finite()) { Ok(values) } else { Err(Error::NoConvergence { what: WHAT }) }
+fn solve<T: Real>(
+    reduced: &Tridiagonal<T>,
+    vectors: Option<&mut Mat<T>>,
+    wanted: &(dyn Fn(&[f64]) -> usize + Sync),
+    threads: Threads,
+) -> Result<Vec<f64>, Error> {
+    let failed = Error::NoConvergence { what: WHAT };
+    let vectors = vectors.map(Mat::as_mut);
+    let reversed = |values: &[f64]| values.iter().rev().copied().collect::<Vec<_>>();
+    let wanted = |values: &[f64]| wanted(&reversed(values));
+    let solved = divide::solve(&reduced.diagonal, &reduced.below, vectors, &wanted, threads);
+    let values = reversed(&solved.ok_or(failed.clone())?);
+    if values.iter().all(|x| x.is_finite()) { Ok(values) } else { Err(failed) }
 }

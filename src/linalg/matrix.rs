@@ -94,13 +94,13 @@ impl Matrix {
         Self::from_view(self.view().transpose())
     }
 
-    /// The product `self * other`, on one thread.
+    /// The product `self * other`.
     ///
     /// # Errors
     /// [`Error::Shape`] if `other` has not as many rows as `self` has columns.
     pub fn matmul(&self, other: &Self) -> Result<Self, Error> {
         other.expect_shape("the right factor", (self.cols, other.cols))?;
-        Ok(Self::from_view(super::dense::product(self.view(), other.view()).as_ref()))
+        Ok(super::dense::product_by_rows(self.view(), other.view(), super::Threads::One))
     }
 
     /// Σ of the squares of all values: the squared Frobenius norm.
@@ -113,10 +113,15 @@ impl Matrix {
         MatRef::from_row_major_slice(&self.data, self.rows, self.cols)
     }
 
+    /// [`view`](Self::view), to be written to.
+    pub(crate) fn view_mut(&mut self) -> faer::MatMut<'_, f64> {
+        faer::MatMut::from_row_major_slice_mut(&mut self.data, self.rows, self.cols)
+    }
+
     pub(crate) fn from_view(m: MatRef<'_, f64>) -> Self {
         let (rows, cols) = m.shape();
         let mut out = Self::zeros(rows, cols);
-        faer::MatMut::from_row_major_slice_mut(&mut out.data, rows, cols).copy_from(m);
+        out.view_mut().copy_from(m);
         out
     }
 

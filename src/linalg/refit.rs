@@ -1,17 +1,21 @@
 //! One factor given the other: after one of them was rounded to its stored type (or changed in any other way), the
 //! other can make up for most of the error, by least squares.
 
-use faer::dyn_stack::{MemBuffer, MemStack};
+use faer::dyn_stack::MemStack;
 use faer::linalg::cholesky::llt;
-use faer::{Mat, MatRef, Par, Spec};
+use faer::{Mat, MatRef, Par};
 
-use super::{Error, Matrix, dense};
+use super::threads::part;
+use super::{Error, Matrix, Threads, dense};
 
 /// A direction with less than this share of the largest diagonal entry is left alone: what is known of it is rounding.
 const NEGLIGIBLE: f64 = 1e-13;
 
 /// Added to the unit diagonal of the scaled normal equations, so that dependent columns do no harm.
 const RIDGE: f64 = 1e-10;
+
+/// Right-hand sides that are solved together.
+const COLUMNS: usize = 256;
 
 /// The right factor `[r, in]` that goes best with the left factor `u` (`[out, r]`): argmin over V of `||W - U V||_F`.
 ///
@@ -21,10 +25,15 @@ const RIDGE: f64 = 1e-10;
 /// # Errors
 /// [`Error::NonFinite`], [`Error::Shape`] if `u` and `w` differ in rows, [`Error::Overflow`].
 pub fn refit_right(u: &Matrix, w: &Matrix) -> Result<Matrix, Error> {
+    refit_right_on(u, w, Threads::One)
+}
+
+/// [`refit_right`] on several threads.
+pub(crate) fn refit_right_on(u: &Matrix, w: &Matrix, threads: Threads) -> Result<Matrix, Error> {
     u.expect_shape("the left factor", (w.rows(), u.cols()))?;
     u.expect_finite("the left factor")?;
     w.expect_finite("the weight")?;
-    Ok(Matrix::from_view(least_squares(u.view(), w.view())?.as_ref()))
+    Ok(Matrix::from_view(least_squares(u.view(), w.view(), threads)?.as_ref()))
 }
 
 /// The left factor `[out, r]` that goes best with the right factor `v` (`[r, in]`): argmin over U of `||W - U V||_F`, or
@@ -37,34 +46,44 @@ pub fn refit_right(u: &Matrix, w: &Matrix) -> Result<Matrix, Error> {
 /// [`Error::NonFinite`], [`Error::Shape`] if the shapes do not fit, [`Error::NotSemidefinite`] if `gram` is no second
 /// moment, [`Error::Overflow`].
 pub fn refit_left(w: &Matrix, v: &Matrix, gram: Option<&Matrix>) -> Result<Matrix, Error> {
+    refit_left_on(w, v, gram, Threads::One)
+}
+
+/// [`refit_left`] on several threads.
+pub(crate) fn refit_left_on(
+    w: &Matrix,
+    v: &Matrix,
+    gram: Option<&Matrix>,
+    threads: Threads,
+) -> Result<Matrix, Error> {
     v.expect_shape("the right factor", (v.rows(), w.cols()))?;
     v.expect_finite("the right factor")?;
     w.expect_finite("the weight")?;
-    let plain = least_squares(v.view().transpose(), w.view().transpose())?;
+    let plain = least_squares(v.view().transpose(), w.view().transpose(), threads)?;
     let Some(c) = gram else {
         return Ok(Matrix::from_view(plain.transpose()));
     };
     c.expect_shape("the second moment of the inputs", (w.cols(), w.cols()))?;
     c.expect_finite("the second moment of the inputs")?;
-    let vc = dense::product(v.view(), c.view());
-    let normal = dense::symmetric_product(vc.as_ref(), v.view().transpose());
-    let error = w.view() - dense::product(plain.transpose(), v.view());
-    let rhs = dense::product(vc.as_ref(), error.transpose());
-    let correction = solve(normal.as_ref(), rhs.as_ref())?;
+    let vc = dense::product(v.view(), c.view(), threads);
+    let normal = dense::symmetric_product(vc.as_ref(), v.view().transpose(), threads);
+    let error = w.view() - dense::product(plain.transpose(), v.view(), threads);
+    let rhs = dense::product(vc.as_ref(), error.transpose(), threads);
+    let correction = solve(normal.as_ref(), rhs.as_ref(), threads)?;
     Ok(Matrix::from_view((plain + correction).transpose()))
 }
 
 /// argmin over X of `||b - a x||_F`.
-fn least_squares(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Result<Mat<f64>, Error> {
-    let normal = dense::symmetric_product(a.transpose(), a);
-    let rhs = dense::product(a.transpose(), b);
-    solve(normal.as_ref(), rhs.as_ref())
+fn least_squares(a: MatRef<'_, f64>, b: MatRef<'_, f64>, threads: Threads) -> Result<Mat<f64>, Error> {
+    let normal = dense::symmetric_product(a.transpose(), a, threads);
+    let rhs = dense::product(a.transpose(), b, threads);
+    solve(normal.as_ref(), rhs.as_ref(), threads)
 }
 
 /// `a x = b` for a semidefinite `a`. The equations are scaled to a unit diagonal, because the columns of a factor may
 /// be of very different size (singular values) and yet almost orthogonal; then one step of iterative refinement takes
 /// out what the ridge put in.
-fn solve(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Result<Mat<f64>, Error> {
+fn solve(a: MatRef<'_, f64>, b: MatRef<'_, f64>, threads: Threads) -> Result<Mat<f64>, Error> {
     let n = a.nrows();
     let what = "the normal equations of a factor";
     dense::expect_no_overflow(a, what)?;
@@ -83,21 +102,18 @@ fn solve(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Result<Mat<f64>, Error> {
         // A direction that is left alone has an empty row and column; any pivot gives it the solution 0.
         factor[(i, i)] = if scale[i] == 0.0 { 1.0 } else { factor[(i, i)] + RIDGE };
     }
-    let scratch = llt::factor::cholesky_in_place_scratch::<f64>(n, Par::Seq, Spec::default());
-    llt::factor::cholesky_in_place(
-        factor.as_mut(),
-        llt::factor::LltRegularization::default(),
-        Par::Seq,
-        MemStack::new(&mut MemBuffer::new(scratch)),
-        Spec::default(),
-    )
-    .map_err(|_| Error::NotSemidefinite { what })?;
+    if !dense::cholesky(factor.as_mut()) {
+        return Err(Error::NotSemidefinite { what });
+    }
     let solve_into = |rhs: &mut Mat<f64>| {
-        llt::solve::solve_in_place(factor.as_ref(), rhs.as_mut(), Par::Seq, MemStack::new(&mut []));
+        let width = part(rhs.ncols(), COLUMNS);
+        threads.each(rhs.par_col_chunks_mut(width), |rhs| {
+            llt::solve::solve_in_place(factor.as_ref(), rhs, Par::Seq, MemStack::new(&mut []));
+        });
     };
     let mut x = target.clone();
     solve_into(&mut x);
-    let mut rest = target - dense::product(scaled.as_ref(), x.as_ref());
+    let mut rest = target - dense::product(scaled.as_ref(), x.as_ref(), threads);
     solve_into(&mut rest);
     x += rest;
     for col in x.col_iter_mut() {

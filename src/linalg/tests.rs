@@ -115,6 +115,60 @@ fn eigenvectors_diagonalise() {
     }
 }
 
+/// The tridiagonal matrix with this diagonal and subdiagonal.
+fn tridiagonal(diagonal: &[f64], below: &[f64]) -> Matrix {
+    let n = diagonal.len();
+    let mut m = Matrix::zeros(n, n);
+    for i in 0..n {
+        m.as_mut_slice()[i * n + i] = diagonal[i];
+        if i + 1 < n {
+            m.as_mut_slice()[i * n + i + 1] = below[i];
+            m.as_mut_slice()[(i + 1) * n + i] = below[i];
+        }
+    }
+    m
+}
+
+/// Matrices that take a divide-and-conquer solver through all of its cases: equal eigenvalues, some that agree to
+/// rounding, halves that do not touch, entries of very different size.
+#[test]
+fn eigenvectors_of_tridiagonal_matrices() {
+    let wilkinson = |n: usize| (0..n).map(|i| (i as f64 - (n / 2) as f64).abs()).collect::<Vec<_>>();
+    let glued: Vec<f64> = (0..5).flat_map(|_| wilkinson(21)).collect();
+    let links = (1..105).map(|i| if i % 21 == 0 { 1e-9 } else { 1.0 }).collect();
+    let graded = (0..130).map(|i| 10f64.powi(-(i / 8))).collect::<Vec<_>>();
+    let cases: [(&str, Vec<f64>, Vec<f64>); 8] = [
+        ("laplacian", vec![2.0; 333], vec![-1.0; 332]),
+        ("wilkinson", wilkinson(101), vec![1.0; 100]),
+        ("glued", glued, links),
+        ("identity", vec![1.0; 97], vec![0.0; 96]),
+        ("zero diagonal", vec![0.0; 150], vec![1.0; 149]),
+        ("weak middle", vec![1.0; 120], (0..119).map(|i| if i == 59 { 1e-300 } else { 0.5 }).collect()),
+        ("graded", graded.clone(), graded[1..].to_vec()),
+        ("large", vec![1e200; 70], vec![-3e200; 69]),
+    ];
+    for (name, diagonal, below) in cases {
+        let (n, a) = (diagonal.len(), tridiagonal(&diagonal, &below));
+        let scale = a.as_slice().iter().fold(0.0_f64, |m, x| m.max(x.abs()));
+        let a = Matrix::new(n, n, a.into_vec().into_iter().map(|x| x / scale).collect()).unwrap();
+        let e = symmetric_eigen(&a).unwrap();
+        assert!(e.values.windows(2).all(|w| w[0] >= w[1]), "{name}");
+        assert_orthonormal(&e.vectors);
+        let mut scaled = e.vectors.clone();
+        for (i, value) in scaled.as_mut_slice().iter_mut().enumerate() {
+            *value *= e.values[i % n];
+        }
+        let error = distance(&mul(&a, &e.vectors), &scaled).sqrt();
+        assert!(error < 1e-14 * n as f64, "{name}: {error:e}");
+        if name == "laplacian" {
+            for (k, value) in e.values.iter().rev().enumerate() {
+                let angle = std::f64::consts::PI * (k + 1) as f64 / (n + 1) as f64;
+                assert!((value - (1.0 - angle.cos())).abs() < 1e-14, "{k}");
+            }
+        }
+    }
+}
+
 #[test]
 fn eigenvectors_of_degenerate_matrices() {
     for n in [5, 160] {
@@ -475,6 +529,60 @@ fn the_bytes_do_not_depend_on_the_threads() {
     for threads in [1, 2, 8] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         assert!(pool.install(run) == alone, "{threads} threads");
+    }
+}
+
+/// Large enough for every product, update and merge to be cut into parts, in f32 and in f64.
+#[test]
+fn large_factors_are_optimal_and_the_same_on_any_threads() {
+    let (w, c) = (random(560, 700, 141), moment(700, 300, 142));
+    let tall = w.transpose();
+    let run = |threads| {
+        [
+            low_rank(&w, None, 140, threads),
+            low_rank(&tall, None, 140, threads),
+            low_rank(&w, Some(&c), 100, threads),
+        ]
+        .map(Result::unwrap)
+    };
+    let alone = run(Threads::One);
+    for threads in [1, 2, 8] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        assert!(pool.install(|| run(Threads::All)) == alone, "{threads} threads");
+    }
+    for (w, found) in [(&w, &alone[0]), (&tall, &alone[1])] {
+        let best: f64 = spectrum(w, None).unwrap()[140..].iter().sum();
+        let lost = distance(w, &mul(&found.u, &found.v));
+        assert!((lost / best - 1.0).abs() < 1e-6, "{lost} instead of {best}");
+        assert!(
+            (found.loss / lost - 1.0).abs() < 1e-5 && (found.energy / w.norm_squared() - 1.0).abs() < 1e-12
+        );
+    }
+    let best: f64 = spectrum(&w, Some(&c)).unwrap()[100..].iter().sum();
+    let lost = data_loss(&w, &mul(&alone[2].u, &alone[2].v), &c).unwrap();
+    assert!((lost / best - 1.0).abs() < 1e-6, "{lost} instead of {best}");
+}
+
+/// Weights that f32 cannot factorise well go to f64, whatever their scale.
+#[test]
+fn factors_alone_are_as_good_as_those_with_a_spectrum() {
+    for decay in [1e-2, 1e-4, 1e-8_f64] {
+        for scale in [1e-30, 1.0, 1e30] {
+            // One value far above the others hides them from f32.
+            let value = |i| if i == 0 { 0.1 / decay } else { decay.powf(i as f64 / 259.0) };
+            let values: Vec<f64> = (0..260).map(|i| scale * value(i)).collect();
+            let w = with_singular_values(260, 300, &values, 151);
+            for rank in [0, 1, 130, 250] {
+                let found = low_rank(&w, None, rank, Threads::All).unwrap();
+                let best: f64 = values[rank..].iter().map(|s| s * s).sum();
+                let energy: f64 = values.iter().map(|s| s * s).sum();
+                let lost = distance(&w, &mul(&found.u, &found.v));
+                assert!(
+                    lost <= best * (1.0 + 1e-6) + 1e-12 * energy,
+                    "{decay} {scale} {rank}: {lost} {best}"
+                );
+            }
+        }
     }
 }
 

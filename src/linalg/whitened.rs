@@ -9,7 +9,7 @@
 use faer::{Mat, MatRef};
 
 use super::dense::{self, Qr};
-use super::{Error, Factors, Matrix, eigen, svd};
+use super::{Error, Factors, LowRank, Matrix, Threads, eigen, svd};
 
 /// Directions that together hold at most this share of the energy are chosen with damping.
 const UNDETERMINED: f64 = 1e-7;
@@ -45,50 +45,97 @@ pub fn whitened_svd(w: &Matrix, gram: &Matrix, rank: usize) -> Result<Factors, E
     if w.rows().min(w.cols()) == 0 {
         return Ok(svd::empty(w));
     }
-    let tall = tall_qr(w);
-    let r = tall.as_ref().map(Qr::r);
-    let x = r.as_ref().map_or_else(|| w.view(), Mat::as_ref);
-    let m = moment(x, gram.view())?;
-    let noise = noise(x, gram.view());
-    let (values, q) = eigen::decompose(m.as_ref())?;
-    let (spectrum, negative) = semidefinite(values, noise)?;
+    Problem::new(w, gram, Threads::All)?.factorise(rank)
+}
 
-    let energy: f64 = spectrum.iter().sum();
-    let determined = determined(&spectrum, UNDETERMINED * energy + noise);
-    let (mut u, loss) = if rank <= determined {
-        (q.as_ref().subcols(0, rank).to_owned(), spectrum[rank..].iter().sum())
-    } else {
-        complete(x, gram.view(), &spectrum, q.as_ref(), determined, rank)?
-    };
-    // What was found, against M itself: catches an eigensolver that failed without saying so.
-    let kept = dense::product(m.as_ref(), u.as_ref());
-    let kept: f64 = kept.col_iter().zip(u.as_ref().col_iter()).map(|(a, b)| a.transpose() * b).sum();
-    if (dense::trace(m.as_ref()) - kept - loss).abs() > TOLERANCE * energy + negative + noise {
-        return Err(Error::NoConvergence { what: "the whitened decomposition" });
+/// [`low_rank`](super::low_rank) with a second moment.
+pub(super) fn low_rank(w: &Matrix, gram: &Matrix, rank: usize, threads: Threads) -> Result<LowRank, Error> {
+    check(w, gram, rank)?;
+    if w.rows().min(w.cols()) == 0 {
+        return Ok(svd::empty(w).into());
+    }
+    Ok(Problem::new(w, gram, threads)?.factorise(rank)?.into())
+}
+
+/// A weight, or the triangular factor of a tall one, and its second moment on the data.
+struct Problem<'a> {
+    w: &'a Matrix,
+    gram: &'a Matrix,
+    tall: Option<(Qr, Mat<f64>)>,
+    m: Mat<f64>,
+    noise: f64,
+    threads: Threads,
+}
+
+impl<'a> Problem<'a> {
+    fn new(w: &'a Matrix, gram: &'a Matrix, threads: Threads) -> Result<Self, Error> {
+        let tall = tall_qr(w);
+        let mut problem = Self { w, gram, tall, m: Mat::new(), noise: 0.0, threads };
+        problem.m = moment(problem.x(), gram.view(), threads)?;
+        problem.noise = noise(problem.x(), gram.view());
+        Ok(problem)
     }
 
-    let mut v = dense::product(u.transpose(), x);
-    if let Some(qr) = &tall {
-        u = qr.apply(u.as_ref());
+    fn x(&self) -> MatRef<'_, f64> {
+        self.tall.as_ref().map_or_else(|| self.w.view(), |(_, r)| r.as_ref())
     }
-    for (row, turn) in dense::fix_signs(&mut u).into_iter().enumerate() {
-        if turn {
-            v.row_mut(row).iter_mut().for_each(|x| *x = -*x);
+
+    fn factorise(&self, rank: usize) -> Result<Factors, Error> {
+        let (x, m, threads) = (self.x(), self.m.as_ref(), self.threads);
+        let undetermined = |spectrum: &[f64]| UNDETERMINED * spectrum.iter().sum::<f64>() + self.noise;
+        let wanted = |values: &[f64]| {
+            let spectrum: Vec<f64> = values.iter().map(|x| x.max(0.0)).collect();
+            if rank <= determined(&spectrum, undetermined(&spectrum)) { rank } else { values.len() }
+        };
+        let (values, q) = eigen::leading(m.to_owned(), &wanted, threads)?;
+        let (spectrum, negative) = semidefinite(values, self.noise)?;
+        let energy: f64 = spectrum.iter().sum();
+        let determined = determined(&spectrum, undetermined(&spectrum));
+        let (u, loss) = if rank <= determined {
+            (q, spectrum[rank..].iter().sum())
+        } else {
+            complete(x, self.gram.view(), &spectrum, q.as_ref(), determined, rank, threads)?
+        };
+        // What was found, against M itself: catches an eigensolver that failed without saying so.
+        let kept = self.kept(u.as_ref());
+        if (dense::trace(m) - kept - loss).abs() > TOLERANCE * energy + negative + self.noise {
+            return Err(Error::NoConvergence { what: "the whitened decomposition" });
         }
+        let (u, v) = self.factors(u);
+        Ok(Factors { u, v, spectrum, loss })
     }
-    Ok(Factors { u: Matrix::from_view(u.as_ref()), v: Matrix::from_view(v.as_ref()), spectrum, loss })
+
+    /// tr(Uᵀ M U).
+    fn kept(&self, u: MatRef<'_, f64>) -> f64 {
+        let kept = dense::product(self.m.as_ref(), u, self.threads);
+        kept.col_iter().zip(u.col_iter()).map(|(a, b)| a.transpose() * b).sum()
+    }
+
+    /// The factors `[out, r]` and `[r, in]` that belong to orthonormal vectors on the shorter side.
+    fn factors(&self, mut u: Mat<f64>) -> (Matrix, Matrix) {
+        let mut v = dense::product_by_rows(u.transpose(), self.x(), self.threads);
+        if let Some((qr, _)) = &self.tall {
+            u = qr.apply(u.as_ref());
+        }
+        let cols = v.cols();
+        for (row, turn) in dense::fix_signs(&mut u).into_iter().enumerate() {
+            if turn {
+                v.as_mut_slice()[row * cols..][..cols].iter_mut().for_each(|x| *x = -*x);
+            }
+        }
+        (Matrix::from_view(u.as_ref()), v)
+    }
 }
 
 /// The spectrum of [`whitened_svd`] alone.
-pub(super) fn spectrum(w: &Matrix, gram: &Matrix) -> Result<Vec<f64>, Error> {
+pub(super) fn spectrum(w: &Matrix, gram: &Matrix, threads: Threads) -> Result<Vec<f64>, Error> {
     check(w, gram, 0)?;
     if w.rows().min(w.cols()) == 0 {
         return Ok(Vec::new());
     }
-    let r = tall_qr(w).as_ref().map(Qr::r);
-    let x = r.as_ref().map_or_else(|| w.view(), Mat::as_ref);
-    let values = eigen::values(moment(x, gram.view())?.as_ref())?;
-    Ok(semidefinite(values, noise(x, gram.view()))?.0)
+    let problem = Problem::new(w, gram, threads)?;
+    let values = eigen::values(problem.m, threads)?;
+    Ok(semidefinite(values, problem.noise)?.0)
 }
 
 /// tr((W - A) C (W - A)ᵀ): what the approximation `a` of `w` (both `[out, in]`) loses on inputs with second moment
@@ -101,7 +148,7 @@ pub fn data_loss(w: &Matrix, a: &Matrix, gram: &Matrix) -> Result<f64, Error> {
     a.expect_shape("the approximation", w.shape())?;
     a.expect_finite("the approximation")?;
     let diff = w.view() - a.view();
-    let out = dense::product(diff.as_ref(), gram.view());
+    let out = dense::product(diff.as_ref(), gram.view(), Threads::All);
     Ok(out.row_iter().zip(diff.row_iter()).map(|(a, b)| a * b.transpose()).sum())
 }
 
@@ -113,15 +160,19 @@ fn check(w: &Matrix, gram: &Matrix, rank: usize) -> Result<(), Error> {
 
 const GRAM: &str = "the second moment of the inputs";
 
-/// The QR decomposition of a weight with more rows than columns.
-fn tall_qr(w: &Matrix) -> Option<Qr> {
-    (w.rows() > w.cols()).then(|| Qr::new(w.view()))
+/// The QR decomposition of a weight with more rows than columns, and its R.
+fn tall_qr(w: &Matrix) -> Option<(Qr, Mat<f64>)> {
+    (w.rows() > w.cols()).then(|| {
+        let qr = Qr::new(w.view());
+        let r = qr.r();
+        (qr, r)
+    })
 }
 
 /// M = X C Xᵀ.
-fn moment(x: MatRef<'_, f64>, gram: MatRef<'_, f64>) -> Result<Mat<f64>, Error> {
-    let xc = dense::product(x, gram);
-    let m = dense::symmetric_product(xc.as_ref(), x.transpose());
+fn moment(x: MatRef<'_, f64>, gram: MatRef<'_, f64>, threads: Threads) -> Result<Mat<f64>, Error> {
+    let xc = dense::product(x, gram, threads);
+    let m = dense::symmetric_product(xc.as_ref(), x.transpose(), threads);
     dense::expect_no_overflow(m.as_ref(), "the second moment of the outputs")?;
     Ok(m)
 }
@@ -163,24 +214,29 @@ fn complete(
     q: MatRef<'_, f64>,
     determined: usize,
     rank: usize,
+    threads: Threads,
 ) -> Result<(Mat<f64>, f64), Error> {
     let rest = q.subcols(determined, q.ncols() - determined);
     let values = &spectrum[determined..];
     let damping = DAMPING * dense::trace(gram) / gram.nrows() as f64;
     let damping = if damping > 0.0 { damping } else { 1.0 };
 
-    let y = dense::product(rest.transpose(), x);
-    let mut damped = dense::symmetric_product(y.as_ref(), y.transpose()) * faer::Scale(damping);
+    let y = dense::product(rest.transpose(), x, threads);
+    let mut damped = dense::symmetric_product(y.as_ref(), y.transpose(), threads) * faer::Scale(damping);
     for (i, value) in values.iter().enumerate() {
         damped[(i, i)] += value;
     }
     dense::expect_no_overflow(damped.as_ref(), "the damped moment of the outputs")?;
-    let (_, z) = eigen::decompose(damped.as_ref())?;
+    let (_, z) = eigen::leading(damped, &|values| values.len(), threads)?;
 
     let extra = rank - determined;
     let mut u = Mat::zeros(q.nrows(), rank);
     u.as_mut().subcols_mut(0, determined).copy_from(q.subcols(0, determined));
-    u.as_mut().subcols_mut(determined, extra).copy_from(dense::product(rest, z.as_ref().subcols(0, extra)));
+    u.as_mut().subcols_mut(determined, extra).copy_from(dense::product(
+        rest,
+        z.as_ref().subcols(0, extra),
+        threads,
+    ));
     let lost = z.as_ref().subcols(extra, z.ncols() - extra);
     let loss = lost.col_iter().map(|z| z.iter().zip(values).map(|(z, x)| z * z * x).sum::<f64>()).sum();
     Ok((u, loss))
