@@ -31,12 +31,17 @@ extern "C" void AnnotateIgnoreWritesEnd(const char*, int);
 #define EMULATION_IGNORE_END (void)0
 #endif
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
 namespace emulation {
 
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t STACK = 256 * 1024;  // frames have red zones
+#else
 constexpr size_t STACK = 64 * 1024;
+#endif
 constexpr uint32_t SHARED_LIMIT = 99 * 1024;  // what a block may have on every card since sm_80
 constexpr size_t PAGE = 4096;
 
@@ -515,6 +520,9 @@ void prepare_block(Worker& w) {
         f.waits_for = "";
         f.copies.clear();
         f.group_ends.clear();
+#if defined(__SANITIZE_ADDRESS__)
+        __asan_unpoison_memory_region(w.stacks + i * STACK, STACK);  // of the thread that had it before
+#endif
         f.stack_pointer = prepare_stack(w.stacks + i * STACK, fibre_main);
 #if defined(EMULATION_THREAD_SANITIZER)
         if (f.sanitizer) __tsan_destroy_fiber(f.sanitizer);
