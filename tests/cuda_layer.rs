@@ -436,6 +436,32 @@ fn repeats(gpu: &impl Gpu) {
     }
 }
 
+/// The tests of a real GPU, through the real code for drivers, with a stand-in for the driver whose kernels are emulated.
+#[test]
+#[cfg(target_os = "linux")]
+fn through_a_driver() {
+    use std::process::Command;
+
+    use moepress::backend::cuda::{Unavailable, availability};
+
+    if availability() == Err(Unavailable::NoKernels) {
+        eprintln!("skipped: built without nvcc");
+        return;
+    }
+    let Some(kernels) = gpu::emulator::kernels() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let source = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/emulation/driver.cpp");
+    let mut compiler = Command::new(std::env::var("CXX").unwrap_or_else(|_| "c++".into()));
+    compiler.args(["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]).arg(source);
+    let output = compiler.arg("-o").arg(folder.path().join("libcuda.so.1")).arg("-ldl").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let mut tests = Command::new(std::env::current_exe().unwrap());
+    tests.arg("device::").env("LD_LIBRARY_PATH", folder.path()).env("MOEPRESS_EMULATOR", &kernels.path);
+    let output = tests.env("MOEPRESS_REQUIRE_GPU", "1").output().unwrap();
+    let [out, err] = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    assert!(output.status.success() && !out.contains(" 0 passed"), "{out}\n{err}");
+}
+
 /// Weights that lie on the device already are used where they lie.
 fn borrowed_weights(gpu: &impl Gpu) {
     let element = Element::Bf16;

@@ -39,6 +39,8 @@ type LaunchFn = unsafe extern "C" fn(
 
 /// Kernels in a loaded library.
 pub(crate) struct Kernels {
+    /// The library's file.
+    pub(crate) path: PathBuf,
     launch: LaunchFn,
     alloc: unsafe extern "C" fn(usize, c_int) -> *mut c_void,
     free: unsafe extern "C" fn(*mut c_void),
@@ -107,7 +109,7 @@ pub(crate) fn build(sources: &Path, only: Option<&str>, into: &Path) -> Option<K
         compiler.library(&kernels, sources, &object, &library);
     }
     // SAFETY: the library is ours; loading it registers its kernels and does nothing else.
-    let library = Box::leak(Box::new(unsafe { Library::new(&library) }.unwrap()));
+    let (path, library) = (library.clone(), Box::leak(Box::new(unsafe { Library::new(&library) }.unwrap())));
     macro_rules! symbol {
         ($name:literal) => {
             // SAFETY: declared with this type in runtime.cpp; the library is never unloaded.
@@ -115,6 +117,7 @@ pub(crate) fn build(sources: &Path, only: Option<&str>, into: &Path) -> Option<K
         };
     }
     Some(Kernels {
+        path,
         launch: symbol!("emu_launch"),
         alloc: symbol!("emu_alloc"),
         free: symbol!("emu_free"),

@@ -601,6 +601,12 @@ void run_grid(Worker& w, Dim3 grid, uint64_t seed) {
 
 using namespace emulation;
 
+// Size of a kernel's parameters; 0 where there is no such kernel.
+extern "C" size_t emu_params_bytes(const char* name) {
+    const auto found = kernels().find(name);
+    return found == kernels().end() ? 0 : found->second.params_bytes;
+}
+
 // Launches a kernel and waits for it. Returns null, or what is wrong with it: valid until the thread's next launch.
 extern "C" const char* emu_launch(const char* name, const uint32_t* grid, const uint32_t* block, uint32_t shared,
                                   const void* params, size_t params_bytes, int mode, uint64_t seed) {

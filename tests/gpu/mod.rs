@@ -5,7 +5,7 @@
 #[path = "../emulation/emulator.rs"]
 pub mod emulator;
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use emulator::{Buffer, Emulator};
 use moepress::backend::cuda::{Block, Device, DeviceBlock, Launch, Memory, Result, availability};
@@ -66,19 +66,20 @@ impl Gpu for Arc<Device> {
     }
 }
 
-/// GPU 0; `None`, with a line on standard error, where there is none. `MOEPRESS_REQUIRE_GPU=1` makes that a failure.
+/// GPU 0, opened once for all tests that run at the same time; `None`, with a line on standard error, where there is none.
+/// `MOEPRESS_REQUIRE_GPU=1` makes that a failure.
 pub fn device() -> Option<Arc<Device>> {
-    static DEVICE: OnceLock<Option<Arc<Device>>> = OnceLock::new();
-    let open = || match availability() {
-        Ok(_) => Some(Device::new(0).unwrap()),
-        Err(why) => {
-            let required = std::env::var("MOEPRESS_REQUIRE_GPU").is_ok_and(|v| v == "1");
-            assert!(!required, "MOEPRESS_REQUIRE_GPU=1: {why}");
-            eprintln!("skipped: {why}");
-            None
-        }
-    };
-    DEVICE.get_or_init(open).clone()
+    static DEVICE: Mutex<Weak<Device>> = Mutex::new(Weak::new());
+    if let Err(why) = availability() {
+        let required = std::env::var("MOEPRESS_REQUIRE_GPU").is_ok_and(|v| v == "1");
+        assert!(!required, "MOEPRESS_REQUIRE_GPU=1: {why}");
+        eprintln!("skipped: {why}");
+        return None;
+    }
+    let mut known = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
+    let device = known.upgrade().unwrap_or_else(|| Device::new(0).unwrap());
+    *known = Arc::downgrade(&device);
+    Some(device)
 }
 
 /// Tests, functions of a [`Gpu`], that run on the emulated GPU and on a real one.
