@@ -162,13 +162,16 @@ fn dropped_experts_are_masked_ones() {
 fn experts_are_merged() {
     let (dir, windows) = (data("switch_transformers"), inputs("switch_transformers"));
     let folder = tempfile::tempdir().unwrap();
-    let out = folder.path().join("out");
-    let plan = plan_on(&dir, &windows, "m-smoe", Some(Budget::Experts(3)), &[]);
-    apply(&dir, &plan, &Options::default(), &out).unwrap();
-    let found = moepress(["inspect", &out.to_string_lossy(), "--json"]).json();
-    assert_eq!(found["moe_layers"][2]["layer"], 5);
-    assert_eq!(found["parameters"]["routed_experts"], plan.expected.routed_parameters);
-    assert!(run(&out, &windows).logits.iter().all(|v| v.is_finite()));
+    for (method, set) in [("m-smoe", &[][..]), ("mc-smoe", &[("rank", "2")])] {
+        let out = folder.path().join(method);
+        let plan = plan_on(&dir, &windows, method, Some(Budget::Experts(3)), set);
+        let report = apply(&dir, &plan, &Options::default(), &out).unwrap();
+        assert_eq!(report.bytes_after, plan.expected.bytes, "{method}");
+        let found = moepress(["inspect", &out.to_string_lossy(), "--json"]).json();
+        assert_eq!(found["moe_layers"][2]["layer"], 5);
+        assert_eq!(found["parameters"]["routed_experts"], plan.expected.routed_parameters);
+        assert!(run(&out, &windows).logits.iter().all(|v| v.is_finite()));
+    }
 }
 
 /// Low rank at nearly full rank is nearly the original; sizes are as planned.

@@ -136,6 +136,7 @@ fn sizes_are_the_published_ones() {
         experts,
         top_k: 1,
         width: p as usize,
+        ungated: true,
         expert_parameters: expert,
         expert_bytes: 4 * expert,
         router_parameters: d,
@@ -166,6 +167,17 @@ fn sizes_are_the_published_ones() {
     assert_eq!(plan.expected.experts, 88 + 32);
     assert_eq!(plan.expected.routed_parameters, 120 * expert);
     assert_eq!(millions(plan.expected.parameters), 733.0);
+    // Two matrices of rank 32 per merged expert, 245 760 values.
+    let mut options = vec!["exclude=1"];
+    let make = |name: &str, options: &[&str]| {
+        super::plan(name, &profile, Some(&statistics), Some(Budget::Experts(8)), options).unwrap()
+    };
+    let factors = make("mc-smoe", &options).expected.routed_parameters;
+    assert_eq!(factors, 88 * 245_760 + 32 * expert);
+    // With a tenth of each expert on top, as published.
+    assert_eq!(millions(rest + routers + factors + 88 * expert / 10), 381.0);
+    options.push("rank=500");
+    assert_eq!(make("mc-smoe", &options).expected.routed_parameters, 88 * 500 * 2 * (d + p) + 32 * expert);
 }
 
 fn two_layers() -> (Profile, Vec<Moments>) {

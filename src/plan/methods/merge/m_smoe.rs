@@ -210,8 +210,14 @@ fn decomposed(hidden_size: usize, layer: &MoeProfile, rank: usize) -> Result<Act
             format!("expected at most {} for the matrices of layer {}, {p} × {d}", d.min(p), layer.layer);
         return Err(Error::Option { option: "rank".into(), value: rank.to_string(), expected });
     }
-    let saves = rank as u128 * (d as u128 + p as u128) < d as u128 * p as u128;
-    Ok(if saves { Action::LowRank { rank: Ranks::uniform(Some(rank)) } } else { Action::Keep })
+    if rank as u128 * (d as u128 + p as u128) >= d as u128 * p as u128 {
+        return Ok(Action::Keep);
+    }
+    let mut ranks = Ranks::default();
+    for &matrix in layer.projections() {
+        *ranks.get_mut(matrix) = Some(rank);
+    }
+    Ok(Action::LowRank { rank: ranks })
 }
 
 #[cfg(test)]
