@@ -17,7 +17,7 @@ use moepress::backend::cuda::{
     MoeLayer, Routing, Rows, SharedExpert,
 };
 use moepress::backend::{
-    Backend, Expert, Linear, Matrix, Mlp, RouterRule, RouterWeights, Routes, StoredExpert,
+    Backend, Base, Expert, Linear, Matrix, Mlp, RouterRule, RouterWeights, Routes, StoredExpert,
 };
 use moepress::checkpoint::{Dtype, Tensor, Weight, encode_f32};
 
@@ -231,7 +231,7 @@ fn reference(
     let (mut input, mut out, mut routing) = (Cpu.buffer(), Cpu.buffer(), Cpu.routing());
     Cpu.upload(x, x.len() / HIDDEN, HIDDEN, &mut input).unwrap();
     let router = Cpu.router(weights, rule.clone()).unwrap();
-    let experts = Cpu.experts(experts).unwrap();
+    let experts = Cpu.experts(experts, &Base::default()).unwrap();
     Cpu.route(&input, &router, &mut routing).unwrap();
     Cpu.run_experts(&input, &experts, &mut routing, &mut out, None).unwrap();
     (Cpu.download(&out).unwrap(), Cpu.routes(&routing).unwrap())

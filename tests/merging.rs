@@ -282,7 +282,7 @@ fn merged_then_factorised() {
     let width = dense(&moe(&model).experts[0]).gate.weight.rows();
     let rank = moepress::plan::Ranks::uniform(Some(width.min(8)));
     for layer in &mut both.layers {
-        layer.experts[2].action = Action::LowRank { rank };
+        layer.experts[2].action = Action::low_rank(rank);
     }
     apply(&model, &merged, &MOEPRESS, &out.path().join("merged")).unwrap();
     apply(&model, &both, &MOEPRESS, &out.path().join("both")).unwrap();
@@ -326,7 +326,7 @@ fn experts_without_own_matrices_are_refused() {
     let first = out.path().join("first");
     let mut plan = merging(&model, &[(0, 2, 0.4)], MergedRows::Redirect, true);
     for layer in &mut plan.layers {
-        layer.experts[1].action = Action::LowRank { rank: moepress::plan::Ranks::uniform(Some(4)) };
+        layer.experts[1].action = Action::low_rank(moepress::plan::Ranks::uniform(Some(4)));
     }
     apply(&model, &plan, &MOEPRESS, &first).unwrap();
     let second = out.path().join("second");

@@ -242,7 +242,7 @@ fn moe_i2_is_that_of_the_reference() {
             );
             let most = if reference.dir.ends_with("mixtral") { 85 } else { 54 };
             let ranks = layer.experts.iter().filter_map(|e| match e.action {
-                Action::LowRank { rank } => rank.gate,
+                Action::LowRank { rank, .. } => rank.gate,
                 Action::Keep => Some(most + 1),
                 _ => None,
             });

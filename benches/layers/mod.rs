@@ -2,7 +2,7 @@
 
 use moepress::architecture::{Activation, RouterSpec, WeightRule};
 use moepress::backend::cpu::Cpu;
-use moepress::backend::{Backend, Expert, Linear, Matrix, Mlp, RouterRule, RouterWeights};
+use moepress::backend::{Backend, Base, Expert, Linear, Matrix, Mlp, RouterRule, RouterWeights};
 use moepress::checkpoint::{Dtype, Tensor, Weight as Stored};
 
 type Buffer = <Cpu as Backend>::Buffer;
@@ -96,7 +96,7 @@ impl Layer {
         Layer {
             shape,
             router: Cpu.router(&router, rule).expect("a known type"),
-            experts: Cpu.experts(&experts_stored).expect("weights of a known type"),
+            experts: Cpu.experts(&experts_stored, &Base::default()).expect("weights of a known type"),
             shared,
             routing: Cpu.routing(),
             out: Cpu.buffer(),

@@ -17,12 +17,10 @@ fuzz_target!(|bytes: &[u8]| {
     let Ok(moments) = statistics.first_moments() else { return };
     for budget in [Budget::Remove(0.5), Budget::Experts(2), Budget::Bytes(1000)] {
         let request = Request {
-            profile: statistics.profile(),
             statistics: Some(&moments),
-            source: None,
             budget: Some(budget),
             options: &[("scope".to_string(), "global".to_string())].into(),
-            spectra: None,
+            ..Request::new(statistics.profile())
         };
         for name in ["reap", "seer-soft"] {
             let _ = method(name).expect("a method").plan(&request);

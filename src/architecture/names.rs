@@ -230,6 +230,11 @@ impl Names {
         format!("{}{}.experts.{expert}{e}.", self.part(l), self.moe)
     }
 
+    /// A matrix that the experts of layer `l` share as their base, without `.weight`; only the moepress layout has it.
+    pub fn base(&self, l: usize, projection: Projection) -> String {
+        format!("{}{}.experts.base.{}", self.layer(l), self.moe, self.projections[projection as usize])
+    }
+
     /// Prefixes of everything that belongs to routed experts: as published, and in the fused layout.
     pub fn experts(&self, l: usize) -> [String; 2] {
         self.in_moe(l, ["experts."; 2])

@@ -15,7 +15,29 @@ pub enum Matrix<W> {
         /// `[rank, in]`.
         v: W,
     },
+    /// W = U·V and a few dense rows: U(V x), to which S x is added at these rows (LoSparse, arXiv 2306.11222).
+    LowRankRows {
+        /// `[out, rank]`.
+        u: W,
+        /// `[rank, in]`.
+        v: W,
+        /// The rows, ascending, each below `out`.
+        rows: Vec<u32>,
+        /// `[rows, in]`.
+        s: W,
+    },
+    /// W = B + U·V with the [`Base`] B of the layer (D²-MoE, arXiv 2502.17298).
+    Delta {
+        /// `[out, rank]`.
+        u: W,
+        /// `[rank, in]`.
+        v: W,
+    },
 }
+
+/// The matrices that the experts of a layer share, in the order gate, up, down: `Some` where an expert has a
+/// [`Matrix::Delta`] there.
+pub type Base<W> = [Option<W>; 3];
 
 /// One linear map: W x, plus a bias where there is one. `M` is its matrix, `V` a vector.
 #[derive(Clone, Debug)]
@@ -130,8 +152,49 @@ impl<W> Matrix<W> {
     pub fn parts(&self) -> Vec<&W> {
         match self {
             Matrix::Dense(w) => vec![w],
-            Matrix::LowRank { u, v } => vec![u, v],
+            Matrix::LowRank { u, v } | Matrix::Delta { u, v } => vec![u, v],
+            Matrix::LowRankRows { u, v, s, .. } => vec![u, v, s],
         }
+    }
+
+    /// U and V, where there are any.
+    pub fn factors(&self) -> Option<(&W, &W)> {
+        match self {
+            Matrix::Dense(_) => None,
+            Matrix::LowRank { u, v } | Matrix::Delta { u, v } | Matrix::LowRankRows { u, v, .. } => {
+                Some((u, v))
+            }
+        }
+    }
+
+    /// The part that has a row for every output.
+    pub fn left(&self) -> &W {
+        match self {
+            Matrix::Dense(w) => w,
+            Matrix::LowRank { u, .. } | Matrix::Delta { u, .. } | Matrix::LowRankRows { u, .. } => u,
+        }
+    }
+
+    /// The dense rows beside the factors.
+    pub fn rows(&self) -> &[u32] {
+        if let Matrix::LowRankRows { rows, .. } = self { rows } else { &[] }
+    }
+
+    /// Whether the base of the layer is part of it.
+    pub fn is_delta(&self) -> bool {
+        matches!(self, Matrix::Delta { .. })
+    }
+
+    /// The same form of other weights.
+    pub fn try_map<N, E>(&self, mut f: impl FnMut(&W) -> Result<N, E>) -> Result<Matrix<N>, E> {
+        Ok(match self {
+            Matrix::Dense(w) => Matrix::Dense(f(w)?),
+            Matrix::LowRank { u, v } => Matrix::LowRank { u: f(u)?, v: f(v)? },
+            Matrix::Delta { u, v } => Matrix::Delta { u: f(u)?, v: f(v)? },
+            Matrix::LowRankRows { u, v, rows, s } => {
+                Matrix::LowRankRows { u: f(u)?, v: f(v)?, rows: rows.clone(), s: f(s)? }
+            }
+        })
     }
 }
 
@@ -139,8 +202,15 @@ impl<W, V> Expert<W, V> {
     /// Name of the form, as `inspect` shows it.
     pub fn form(&self) -> &'static str {
         match self {
-            Expert::Mlp(mlp) if mlp.maps().any(|m| matches!(m.weight, Matrix::LowRank { .. })) => "low_rank",
-            Expert::Mlp(_) => "dense",
+            Expert::Mlp(mlp) => {
+                let any = |wanted: fn(&Matrix<W>) -> bool| mlp.maps().any(|m| wanted(&m.weight));
+                match () {
+                    () if any(Matrix::is_delta) => "delta",
+                    () if any(|m| !m.rows().is_empty()) => "low_rank_rows",
+                    () if any(|m| m.factors().is_some()) => "low_rank",
+                    () => "dense",
+                }
+            }
             Expert::Alias(_) => "alias",
             Expert::Constant(_) => "constant",
             Expert::None => "none",
@@ -172,9 +242,19 @@ impl StoredExpert {
         weights + self.vectors().into_iter().map(|v| v.len() as u64).sum::<u64>()
     }
 
-    /// Stored bytes, scales of packed weights included.
+    /// Hidden width; 0 where there is none.
+    pub fn width(&self) -> usize {
+        if let Expert::Mlp(mlp) = self { mlp.gate.weight.left().rows() } else { 0 }
+    }
+
+    /// Stored bytes, scales of packed weights and the numbers of dense rows included.
     pub fn bytes(&self) -> u64 {
         let weights = self.weights().into_iter().map(Weight::bytes).sum::<u64>();
-        weights + self.vectors().into_iter().map(|v| v.bytes().len() as u64).sum::<u64>()
+        let rows = if let Expert::Mlp(mlp) = self {
+            mlp.maps().map(|m| 4 * m.weight.rows().len() as u64).sum()
+        } else {
+            0
+        };
+        weights + rows + self.vectors().into_iter().map(|v| v.bytes().len() as u64).sum::<u64>()
     }
 }

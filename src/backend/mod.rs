@@ -11,7 +11,7 @@ pub mod cuda;
 mod form;
 mod moments;
 
-pub use form::{Expert, Linear, Matrix, Mlp, RouterWeights, StoredExpert};
+pub use form::{Base, Expert, Linear, Matrix, Mlp, RouterWeights, StoredExpert};
 pub use moments::{Moment, MomentDims, Moments};
 
 use crate::architecture::{Activation, Rope, RouterSpec, Span, Temperature};
@@ -250,7 +250,7 @@ pub trait Backend: Sync {
     /// Prepares a router.
     fn router(&self, weights: &RouterWeights, rule: RouterRule) -> Result<Self::Router>;
     /// Prepares the experts of a layer.
-    fn experts(&self, experts: &[StoredExpert]) -> Result<Self::Experts>;
+    fn experts(&self, experts: &[StoredExpert], base: &Base<Weight>) -> Result<Self::Experts>;
     /// An empty routing.
     fn routing(&self) -> Self::Routing;
     /// Statistics of zero tokens.

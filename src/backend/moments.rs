@@ -36,6 +36,17 @@ pub enum Moment {
     RouterGram,
     /// Tokens by input file that chose the expert, `[files, E]`.
     Coverage,
+    /// Σ x∘x, `[E, d]`.
+    InputSqSum,
+    /// Σ z∘z, `[E, p]`.
+    HiddenSqSum,
+    /// Σ g² z∘z, `[E, p]`.
+    GateHiddenSqSum,
+    /// max |g z|, each channel of its own, `[E, p]`.
+    GateHiddenMax,
+    /// Squared norm of every column of the down matrix, `[E, p]`: of the weights, not of the tokens; kept here for
+    /// planners, which see no weights.
+    DownNormSq,
     /// Σ f, `[E, d]`.
     OutputSum,
     /// Σ f∘f, `[E, d]`.
@@ -60,7 +71,7 @@ pub enum Moment {
 
 impl Moment {
     /// Every moment, in file order.
-    pub const ALL: [Moment; 23] = [
+    pub const ALL: [Moment; 28] = [
         Moment::Count,
         Moment::GateSum,
         Moment::GateSqSum,
@@ -74,6 +85,11 @@ impl Moment {
         Moment::CoActivation,
         Moment::RouterGram,
         Moment::Coverage,
+        Moment::InputSqSum,
+        Moment::HiddenSqSum,
+        Moment::GateHiddenSqSum,
+        Moment::GateHiddenMax,
+        Moment::DownNormSq,
         Moment::OutputSum,
         Moment::OutputSqSum,
         Moment::GateOutputSum,
@@ -117,6 +133,11 @@ impl Moment {
             Moment::CoActivation => "co_activation",
             Moment::RouterGram => "router_gram",
             Moment::Coverage => "coverage",
+            Moment::InputSqSum => "input_sq_sum",
+            Moment::HiddenSqSum => "hidden_sq_sum",
+            Moment::GateHiddenSqSum => "gate_hidden_sq_sum",
+            Moment::GateHiddenMax => "gate_hidden_max",
+            Moment::DownNormSq => "down_norm_sq",
             Moment::OutputSum => "output_sum",
             Moment::OutputSqSum => "output_sq_sum",
             Moment::GateOutputSum => "gate_output_sum",
@@ -136,8 +157,13 @@ impl Moment {
         match self {
             Moment::CoActivation | Moment::RouterGram => vec![e, e],
             Moment::Coverage => vec![files, e],
-            Moment::OutputSum | Moment::OutputSqSum | Moment::GateOutputSum | Moment::SampleOutputSum => {
-                vec![e, d]
+            Moment::InputSqSum
+            | Moment::OutputSum
+            | Moment::OutputSqSum
+            | Moment::GateOutputSum
+            | Moment::SampleOutputSum => vec![e, d],
+            Moment::HiddenSqSum | Moment::GateHiddenSqSum | Moment::GateHiddenMax | Moment::DownNormSq => {
+                vec![e, p]
             }
             Moment::RoutedSqSum | Moment::SampleCount => vec![1],
             Moment::InputGram | Moment::GateInputGram => vec![e, d, d],
@@ -148,7 +174,7 @@ impl Moment {
 
     /// Whether two measurements combine by their maximum; all others add up.
     pub fn is_maximum(self) -> bool {
-        matches!(self, Moment::MaxAbs | Moment::MaxNorm)
+        matches!(self, Moment::MaxAbs | Moment::MaxNorm | Moment::GateHiddenMax | Moment::DownNormSq)
     }
 }
 

@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use rayon::prelude::*;
+
 use super::statistics::{LayerUsage, entries};
 use super::{Error, Residual, Result, Sample, Statistics, TokenInfo};
 use crate::architecture::Profile;
-use crate::backend::{Backend, Moment, MomentDims, Moments};
+use crate::backend::{Backend, Expert, Matrix, Moment, MomentDims, Moments};
 use crate::checkpoint::write_safetensors;
-use crate::model::{LayerSource, Model, Stream, profile};
+use crate::model::{LayerSource, Model, MoeSource, Stream, profile};
 use crate::progress::Progress;
 use crate::tokens::Windows;
 
@@ -141,7 +143,10 @@ fn advance<B: Backend>(
         let mut observer = backend.observer(dims, &options.second)?;
         let windows = windows.of_layer(architecture.in_encoder(l));
         stream.observe(&layer, &mut observer, |chunk| sampled_rows(windows, options.sample, chunk))?;
-        let moments = backend.moments(observer)?;
+        let mut moments = backend.moments(observer)?;
+        if let Some(moe) = source.moe() {
+            moments.put(Moment::DownNormSq, down_norms(moe, dims.width));
+        }
         check_finite(l, &moments)?;
         Some(moments)
     } else {
@@ -151,6 +156,21 @@ fn advance<B: Backend>(
     drop(layer);
     source.release();
     Ok(moments)
+}
+
+/// [`Moment::DownNormSq`]; 0 where an expert has no dense down matrix.
+fn down_norms(moe: &MoeSource, width: usize) -> Vec<f64> {
+    let mut norms = vec![0.0; moe.experts.len() * width];
+    norms.par_chunks_exact_mut(width).zip(&moe.experts).for_each(|(norms, expert)| {
+        let Expert::Mlp(mlp) = expert else { return };
+        let Matrix::Dense(weight) = &mlp.down.weight else { return };
+        for row in weight.to_f32().chunks_exact(weight.cols()) {
+            for (norm, w) in norms.iter_mut().zip(row) {
+                *norm += f64::from(*w).powi(2);
+            }
+        }
+    });
+    norms
 }
 
 /// Everything that the numbers depend on.

@@ -40,6 +40,9 @@ pub struct LayerEntry {
 pub struct ExpertEntry {
     /// Number of the expert in the original model.
     pub expert: usize,
+    /// Its hidden width, where that is less than the config's: a dense or low-rank expert that lost channels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub width: Option<usize>,
     /// What is stored for it.
     #[serde(flatten)]
     pub form: ExpertForm,
@@ -55,6 +58,14 @@ pub enum ExpertForm {
     LowRank {
         /// The ranks; a matrix without one is stored dense.
         rank: MatrixRanks,
+        /// Numbers of dense rows that are added, of matrices with a rank: tensors `.rows` and `.s`.
+        #[serde(default, skip_serializing_if = "MatrixRanks::is_empty")]
+        rows: MatrixRanks,
+    },
+    /// The layer's base, tensors `…experts.base.…`, plus U·V.
+    Delta {
+        /// The ranks; a matrix without one is stored dense, and has nothing of the base.
+        rank: MatrixRanks,
     },
     /// Another expert's weights.
     Alias {
@@ -65,7 +76,7 @@ pub enum ExpertForm {
     Constant,
 }
 
-/// Ranks of an expert's three matrices; `None` is dense.
+/// Ranks of an expert's three matrices (or numbers of rows); `None` is dense (or no row).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MatrixRanks {
     /// Gate projection.
@@ -74,6 +85,36 @@ pub struct MatrixRanks {
     pub up: Option<usize>,
     /// Down projection.
     pub down: Option<usize>,
+}
+
+impl MatrixRanks {
+    /// Gate, up and down.
+    pub fn all(&self) -> [Option<usize>; 3] {
+        [self.gate, self.up, self.down]
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl ExpertForm {
+    /// What contradicts itself in the form of an expert of `width` (`None`: the config's).
+    fn contradiction(&self, width: Option<usize>) -> Option<&'static str> {
+        match self {
+            _ if width == Some(0) => Some("has width 0, expected at least 1"),
+            ExpertForm::LowRank { rank, rows } => {
+                let lonely =
+                    rank.all().iter().zip(rows.all()).any(|(rank, rows)| rows.is_some() && rank.is_none());
+                lonely.then_some("has dense rows beside a matrix without a rank")
+            }
+            ExpertForm::Dense => None,
+            _ if width.is_some() => Some("has a width, which only dense and low_rank experts have"),
+            ExpertForm::Delta { rank } => rank.is_empty().then_some("is a delta without any rank; use dense"),
+            ExpertForm::Alias { .. } | ExpertForm::Constant => None,
+        }
+    }
 }
 
 impl Manifest {
@@ -109,6 +150,9 @@ impl Manifest {
                 let e = entry.expert;
                 if !seen.insert(e) {
                     return Err(invalid(format!("layer {layer}: expert {e} is listed twice")));
+                }
+                if let Some(what) = entry.form.contradiction(entry.width) {
+                    return Err(invalid(format!("layer {layer}: expert {e} {what}")));
                 }
                 if let ExpertForm::Alias { of } = entry.form
                     && !stored.contains(&of)

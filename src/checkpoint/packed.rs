@@ -53,12 +53,13 @@ pub(super) fn decode_mxfp4(block: &[u8; MX_BLOCK / 2], scale: u8, out: &mut [f32
 
 impl Tensor {
     /// Number of parameters that the tensor stands for: two per byte of MXFP4 blocks, none in the scales of packed
-    /// weights, else its elements. Scales and blocks are told by name and type.
+    /// weights and in the numbers of dense rows, else its elements. These are told by name and type.
     pub fn parameters(&self) -> u64 {
         let ends = |suffix: &str| self.name().ends_with(suffix);
         match self.dtype() {
             Dtype::U8 if ends("_blocks") => 2 * self.len() as u64,
             Dtype::U8 if ends("_scales") => 0,
+            Dtype::I32 if ends(".rows") => 0,
             Dtype::F32 | Dtype::BF16 | Dtype::F16 if ends("_scale_inv") => 0,
             _ => self.len() as u64,
         }

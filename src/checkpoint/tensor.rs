@@ -64,6 +64,11 @@ impl Tensor {
         Tensor::owned(name, dtype, shape, encode_f32(dtype, values))
     }
 
+    /// A tensor in memory of whole numbers, type i32.
+    pub fn from_i32(name: impl Into<Arc<str>>, shape: Vec<usize>, values: &[i32]) -> Self {
+        Tensor::owned(name, Dtype::I32, shape, values.iter().flat_map(|v| v.to_le_bytes()).collect())
+    }
+
     /// Name in the checkpoint.
     pub fn name(&self) -> &str {
         &self.name
@@ -153,6 +158,18 @@ impl Tensor {
         let mut out = vec![0.0; self.len()];
         decode_f32(self.dtype, self.bytes(), &mut out);
         Ok(out)
+    }
+
+    /// All elements of an i32 tensor.
+    ///
+    /// # Errors
+    /// Names the tensor where it has another type.
+    pub fn to_i32(&self) -> Result<Vec<i32>> {
+        if self.dtype != Dtype::I32 {
+            let found = format!("{:?}", self.dtype);
+            return Err(Error::Dtype { name: self.name().into(), found, expected: "I32" });
+        }
+        Ok(self.bytes().as_chunks().0.iter().map(|&b| i32::from_le_bytes(b)).collect())
     }
 
     /// Errors unless the shape is `expected`.

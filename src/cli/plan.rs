@@ -8,11 +8,11 @@ use moepress::architecture::Profile;
 use moepress::backend::{Backend, Moments};
 use moepress::calibrate::Statistics;
 use moepress::checkpoint::Checkpoint;
-use moepress::compress::WeightSpectra;
+use moepress::compress::{WeightSpectra, Weights};
 use moepress::model::{Model, open_architecture, profile};
 use moepress::plan::{
-    Budget, Error, Expected, Method, OptionSpec, Plan, Request, SpectrumSource, StatisticsRef, coverage,
-    method, parse_size,
+    Budget, Error, Expected, Method, OptionSpec, OutlierSource, Plan, Request, RouterSource, SpectrumSource,
+    StatisticsRef, coverage, method, parse_size,
 };
 use moepress::progress::Progress as _;
 use moepress::search::Search;
@@ -124,12 +124,15 @@ impl Args {
         let spectra = weights.as_ref().map(|(checkpoint, architecture)| {
             WeightSpectra::new(checkpoint, architecture, statistics.as_ref().filter(|_| whiten))
         });
+        let owned = weights.as_ref().map(|(checkpoint, architecture)| Weights::new(checkpoint, architecture));
         let request = Request {
             statistics: moments.as_deref(),
             source: source.as_ref(),
             budget: self.budget(),
             options: &self.set.iter().cloned().collect(),
             spectra: spectra.as_ref().map(|s| s as &dyn SpectrumSource),
+            outliers: owned.as_ref().map(|w| w as &dyn OutlierSource),
+            routers: owned.as_ref().map(|w| w as &dyn RouterSource),
             ..Request::new(&profile)
         };
         let plan = match (&checkpoint, &self.tokens) {

@@ -9,10 +9,12 @@ use super::{Error, Result};
 use crate::architecture::Profile;
 use crate::backend::Backend;
 use crate::calibrate::{Options as CalibrateOptions, Statistics, measure};
-use crate::compress::{Lockstep, Options as CompressOptions, WeightSpectra, stored_bytes};
+use crate::compress::{Lockstep, Options as CompressOptions, WeightSpectra, Weights, stored_bytes};
 use crate::eval::{Against, FileScore, Score, StreamScore, check_windows, score_streams};
 use crate::model::{LayerSource, Model, Stream, profile};
-use crate::plan::{Budget, Method, Plan, Request as PlanRequest, SpectrumSource, StatisticsRef};
+use crate::plan::{
+    Budget, Method, OutlierSource, Plan, Request as PlanRequest, RouterSource, SpectrumSource, StatisticsRef,
+};
 use crate::progress::Progress;
 use crate::tokens::Windows;
 
@@ -283,6 +285,7 @@ fn plan_all<B: Backend>(
         sha256: statistics.tokens().sha256.clone(),
         tokens: statistics.tokens().tokens,
     };
+    let weights = Weights::new(model.checkpoint(), model.architecture());
     let (mut rows, mut plans) = (Vec::new(), Vec::new());
     progress.begin("compare: plan", request.candidates.len() * request.remove.len());
     for candidate in request.candidates {
@@ -297,6 +300,8 @@ fn plan_all<B: Backend>(
                 budget: Some(Budget::Remove(remove)),
                 options: &candidate.options,
                 spectra: Some(&spectra as &dyn SpectrumSource),
+                outliers: Some(&weights as &dyn OutlierSource),
+                routers: Some(&weights as &dyn RouterSource),
                 ..PlanRequest::new(profile)
             });
             let mut row = Row { method: candidate.name(), remove, measured: None, error: None };

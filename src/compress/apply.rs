@@ -4,7 +4,11 @@ use std::borrow::Cow;
 
 use rayon::prelude::*;
 
-use super::factorise::{FactorOptions, Whitening, factorise_on};
+use serde_json::Value;
+
+use super::channels::{self, ChannelOptions, Problem};
+use super::delta::{self, BaseKind};
+use super::factorise::{FactorOptions, Whitening, factorise_on, factorise_with_rows};
 use super::merge::{Merged, merge};
 use super::{Alignment, Error, Result};
 use crate::architecture::Projection;
@@ -12,7 +16,7 @@ use crate::backend::{Expert, Linear, Matrix, Moment, Moments, StoredExpert};
 use crate::checkpoint::{Dtype, Tensor, Weight};
 use crate::linalg::Threads;
 use crate::model::MoeSource;
-use crate::plan::{Action, LayerPlan, Plan, Ranks};
+use crate::plan::{Action, Criterion, LayerPlan, Plan, Ranks, refit};
 
 /// Router and experts after compression, and which slots of the source they came from.
 #[derive(Clone, Debug)]
@@ -25,37 +29,89 @@ pub struct CompressedLayer {
     pub alignments: Vec<Alignment>,
 }
 
-/// Errors where `plan` has an action that [`apply_layer`] does not know, so that this is said before any work.
-pub(super) fn check_actions(plan: &Plan) -> Result<()> {
-    for layer in &plan.layers {
-        for entry in &layer.experts {
-            if !matches!(
-                entry.action,
-                Action::Keep
-                    | Action::Drop
-                    | Action::Merge { .. }
-                    | Action::Constant
-                    | Action::LowRank { .. }
-            ) {
-                return Err(unknown_action(layer.layer, entry.expert, &entry.action));
-            }
-        }
-    }
-    Ok(())
+/// How [`apply_layer`] carries out a plan.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ApplyOptions {
+    /// Of factors and differences.
+    pub factors: FactorOptions,
+    /// Of experts that lose channels.
+    pub channels: ChannelOptions,
+    /// Of experts that become differences from a base.
+    pub base: BaseKind,
 }
 
-fn unknown_action(layer: usize, expert: usize, action: &Action) -> Error {
-    let what = format!(
-        "action `{}` cannot be carried out by this version; known: keep, drop, merge, constant, low_rank",
-        action.name()
-    );
-    Error::Action { layer, expert, what }
+impl ApplyOptions {
+    /// What the options of `plan` say.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] with the option that has a value of no meaning.
+    pub fn of(plan: &Plan, densify: bool) -> Result<Self> {
+        let wrong = |name: &str, expected: &str| {
+            let value = &plan.options[name];
+            Error::Missing(format!("the plan's option {name} is {value}, expected {expected}"))
+        };
+        let option =
+            |name: &str| plan.options.get(name).filter(|v| !v.is_null()).map(|v| v.as_str().unwrap_or(""));
+        let dtype_of = |name: &str| match option(name) {
+            None | Some("auto") => Ok(None),
+            Some("f32") => Ok(Some(Dtype::F32)),
+            Some("bf16") => Ok(Some(Dtype::BF16)),
+            Some("f16") => Ok(Some(Dtype::F16)),
+            Some(_) => Err(wrong(name, "auto, f32, bf16 or f16")),
+        };
+        let (dtype, merge_dtype) = (dtype_of("factor_dtype")?, dtype_of("merge_dtype")?);
+        let base = match option("base") {
+            None | Some("frequency") => BaseKind::Frequency,
+            Some("mean") => BaseKind::Mean,
+            Some("gram") => BaseKind::Gram,
+            Some(_) => return Err(wrong("base", "mean, frequency or gram")),
+        };
+        let flag = |name: &str, default: bool| match plan.options.get(name) {
+            None | Some(Value::Null) => Ok(default),
+            Some(Value::Bool(flag)) => Ok(*flag),
+            Some(_) => Err(wrong(name, "true or false")),
+        };
+        let (whiten, align) = (flag("whiten", false)?, flag("align", true)?);
+        let criterion = Criterion::of(&plan.options).map_err(|expected| wrong("criterion", &expected))?;
+        let refit = refit(&plan.options).map_err(|expected| wrong("refit", &expected))?;
+        Ok(ApplyOptions {
+            factors: FactorOptions { dtype, densify, whiten, align, merge_dtype },
+            channels: ChannelOptions { criterion, refit },
+            base,
+        })
+    }
+}
+
+impl From<FactorOptions> for ApplyOptions {
+    fn from(factors: FactorOptions) -> Self {
+        ApplyOptions { factors, ..ApplyOptions::default() }
+    }
+}
+
+/// What was measured of a layer, and which of its experts stand for several.
+#[derive(Clone, Copy)]
+pub(super) struct Measured<'a> {
+    pub(super) moments: Option<&'a Moments>,
+    merged: Option<&'a Merged>,
+}
+
+impl<'a> Measured<'a> {
+    /// A second moment `[side, side]` of what the expert in `slot` stands for.
+    pub(super) fn gram(&self, moment: Moment, slot: usize, side: usize) -> Option<Cow<'a, [f64]>> {
+        Merged::gram(self.merged, self.moments?, moment, slot, side)
+    }
+
+    /// A moment of the layer.
+    pub(super) fn get(&self, moment: Moment) -> Option<&'a [f64]> {
+        self.moments?.get(moment)
+    }
 }
 
 /// Applies `plan` to the experts of `source`: merges first, so that what becomes of an expert that takes in others becomes
 /// of their mean. `moments` holds what was measured of the layer and is needed: for constants [`Moment::Count`] and
-/// [`Moment::OutputSum`]; where low-rank experts are to be whitened [`Moment::InputGram`] for gate and up,
-/// [`Moment::HiddenGram`] for down.
+/// [`Moment::OutputSum`]; where low-rank experts and differences are to be whitened [`Moment::InputGram`] for gate and up,
+/// [`Moment::HiddenGram`] for down; for channels what their criterion is made of, and [`Moment::GateHiddenGram`] for a
+/// refit.
 ///
 /// # Errors
 /// Names the layer and expert, and what cannot be done.
@@ -63,9 +119,10 @@ pub fn apply_layer(
     plan: &LayerPlan,
     source: &MoeSource,
     moments: Option<&Moments>,
-    options: FactorOptions,
+    options: impl Into<ApplyOptions>,
 ) -> Result<CompressedLayer> {
-    let merged = merge(plan, source, options)?;
+    let options = options.into();
+    let merged = merge(plan, source, options.factors)?;
     let source = merged.as_ref().map_or(source, |m| &m.moe);
     let slots: Vec<usize> =
         plan.experts.iter().filter(|e| plan.has_row(&e.action)).map(|e| e.expert).collect();
@@ -73,20 +130,31 @@ pub fn apply_layer(
     let factorised =
         slots.iter().filter(|&&s| matches!(plan.experts[s].action, Action::LowRank { .. })).count();
     let threads = if factorised < rayon::current_num_threads() { Threads::All } else { Threads::One };
+    let measured = Measured { moments, merged: merged.as_ref() };
+    let (base, deltas) = delta::deltas(plan, source, measured, options.base, options.factors)?;
     let expert = |&slot: &usize| -> Result<StoredExpert> {
         let refuse = |what: String| Error::Action { layer: plan.layer, expert: slot, what };
         match &plan.experts[slot].action {
             Action::Keep | Action::Drop | Action::Merge { .. } => keep(source, slot, &slots).map_err(refuse),
-            Action::LowRank { rank } => {
-                let gram = |moment: Moment, side: usize| {
-                    moments
-                        .filter(|_| options.whiten)
-                        .and_then(|all| Merged::gram(merged.as_ref(), all, moment, slot, side))
-                };
-                low_rank(plan.layer, slot, &source.experts[slot], *rank, gram, options, threads)
+            Action::LowRank { rank, rows } => {
+                let expert = &source.experts[slot];
+                low_rank(plan.layer, slot, expert, [*rank, *rows], measured, options.factors, threads)
+            }
+            Action::Channels { keep } => {
+                let expert = &source.experts[slot];
+                let narrow = channels::narrow(slot, expert, source.width, keep, measured, options.channels);
+                narrow.map_err(|problem| match problem {
+                    Problem::Action(what) => refuse(what),
+                    Problem::Linalg(source) => {
+                        Error::Factorise { layer: plan.layer, expert: slot, matrix: "down", source }
+                    }
+                })
+            }
+            Action::Delta { .. } => {
+                let found = deltas.iter().find(|(s, _)| *s == slot).map(|(_, expert)| expert.clone());
+                found.ok_or_else(|| refuse("has no difference from the base".into()))
             }
             Action::Constant => novice(slot, moments).map_err(refuse),
-            other => Err(unknown_action(plan.layer, slot, other)),
         }
     };
     let experts: Vec<_> = slots.par_iter().map(expert).collect::<Result<_>>()?;
@@ -95,6 +163,13 @@ pub fn apply_layer(
     } else {
         source.router.select(&slots)
     };
+    let base = Projection::ALL.map(|p| {
+        let is_delta = |expert: &StoredExpert| match expert {
+            Expert::Mlp(mlp) => mlp.map(p).is_some_and(|map| map.weight.is_delta()),
+            _ => false,
+        };
+        base[p as usize].clone().filter(|_| experts.iter().any(is_delta))
+    });
     let mut spec = source.spec.clone();
     spec.top_k = plan.top_k;
     spec.skip = plan.skip.or(spec.skip);
@@ -102,6 +177,8 @@ pub fn apply_layer(
         router,
         spec,
         experts,
+        base,
+        width: source.width,
         numbers: slots.iter().map(|&s| source.numbers[s]).collect(),
         original_experts: source.original_experts,
         shared: source.shared.clone(),
@@ -135,12 +212,12 @@ fn novice(slot: usize, moments: Option<&Moments>) -> std::result::Result<StoredE
     Ok(Expert::Constant(Tensor::from_f32("constant", Dtype::F32, vec![d], &mean)))
 }
 
-fn low_rank<'g>(
+fn low_rank(
     layer: usize,
     slot: usize,
     expert: &StoredExpert,
-    rank: Ranks,
-    gram: impl Fn(Moment, usize) -> Option<Cow<'g, [f64]>>,
+    [rank, rows]: [Ranks; 2],
+    measured: Measured<'_>,
     options: FactorOptions,
     threads: Threads,
 ) -> Result<StoredExpert> {
@@ -155,9 +232,12 @@ fn low_rank<'g>(
             return Err(Error::Action { layer, expert: slot, what });
         };
         let moment = if p == Projection::Down { Moment::HiddenGram } else { Moment::InputGram };
-        let gram = gram(moment, weight.cols());
+        let gram = if options.whiten { measured.gram(moment, slot, weight.cols()) } else { None };
         let whitening = gram.as_deref().map_or(Whitening::None, Whitening::Gram);
-        let factors = factorise_on(weight, rank, whitening, options, threads);
+        let factors = match rows.get(p) {
+            None => factorise_on(weight, rank, whitening, options, threads),
+            Some(rows) => factorise_with_rows(weight, rank, rows, whitening, options, threads),
+        };
         let weight =
             factors.map_err(|source| Error::Factorise { layer, expert: slot, matrix: p.name(), source })?;
         Ok(Linear { weight, bias: source.bias.clone() })

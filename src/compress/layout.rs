@@ -1,8 +1,8 @@
 //! Which layout the result has, and how its tensors are called in it.
 
 use super::{Error, Result, config, fused};
-use crate::architecture::{Architecture, GroupScore, Names, Projection};
-use crate::backend::{Expert, Linear, Matrix, StoredExpert};
+use crate::architecture::{Architecture, ExpertStorage, FeedForwardSpec, GroupScore, Names, Projection};
+use crate::backend::{Expert, Matrix, StoredExpert};
 use crate::checkpoint::{Checkpoint, ExpertEntry, ExpertForm, LayerEntry, MatrixRanks, Tensor, Weight};
 use crate::model::MoeSource;
 use crate::plan::{Action, MergedRows, Plan};
@@ -82,9 +82,18 @@ impl Layout {
                         let stem = names.expert(l, number, projection);
                         match &map.weight {
                             Matrix::Dense(w) => tensors.extend(w.tensors(&stem)),
-                            Matrix::LowRank { u, v } => {
+                            Matrix::LowRank { u, v } | Matrix::Delta { u, v } => {
                                 tensors
                                     .extend([factor(u, format!("{stem}.u")), factor(v, format!("{stem}.v"))]);
+                            }
+                            Matrix::LowRankRows { u, v, rows, s } => {
+                                let numbers: Vec<i32> = rows.iter().map(|row| *row as i32).collect();
+                                tensors.extend([
+                                    factor(u, format!("{stem}.u")),
+                                    factor(v, format!("{stem}.v")),
+                                    Tensor::from_i32(format!("{stem}.rows"), vec![rows.len()], &numbers),
+                                    factor(s, format!("{stem}.s")),
+                                ]);
                             }
                         }
                         tensors.extend(map.bias.iter().map(|b| b.clone().renamed(format!("{stem}.bias"))));
@@ -96,6 +105,9 @@ impl Layout {
                 }
                 Expert::Alias(_) | Expert::None => {}
             }
+        }
+        for (projection, base) in Projection::ALL.into_iter().zip(&moe.base) {
+            tensors.extend(base.iter().flat_map(|base| base.tensors(&names.base(l, projection))));
         }
         tensors
     }
@@ -128,11 +140,11 @@ fn stock_config(
 ) -> std::result::Result<Layout, String> {
     let stored = checkpoint.manifest().map_or(&[][..], |m| &m.layers);
     for expert in stored.iter().flat_map(|l| &l.experts) {
-        if expert.form != ExpertForm::Dense {
+        if expert.form != ExpertForm::Dense || expert.width.is_some() {
             return Err("the source has experts in forms that no stock checkpoint can hold".into());
         }
     }
-    let mut kept = None;
+    let (mut kept, mut width) = (None, None);
     for layer in &plan.layers {
         let l = layer.layer;
         if stored.iter().any(|entry| entry.layer == l && entry.skip.is_some()) {
@@ -140,14 +152,14 @@ fn stock_config(
         }
         let Some(moe) = architecture.moe(l) else { return Err(format!("layer {l} has no experts")) };
         let fits = |action: &Action| match action {
-            Action::Keep | Action::Drop => true,
-            Action::LowRank { .. } => densify,
+            Action::Keep | Action::Drop | Action::Channels { .. } => true,
+            Action::LowRank { .. } | Action::Delta { .. } => densify,
             Action::Merge { .. } => layer.router == MergedRows::Fuse,
-            _ => false,
+            Action::Constant => false,
         };
         if let Some(e) = layer.experts.iter().find(|e| !fits(&e.action)) {
             let hint = match e.action {
-                Action::LowRank { .. } => " without --densify",
+                Action::LowRank { .. } | Action::Delta { .. } => " without --densify",
                 Action::Merge { .. } => " without router=fuse",
                 _ => "",
             };
@@ -161,13 +173,29 @@ fn stock_config(
             return Err(format!("layer {l} skips experts, which no stock checkpoint can say"));
         }
         let replaces = |action: &Action| match action {
-            Action::LowRank { .. } => Some("factors multiplied back"),
+            Action::LowRank { .. } | Action::Delta { .. } => Some("factors multiplied back"),
+            Action::Channels { .. } => Some("experts with fewer channels"),
             Action::Merge { .. } => Some("merged experts"),
             _ => None,
         };
         let replaced = layer.experts.iter().find_map(|e| replaces(&e.action));
         if let (Some(what), Some(_)) = (replaced, architecture.packing) {
             return Err(format!("layer {l}: {what} are not packed, but config.json says that weights are"));
+        }
+        for entry in layer.experts.iter().filter(|e| e.action.is_stored()) {
+            let own = match &entry.action {
+                Action::Channels { keep } => keep.count(),
+                _ => moe.width,
+            };
+            match width {
+                Some(width) if width != own => {
+                    let e = entry.expert;
+                    return Err(format!(
+                        "layer {l}: expert {e} keeps {own} channels and an earlier one {width}; a config holds one number"
+                    ));
+                }
+                _ => width = Some(own),
+            }
         }
         let routed = layer.routed();
         match kept {
@@ -206,8 +234,13 @@ fn stock_config(
         config::set_number(&text, architecture.config_section, key, kept)
             .ok_or_else(|| format!("config.json: {key} is not a plain number"))
     };
-    let config = architecture.expert_count_keys.iter().try_fold(source.to_string(), set)?;
-    let keeps_multi_token = architecture.moe_layers().all(|(_, moe)| moe.experts == kept);
+    let mut config = architecture.expert_count_keys.iter().try_fold(source.to_string(), set)?;
+    let narrowed = width.filter(|width| architecture.moe_layers().any(|(_, moe)| moe.width != *width));
+    if let Some(width) = narrowed {
+        config = narrow_config(architecture, &config, width)?;
+    }
+    let keeps_multi_token =
+        narrowed.is_none() && architecture.moe_layers().all(|(_, moe)| moe.experts == kept);
     if keeps_multi_token {
         return Ok(Layout::HuggingFace { config, keeps_multi_token });
     }
@@ -215,21 +248,65 @@ fn stock_config(
     Ok(Layout::HuggingFace { config: without.unwrap_or(config), keeps_multi_token })
 }
 
+/// Keys that may hold the width of a routed expert, the more special one first.
+const WIDTHS: [&str; 2] = ["moe_intermediate_size", "intermediate_size"];
+
+/// `config` with routed experts of `width` channels, if it has a number for that and for nothing else.
+fn narrow_config(
+    architecture: &Architecture,
+    config: &str,
+    width: usize,
+) -> std::result::Result<String, String> {
+    if !matches!(architecture.names.storage, ExpertStorage::Separate)
+        && architecture.moe_layers().any(|(_, moe)| moe.expert_bias)
+    {
+        return Err("biases of experts that are stored together keep their width".into());
+    }
+    let edit = |key: &&str| config::set_number(config, architecture.config_section, key, width);
+    let edited =
+        WIDTHS.iter().find_map(edit).ok_or("config.json has no plain number for the experts' width")?;
+    let read = |text: &str| Architecture::from_config(text).map_err(|e| format!("config.json: {e}"));
+    let mut expected = read(config)?;
+    for layer in &mut expected.layers {
+        if let FeedForwardSpec::Moe(moe) = &mut layer.feed_forward {
+            moe.width = width;
+        }
+    }
+    if format!("{:?}", read(&edited)?) == format!("{expected:?}") {
+        return Ok(edited);
+    }
+    Err("config.json has the same number for the width of routed and of other MLPs".into())
+}
+
 /// The entry of layer `l` in `moepress.json`.
 pub(super) fn manifest_entry(l: usize, moe: &MoeSource) -> LayerEntry {
-    let rank = |map: Option<&Linear<Matrix<Weight>, Tensor>>| match &map?.weight {
-        Matrix::Dense(_) => None,
-        Matrix::LowRank { v, .. } => Some(v.rows()),
-    };
+    let counts = |[gate, up, down]: [Option<usize>; 3]| MatrixRanks { gate, up, down };
     let form = |expert: &StoredExpert| match expert {
-        Expert::Mlp(mlp) => match Projection::ALL.map(|p| rank(mlp.map(p))) {
-            [None, None, None] => ExpertForm::Dense,
-            [gate, up, down] => ExpertForm::LowRank { rank: MatrixRanks { gate, up, down } },
-        },
+        Expert::Mlp(mlp) => {
+            let maps = Projection::ALL.map(|p| mlp.map(p).map(|map| &map.weight));
+            let rank = counts(maps.map(|m| m?.factors().map(|(_, v)| v.rows())));
+            let rows = counts(maps.map(|m| match m {
+                Some(Matrix::LowRankRows { rows, .. }) => Some(rows.len()),
+                _ => None,
+            }));
+            match () {
+                () if mlp.maps().any(|m| m.weight.is_delta()) => ExpertForm::Delta { rank },
+                () if rank.is_empty() => ExpertForm::Dense,
+                () => ExpertForm::LowRank { rank, rows },
+            }
+        }
         Expert::Alias(of) => ExpertForm::Alias { of: moe.numbers[*of] },
         Expert::Constant(_) | Expert::None => ExpertForm::Constant,
     };
-    let entry = |(&expert, form_of): (&usize, &StoredExpert)| ExpertEntry { expert, form: form(form_of) };
+    let width = |expert: &StoredExpert| match expert {
+        Expert::Mlp(_) => Some(expert.width()).filter(|width| *width != moe.width),
+        _ => None,
+    };
+    let entry = |(&number, expert): (&usize, &StoredExpert)| ExpertEntry {
+        expert: number,
+        width: width(expert),
+        form: form(expert),
+    };
     let experts = moe.numbers.iter().zip(&moe.experts).map(entry).collect();
     LayerEntry { layer: l, top_k: moe.spec.top_k, skip: moe.spec.skip, experts }
 }

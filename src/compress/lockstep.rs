@@ -2,7 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use super::apply::check_actions;
 use super::layout::Layout;
 use super::measure::Follower;
 use super::run::{Job, Record};
@@ -50,7 +49,6 @@ impl<'a, 'm, B: Backend> Lockstep<'a, 'm, B> {
         let mut second: Option<Vec<Moment>> = None;
         for plan in plans {
             let job = plan.check(profile).map_err(Into::into).and_then(|()| {
-                check_actions(plan)?;
                 let job = Job::new(model.checkpoint(), model.architecture(), profile, plan, options)?;
                 if job.follow && options.tokens.is_none() { Err(job.missing_tokens()) } else { Ok(job) }
             });

@@ -3,7 +3,9 @@
 
 mod align;
 mod apply;
+mod channels;
 mod config;
+mod delta;
 mod error;
 mod factorise;
 mod fused;
@@ -15,15 +17,19 @@ mod needs;
 mod output;
 mod run;
 mod spectra;
+mod weights;
 
 pub use align::{Alignment, align};
-pub use apply::{CompressedLayer, apply_layer};
+pub use apply::{ApplyOptions, CompressedLayer, apply_layer};
+pub use channels::ChannelOptions;
+pub use delta::BaseKind;
 pub use error::Error;
-pub use factorise::{FactorOptions, Whitening, factorise};
+pub use factorise::{FactorOptions, Whitening, factorise, factorise_with_rows};
 pub use layout::{Layout, LayoutChoice};
 pub use lockstep::{Lockstep, PlannedLayer, stored_bytes};
 pub use run::{Options, Report, compress};
 pub use spectra::WeightSpectra;
+pub use weights::Weights;
 
 /// Result of this module.
 pub type Result<T> = std::result::Result<T, Error>;

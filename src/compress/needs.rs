@@ -1,10 +1,11 @@
 //! What has to be measured of every layer before a plan can be carried out.
 
-use serde_json::Value;
-
+use super::apply::ApplyOptions;
+use super::delta::BaseKind;
 use crate::backend::Moment;
 use crate::calibrate::Statistics;
-use crate::plan::{Action, Plan};
+use crate::linalg::Refit;
+use crate::plan::{Action, Channels, Plan};
 
 /// One reason to measure.
 #[derive(Clone, Copy, Debug)]
@@ -22,6 +23,36 @@ const WHITEN: Need = Need {
     instead: ", or plan with --set whiten=false",
 };
 
+const FREQUENCY: Need = Need {
+    why: "weighs the base of a layer with the tokens of its experts, which have to be counted",
+    moments: &[Moment::Count],
+    instead: ", or plan with --set base=mean",
+};
+
+const BASE: Need = Need {
+    why: "fits the base of a layer to the inputs, which needs second moments",
+    moments: &[Moment::InputGram, Moment::HiddenGram],
+    instead: ", or plan with --set base=frequency",
+};
+
+const ENERGY: Need = Need {
+    why: "chooses channels by their energy, which has to be measured",
+    moments: &[Moment::GateHiddenSqSum, Moment::GateHiddenMax],
+    instead: "",
+};
+
+const LEVERAGE: Need = Need {
+    why: "chooses channels by their leverage, which needs second moments",
+    moments: &[Moment::Count, Moment::HiddenGram],
+    instead: "",
+};
+
+const REFIT: Need = Need {
+    why: "refits down matrices, which needs second moments",
+    moments: &[Moment::GateHiddenGram],
+    instead: ", or plan with --set refit=plain",
+};
+
 const CONSTANT: Need = Need {
     why: "replaces experts by their mean output, which has to be measured",
     moments: &[Moment::Count, Moment::OutputSum],
@@ -30,19 +61,23 @@ const CONSTANT: Need = Need {
 
 impl Need {
     /// All that `plan` has reason for.
-    pub(super) fn all(plan: &Plan) -> Vec<Need> {
+    pub(super) fn all(plan: &Plan, options: ApplyOptions) -> Vec<Need> {
         let any = |wanted: fn(&Action) -> bool| {
             plan.layers.iter().flat_map(|l| &l.experts).any(|entry| wanted(&entry.action))
         };
-        let flag = |name: &str| plan.options.get(name) == Some(&Value::Bool(true));
-        let mut needs = Vec::new();
-        if flag("whiten") && any(|a| matches!(a, Action::LowRank { .. })) {
-            needs.push(WHITEN);
-        }
-        if any(|a| *a == Action::Constant) {
-            needs.push(CONSTANT);
-        }
-        needs
+        let delta = any(|a| matches!(a, Action::Delta { .. }));
+        let counted = any(|a| matches!(a, Action::Channels { keep: Channels::Count(_) }));
+        let energy = options.channels.criterion.is_energy();
+        let reasons = [
+            (WHITEN, options.factors.whiten && (delta || any(|a| matches!(a, Action::LowRank { .. })))),
+            (FREQUENCY, delta && options.base == BaseKind::Frequency),
+            (BASE, delta && options.base == BaseKind::Gram),
+            (ENERGY, counted && energy),
+            (LEVERAGE, counted && !energy),
+            (REFIT, options.channels.refit != Refit::Plain && any(|a| matches!(a, Action::Channels { .. }))),
+            (CONSTANT, any(|a| *a == Action::Constant)),
+        ];
+        reasons.into_iter().filter_map(|(need, holds)| holds.then_some(need)).collect()
     }
 
     /// Whether `statistics` hold it.

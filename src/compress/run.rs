@@ -7,18 +7,17 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::apply::{apply_layer, check_actions};
-use super::factorise::FactorOptions;
+use super::apply::{ApplyOptions, apply_layer};
 use super::layout::{Layout, LayoutChoice, manifest_entry};
 use super::measure::Follower;
 use super::needs::Need;
 use super::output::Output;
 use super::{Alignment, Error, Result};
 use crate::architecture::{Architecture, Profile};
-use crate::backend::{Backend, Moment, Moments, StoredExpert};
+use crate::backend::{Backend, Moment, Moments};
 use crate::calibrate::{Residual, Statistics};
-use crate::checkpoint::{Checkpoint, Dtype, LayerEntry, Manifest, Tensor, hex, write_atomic};
-use crate::model::{FeedForwardSource, Inspection, LayerSource, Model, inspect, profile};
+use crate::checkpoint::{Checkpoint, LayerEntry, Manifest, Tensor, hex, write_atomic};
+use crate::model::{FeedForwardSource, Inspection, LayerSource, Model, MoeSource, inspect, profile};
 use crate::plan::{Action, ExpertPlan, LayerPlan, Plan, regroup_layer, rescore_layer};
 use crate::progress::Progress;
 use crate::tokens::Windows;
@@ -74,7 +73,6 @@ pub fn compress<B: Backend>(
     Output::check_name(out)?;
     let layout = Layout::choose(options.layout, checkpoint, architecture, plan, options.densify)?;
     let job = Job::new(checkpoint, architecture, &profile, plan, options)?;
-    check_actions(plan)?;
     if job.follow && options.tokens.is_none() {
         return Err(job.missing_tokens());
     }
@@ -192,7 +190,7 @@ pub(super) struct Job<'a> {
     profile: &'a Profile,
     plan: &'a Plan,
     options: &'a Options<'a>,
-    factors: FactorOptions,
+    apply: ApplyOptions,
     /// What has to be measured of every layer.
     needs: Vec<Need>,
     /// Layers are measured on the compressed prefix.
@@ -209,28 +207,16 @@ impl<'a> Job<'a> {
         plan: &'a Plan,
         options: &'a Options<'a>,
     ) -> Result<Self> {
-        let wrong = |name: &str, value: &Value, expected: &str| {
-            Error::Missing(format!("the plan's option {name} is {value}, expected {expected}"))
+        let apply = ApplyOptions::of(plan, options.densify)?;
+        let propagate = match plan.options.get("propagate") {
+            None | Some(Value::Null) => false,
+            Some(Value::Bool(propagate)) => *propagate,
+            Some(other) => {
+                let what = format!("the plan's option propagate is {other}, expected true or false");
+                return Err(Error::Missing(what));
+            }
         };
-        let flag = |name: &str| match plan.options.get(name) {
-            None | Some(Value::Null) => Ok(false),
-            Some(Value::Bool(flag)) => Ok(*flag),
-            Some(other) => Err(wrong(name, other, "true or false")),
-        };
-        let whiten = flag("whiten")?;
-        let needs = Need::all(plan);
-        let propagate = flag("propagate")?;
-        let dtype_of = |name: &str| match plan.options.get(name).unwrap_or(&Value::Null) {
-            Value::Null => Ok(None),
-            value => match value.as_str() {
-                Some("auto") => Ok(None),
-                Some("f32") => Ok(Some(Dtype::F32)),
-                Some("bf16") => Ok(Some(Dtype::BF16)),
-                Some("f16") => Ok(Some(Dtype::F16)),
-                _ => Err(wrong(name, value, "auto, f32, bf16 or f16")),
-            },
-        };
-        let (dtype, merge_dtype) = (dtype_of("factor_dtype")?, dtype_of("merge_dtype")?);
+        let needs = Need::all(plan, apply);
         if let Some(statistics) = options.statistics
             && statistics.profile().identity != profile.identity
         {
@@ -242,9 +228,7 @@ impl<'a> Job<'a> {
         }
         let measured = |need: &Need| options.statistics.is_some_and(|s| need.is_met_by(s));
         let follow = propagate || !needs.iter().all(measured);
-        let align = !plan.options.contains_key("align") || flag("align")?;
-        let factors = FactorOptions { dtype, densify: options.densify, whiten, align, merge_dtype };
-        Ok(Job { checkpoint, architecture, profile, plan, options, factors, needs, propagate, follow })
+        Ok(Job { checkpoint, architecture, profile, plan, options, apply, needs, propagate, follow })
     }
 
     fn report(&self, layout: &Layout, bytes_after: u64, routed_after: u64, start: Instant) -> Report {
@@ -289,7 +273,7 @@ impl<'a> Job<'a> {
             .statistics
             .map(|s| (s.tokens().sha256.clone(), self.needed().iter().all(|m| s.has(*m))));
         let identity = &self.profile.identity;
-        let densify = self.factors.densify;
+        let densify = self.apply.factors.densify;
         format!(
             "moepress compress 1\n{identity}\n{tokens:?}\n{statistics:?}\n{layout:?}\n{densify}\n{}",
             self.plan.to_json()
@@ -314,7 +298,7 @@ impl<'a> Job<'a> {
         if let (true, Some(moments)) = (self.propagate, moments) {
             self.choose_again(&mut plan, index, moments)?;
         }
-        let compressed = apply_layer(&plan, moe, moments, self.factors)?;
+        let compressed = apply_layer(&plan, moe, moments, self.apply)?;
         *moe = compressed.moe;
         let stored = moe.experts.iter().filter(|e| e.form() != "alias").count();
         let mut detail = format!("{stored} of {} experts", plan.experts.len());
@@ -324,7 +308,12 @@ impl<'a> Job<'a> {
             let merged = compressed.alignments.len();
             detail += &format!(", {merged} merged, {:.1} % nearer by alignment", 100.0 * nearer);
         }
-        for (form, words) in [("low_rank", "low rank"), ("constant", "constant")] {
+        for (form, words) in [
+            ("low_rank", "low rank"),
+            ("low_rank_rows", "low rank with rows"),
+            ("constant", "constant"),
+            ("delta", "delta"),
+        ] {
             let count = moe.experts.iter().filter(|e| e.form() == form).count();
             if count > 0 {
                 detail += &format!(", {count} {words}");
@@ -388,8 +377,7 @@ pub(super) struct Record {
 
 impl Record {
     pub(super) fn new(source: &LayerSource) -> Self {
-        let experts = source.moe().into_iter().flat_map(|moe| &moe.experts);
-        let routed_parameters = experts.map(StoredExpert::parameters).sum();
+        let routed_parameters = source.moe().map_or(0, MoeSource::routed_parameters);
         Record { entry: source.moe().map(|moe| manifest_entry(source.layer, moe)), routed_parameters }
     }
 

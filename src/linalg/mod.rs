@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod assignment;
+mod channels;
 mod dense;
 mod divide;
 mod eigen;
@@ -26,6 +27,7 @@ mod tridiagonal;
 mod whitened;
 
 pub use assignment::assignment;
+pub use channels::{Refit, refit_columns, regression_base, ridge_leverage};
 pub use eigen::{Eigen, symmetric_eigen};
 pub use error::Error;
 pub use matrix::Matrix;

@@ -62,7 +62,7 @@ impl<B: Backend> Moe<B> {
         };
         Ok(Moe {
             router: backend.router(&source.router, source.rule())?,
-            experts: backend.experts(&source.experts)?,
+            experts: backend.experts(&source.experts, &source.base)?,
             shared,
         })
     }

@@ -4,8 +4,8 @@ use super::find::Finder;
 use super::source::MoeSource;
 use super::{Error, Result};
 use crate::architecture::{Choice, ExpertStorage, MoeSpec, Projection};
-use crate::backend::{Expert, Linear, Matrix, Mlp, RouterWeights, StoredExpert};
-use crate::checkpoint::{ExpertForm, LayerEntry, Stride, Tensor, Weight};
+use crate::backend::{Base, Expert, Linear, Matrix, Mlp, RouterWeights, StoredExpert};
+use crate::checkpoint::{ExpertEntry, ExpertForm, LayerEntry, Stride, Tensor, Weight};
 
 impl Finder<'_> {
     pub(super) fn moe(&self, moe: &MoeSpec) -> Result<MoeSource> {
@@ -13,11 +13,14 @@ impl Finder<'_> {
         let names = &self.architecture.names;
         let entry = self.checkpoint.manifest().and_then(|m| m.layers.iter().find(|entry| entry.layer == l));
         let mut spec = moe.router.clone();
+        let mut base = [None, None, None];
         let (experts, fused, numbers) = if let Some(entry) = entry {
             spec.top_k = entry.top_k;
             spec.skip = entry.skip;
             let numbers: Vec<usize> = entry.experts.iter().map(|e| e.expert).collect();
-            (self.listed_experts(entry, moe, &numbers)?, Vec::new(), numbers)
+            let experts = self.listed_experts(entry, moe, &numbers)?;
+            base = self.base(moe, &experts)?;
+            (experts, Vec::new(), numbers)
         } else {
             let (experts, fused) = self.all_experts(moe)?;
             (experts, fused, (0..moe.experts).collect())
@@ -37,6 +40,8 @@ impl Finder<'_> {
             router: self.router(moe, experts.len())?,
             spec,
             experts,
+            base,
+            width: moe.width,
             numbers,
             original_experts: moe.experts,
             shared,
@@ -75,7 +80,7 @@ impl Finder<'_> {
                 Ok((self.rewritten(moe, &gate_up[1], &down[1])?, Vec::new()))
             }
             ExpertStorage::Separate => {
-                let experts = (0..moe.experts).map(|e| self.expert(e, moe, [None; 3]));
+                let experts = (0..moe.experts).map(|e| self.expert(e, moe, moe.width, [Kind::Dense; 3]));
                 Ok((experts.collect::<Result<_>>()?, Vec::new()))
             }
             ExpertStorage::Fused { interleaved } => self.fused(moe, &gate_up[0], &down[0], interleaved),
@@ -170,27 +175,74 @@ impl Finder<'_> {
         moe: &MoeSpec,
         numbers: &[usize],
     ) -> Result<Vec<StoredExpert>> {
-        let expert = |e: usize, form: &ExpertForm| match form {
-            ExpertForm::Dense => self.expert(e, moe, [None; 3]),
-            ExpertForm::LowRank { rank } => self.expert(e, moe, [rank.gate, rank.up, rank.down]),
+        let inconsistent = |what: String| Error::Inconsistent { layer: self.l, what };
+        let width = |entry: &ExpertEntry| match entry.width {
+            Some(width) if width > moe.width => {
+                let (e, most) = (entry.expert, moe.width);
+                Err(inconsistent(format!(
+                    "expert {e} has width {width}, expected at most {most}, that of config.json"
+                )))
+            }
+            width => Ok(width.unwrap_or(moe.width)),
+        };
+        let expert = |entry: &ExpertEntry| match &entry.form {
+            ExpertForm::Dense => self.expert(entry.expert, moe, width(entry)?, [Kind::Dense; 3]),
+            ExpertForm::LowRank { rank, rows } => {
+                let [gate, up, down] = [0, 1, 2].map(|p| match (rank.all()[p], rows.all()[p]) {
+                    (None, _) => Kind::Dense,
+                    (Some(rank), None) => Kind::LowRank(rank),
+                    (Some(rank), Some(rows)) => Kind::LowRankRows { rank, rows },
+                });
+                self.expert(entry.expert, moe, width(entry)?, [gate, up, down])
+            }
+            ExpertForm::Delta { rank } => {
+                let kinds = rank.all().map(|rank| rank.map_or(Kind::Dense, Kind::Delta));
+                self.expert(entry.expert, moe, moe.width, kinds)
+            }
             ExpertForm::Alias { of } => match numbers.iter().position(|n| n == of) {
                 Some(slot) => Ok(Expert::Alias(slot)),
-                None => Err(Error::Inconsistent {
-                    layer: self.l,
-                    what: format!("expert {e} is an alias of nothing"),
-                }),
+                None => Err(inconsistent(format!("expert {} is an alias of nothing", entry.expert))),
             },
             ExpertForm::Constant => {
-                let name = format!("{}constant", self.architecture.names.expert_prefix(self.l, e));
+                let name = format!("{}constant", self.architecture.names.expert_prefix(self.l, entry.expert));
                 Ok(Expert::Constant(self.numbers(&name, &[self.architecture.hidden_size])?))
             }
         };
-        entry.experts.iter().map(|e| expert(e.expert, &e.form)).collect()
+        entry.experts.iter().map(expert).collect()
     }
 
-    /// Expert `e`, its tensors on their own; matrices with a rank are stored as factors.
-    fn expert(&self, e: usize, moe: &MoeSpec, ranks: [Option<usize>; 3]) -> Result<StoredExpert> {
+    /// The base of those experts that are differences from one.
+    fn base(&self, moe: &MoeSpec, experts: &[StoredExpert]) -> Result<Base<Weight>> {
         let (d, width) = (self.architecture.hidden_size, moe.width);
+        let mut base = [None, None, None];
+        for p in Projection::ALL {
+            let is_delta = |expert: &StoredExpert| match expert {
+                Expert::Mlp(mlp) => mlp.map(p).is_some_and(|map| map.weight.is_delta()),
+                _ => false,
+            };
+            if experts.iter().any(is_delta) {
+                let (out, input) = if p == Projection::Down { (d, width) } else { (width, d) };
+                base[p as usize] = Some(self.weight(&self.architecture.names.base(self.l, p), out, input)?);
+            }
+        }
+        Ok(base)
+    }
+
+    /// The numbers of the dense rows of a matrix with `out` rows.
+    fn row_numbers(&self, name: &str, count: usize, out: usize) -> Result<Vec<u32>> {
+        let rows = self.tensor(name, &[count])?.to_i32().map_err(|e| self.error(e))?;
+        let rows: Vec<u32> = rows.into_iter().map(|row| u32::try_from(row).unwrap_or(u32::MAX)).collect();
+        let ascending = rows.windows(2).all(|pair| pair[0] < pair[1]);
+        if !ascending || rows.last().is_some_and(|row| *row as usize >= out) {
+            let what = format!("{name}: expected row numbers from 0 to {}, ascending, each once", out - 1);
+            return Err(Error::Inconsistent { layer: self.l, what });
+        }
+        Ok(rows)
+    }
+
+    /// Expert `e` of `width`, its tensors on their own.
+    fn expert(&self, e: usize, moe: &MoeSpec, width: usize, kinds: [Kind; 3]) -> Result<StoredExpert> {
+        let d = self.architecture.hidden_size;
         let map = |p: Projection| -> Result<_> {
             let stem = self.architecture.names.expert(self.l, e, p);
             let (out, input) = if p == Projection::Down { (d, width) } else { (width, d) };
@@ -198,16 +250,32 @@ impl Finder<'_> {
                 let tensor = self.numbers(&format!("{stem}.{name}"), &shape)?;
                 Weight::plain(tensor).map_err(|e| self.error(e))
             };
-            let weight = match ranks[p as usize] {
-                None => Matrix::Dense(self.weight(&stem, out, input)?),
-                Some(rank) => {
-                    Matrix::LowRank { u: factor("u", [out, rank])?, v: factor("v", [rank, input])? }
-                }
+            let u = |rank| factor("u", [out, rank]);
+            let v = |rank| factor("v", [rank, input]);
+            let weight = match kinds[p as usize] {
+                Kind::Dense => Matrix::Dense(self.weight(&stem, out, input)?),
+                Kind::LowRank(rank) => Matrix::LowRank { u: u(rank)?, v: v(rank)? },
+                Kind::Delta(rank) => Matrix::Delta { u: u(rank)?, v: v(rank)? },
+                Kind::LowRankRows { rank, rows } => Matrix::LowRankRows {
+                    u: u(rank)?,
+                    v: v(rank)?,
+                    rows: self.row_numbers(&format!("{stem}.rows"), rows, out)?,
+                    s: factor("s", [rows, input])?,
+                },
             };
             Ok(Linear { weight, bias: self.bias(&stem, out, moe.expert_bias)? })
         };
         assemble(moe, map)
     }
+}
+
+/// How a matrix is stored.
+#[derive(Clone, Copy)]
+enum Kind {
+    Dense,
+    LowRank(usize),
+    LowRankRows { rank: usize, rows: usize },
+    Delta(usize),
 }
 
 /// The expert whose linear maps are these.

@@ -8,7 +8,7 @@ use super::{LayerSource, MoeSource, Result, open_architecture};
 use crate::architecture::{
     Architecture, AttentionSpec, GroupLimit, RouterSpec, Scoring, Skip, Span, WeightRule,
 };
-use crate::backend::{Expert, Matrix, StoredExpert};
+use crate::backend::{Expert, StoredExpert};
 use crate::checkpoint::{Checkpoint, Dtype, Tensor};
 
 /// A checkpoint in numbers. Serialises to the JSON that `moepress inspect --json` prints.
@@ -105,12 +105,14 @@ pub struct MoeSummary {
     /// When some of those are left out, in layers that skip experts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub skip: Option<Skip>,
-    /// Intermediate width of a routed expert.
+    /// Intermediate width of a routed expert, as `config.json` says it.
     pub width: usize,
     /// Intermediate width of the shared expert, if there is one.
     pub shared_width: Option<usize>,
     /// Number of experts of each form.
     pub forms: BTreeMap<&'static str, usize>,
+    /// Smallest and largest width of the routed experts that have matrices.
+    pub widths: Option<[usize; 2]>,
     /// Smallest and largest rank of a matrix stored as two factors.
     pub ranks: Option<[usize; 2]>,
     /// Parameters of the routed experts.
@@ -249,11 +251,7 @@ impl MoeSummary {
         for expert in &source.experts {
             *forms.entry(expert.form()).or_default() += 1;
         }
-        let ranks = source.experts.iter().flat_map(ranks);
-        let ranks = ranks.fold(None, |range: Option<[usize; 2]>, rank| match range {
-            None => Some([rank, rank]),
-            Some([least, most]) => Some([rank.min(least), rank.max(most)]),
-        });
+        let widths = source.experts.iter().filter(|e| matches!(e, Expert::Mlp(_))).map(StoredExpert::width);
         MoeSummary {
             layer,
             experts: source.experts.len(),
@@ -263,9 +261,10 @@ impl MoeSummary {
             width,
             shared_width,
             forms,
-            ranks,
-            parameters: source.experts.iter().map(StoredExpert::parameters).sum(),
-            bytes: source.experts.iter().map(StoredExpert::bytes).sum(),
+            widths: range(widths),
+            ranks: range(source.experts.iter().flat_map(ranks)),
+            parameters: source.routed_parameters(),
+            bytes: source.routed_bytes(),
         }
     }
 }
@@ -278,12 +277,16 @@ fn dtype_name(tensor: &Tensor) -> String {
     }
 }
 
+/// Smallest and largest.
+fn range(values: impl Iterator<Item = usize>) -> Option<[usize; 2]> {
+    values.fold(None, |range, value| match range {
+        None => Some([value, value]),
+        Some([least, most]) => Some([value.min(least), value.max(most)]),
+    })
+}
+
 /// Ranks of the factored matrices of an expert.
 fn ranks(expert: &StoredExpert) -> Vec<usize> {
     let Expert::Mlp(mlp) = expert else { return Vec::new() };
-    let ranks = mlp.maps().filter_map(|map| match &map.weight {
-        Matrix::LowRank { v, .. } => Some(v.rows()),
-        Matrix::Dense(_) => None,
-    });
-    ranks.collect()
+    mlp.maps().filter_map(|map| map.weight.factors()).map(|(_, v)| v.rows()).collect()
 }

@@ -42,8 +42,8 @@ fn moe_profile(layer: usize, spec: &MoeSpec, source: &MoeSource) -> MoeProfile {
         ungated: !spec.activation.is_gated(),
         groups: source.spec.groups.map_or(1, |g| g.count),
         top_groups: source.spec.groups.map_or(1, |g| g.kept),
-        expert_parameters: source.experts.iter().map(StoredExpert::parameters).sum::<u64>() / n,
-        expert_bytes: source.experts.iter().map(StoredExpert::bytes).sum::<u64>() / n,
+        expert_parameters: source.routed_parameters() / n,
+        expert_bytes: source.routed_bytes() / n,
         matrix_bytes: matrices.each_ref().map(|all| common(all.iter().map(|w| w.bytes()))),
         factor_bytes: common(matrices.iter().flatten().map(number_bytes)),
         router_parameters: router().map(|t| t.len() as u64).sum::<u64>() / n,
@@ -56,7 +56,7 @@ fn dense_matrices<'e>(experts: &'e [StoredExpert], projection: Projection) -> Ve
     let matrix = |expert: &'e StoredExpert| match expert {
         Expert::Mlp(mlp) => match &mlp.map(projection)?.weight {
             Matrix::Dense(weight) => Some(weight),
-            Matrix::LowRank { .. } => None,
+            _ => None,
         },
         _ => None,
     };

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::find::Finder;
 use super::{Error, Result};
 use crate::architecture::{Architecture, RouterSpec};
-use crate::backend::{Expert, Linear, Mlp, RouterRule, RouterWeights, StoredExpert};
+use crate::backend::{Base, Expert, Linear, Mlp, RouterRule, RouterWeights, StoredExpert};
 use crate::checkpoint::{Checkpoint, Tensor, Weight};
 
 /// The tensors of one layer.
@@ -91,6 +91,10 @@ pub struct MoeSource {
     pub spec: RouterSpec,
     /// The experts.
     pub experts: Vec<StoredExpert>,
+    /// What those of them share that are differences from a base.
+    pub base: Base<Weight>,
+    /// Hidden width of an expert that has lost no channel.
+    pub width: usize,
     /// Number of each expert in the original model.
     pub numbers: Vec<usize>,
     /// Experts of the original model.
@@ -103,6 +107,18 @@ pub struct MoeSource {
 }
 
 impl MoeSource {
+    /// Parameters of the routed experts and their base.
+    pub fn routed_parameters(&self) -> u64 {
+        let base: u64 = self.base.iter().flatten().map(|w| w.len() as u64).sum();
+        self.experts.iter().map(StoredExpert::parameters).sum::<u64>() + base
+    }
+
+    /// Stored bytes of the routed experts and their base.
+    pub fn routed_bytes(&self) -> u64 {
+        let base: u64 = self.base.iter().flatten().map(Weight::bytes).sum();
+        self.experts.iter().map(StoredExpert::bytes).sum::<u64>() + base
+    }
+
     /// The routing rule for the experts at hand.
     pub fn rule(&self) -> RouterRule {
         let group_size = self.spec.groups.map_or(usize::MAX, |g| self.original_experts / g.count);
@@ -163,6 +179,7 @@ impl LayerSource {
         let mut all: Vec<&Weight> = self.linears().into_iter().map(|linear| &linear.weight).collect();
         if let Some(moe) = self.moe() {
             all.extend(moe.experts.iter().flat_map(Expert::weights));
+            all.extend(moe.base.iter().flatten());
             all.extend(moe.shared.iter().flat_map(|(_, gate)| gate));
         }
         all

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use crate::architecture::Projection;
 
-/// Ranks of the three matrices; `None` means that this matrix stays dense.
+/// Ranks of the three matrices; `None` means that this matrix stays dense. Numbers of dense rows are written alike.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Ranks {
     /// Rank of `W_gate`.
@@ -85,10 +85,15 @@ pub enum Action {
     },
     /// The expert becomes one vector, its mean output; the router keeps its row.
     Constant,
-    /// Some of the matrices `[out, in]` become products of `[out, r]` and `[r, in]`.
+    /// Some of the matrices `[out, in]` become products of `[out, r]` and `[r, in]`, to which a few dense rows may be
+    /// added.
     LowRank {
         /// Rank of each matrix.
         rank: Ranks,
+        /// Number of dense rows of each matrix, where it has a rank: those that the product does worst at, chosen while
+        /// compressing. In the file it may be left out.
+        #[serde(skip_serializing_if = "Ranks::is_dense")]
+        rows: Ranks,
     },
     /// The hidden width shrinks.
     Channels {
@@ -103,6 +108,11 @@ pub enum Action {
 }
 
 impl Action {
+    /// Low rank without dense rows.
+    pub fn low_rank(rank: Ranks) -> Self {
+        Action::LowRank { rank, rows: Ranks::default() }
+    }
+
     /// The variant as it stands in the plan file.
     pub fn name(&self) -> &'static str {
         match self {

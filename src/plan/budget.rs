@@ -118,6 +118,28 @@ pub(super) fn drops_per_layer(budget: Budget, costs: &Costs<'_>, rooms: &[Room<'
     Ok(drops)
 }
 
+/// How many experts of each layer are dropped when every layer loses its own share: rounded so that as many go in all as
+/// the budget says, the layers with the largest fractions left over first.
+pub(super) fn drops_of_fractions(
+    budget: Budget,
+    rooms: &[Room<'_>],
+    fractions: &[f64],
+) -> Result<Vec<usize>> {
+    let exact: Vec<f64> =
+        rooms.iter().zip(fractions).map(|(room, f)| f * room.layer.experts as f64).collect();
+    let total = exact.iter().sum::<f64>().round_ties_even() as usize;
+    let mut drops: Vec<usize> = exact.iter().map(|n| n.floor().max(0.0) as usize).collect();
+    let mut order: Vec<usize> = (0..drops.len()).collect();
+    order.sort_by(|a, b| (exact[*b] - exact[*b].floor()).total_cmp(&(exact[*a] - exact[*a].floor())));
+    let missing = total.saturating_sub(drops.iter().sum());
+    order.iter().take(missing).for_each(|i| drops[*i] += 1);
+    if total == 0 {
+        let experts = rooms.iter().map(|room| room.layer.experts).sum();
+        return Err(Error::Budget(nothing_removed(budget, experts)));
+    }
+    within(budget, rooms, drops, "use a smaller share, or a smaller owl_lambda")
+}
+
 /// `drops`, if there is room for them.
 fn within(budget: Budget, rooms: &[Room<'_>], drops: Vec<usize>, instead: &str) -> Result<Vec<usize>> {
     match rooms.iter().zip(&drops).find(|(room, n)| room.most < **n) {

@@ -71,15 +71,19 @@ fn action_structure(layer: &LayerPlan, expert: usize, action: &Action, place: &P
                 Some(_) => Ok(()),
             }
         }
-        Action::LowRank { rank } if rank.is_dense() => {
+        Action::LowRank { rank, .. } if rank.is_dense() => {
             Err(place.field("rank").plan("no matrix has a rank; give one of gate, up, down, or use keep"))
         }
-        Action::LowRank { rank } => Projection::ALL.iter().try_for_each(|&matrix| match rank.get(matrix) {
-            Some(0) => {
-                let place = place.field("rank").field(matrix.name());
-                Err(place.plan("found 0, expected at least 1, or null for a dense matrix"))
+        Action::LowRank { rank, rows } => Projection::ALL.iter().try_for_each(|&matrix| {
+            let field = |name| place.field(name).field(matrix.name());
+            match (rank.get(matrix), rows.get(matrix)) {
+                (Some(0), _) => {
+                    Err(field("rank").plan("found 0, expected at least 1, or null for a dense matrix"))
+                }
+                (_, Some(0)) => Err(field("rows").plan("found 0, expected at least 1, or null for no row")),
+                (None, Some(_)) => Err(field("rows").plan("the matrix has no rank and is dense as a whole")),
+                _ => Ok(()),
             }
-            _ => Ok(()),
         }),
         Action::Delta { rank: 0 } => Err(place.field("rank").plan("found 0, expected at least 1")),
         Action::Channels { keep } if keep.count() == 0 => {
@@ -181,18 +185,20 @@ fn action_against(action: &Action, layer: &MoeProfile, hidden_size: usize, place
         return Err(place.field("action").plan(problem));
     }
     match action {
-        Action::LowRank { rank: ranks } => {
-            let field = place.field("rank");
-            if layer.ungated && ranks.up.is_some() {
-                return Err(field
-                    .field("up")
-                    .plan("the experts of this layer have no such matrix; use null"));
-            }
-            Projection::ALL
-                .iter()
-                .filter_map(|&m| Some((m, ranks.get(m)?)))
-                .try_for_each(|(m, r)| rank(field.field(m.name()), r))
+        Action::LowRank { rank: ranks, .. } if layer.ungated && ranks.up.is_some() => {
+            let problem = "the experts of this layer have no such matrix; use null";
+            Err(place.field("rank").field("up").plan(problem))
         }
+        Action::LowRank { rank: ranks, rows } => Projection::ALL.iter().try_for_each(|&m| {
+            let most = if m == Projection::Down { d } else { p };
+            match rows.get(m) {
+                Some(rows) if rows > most => {
+                    let problem = format!("found {rows}, expected 1 to {most}, the rows of the matrix");
+                    Err(place.field("rows").field(m.name()).plan(problem))
+                }
+                _ => ranks.get(m).map_or(Ok(()), |r| rank(place.field("rank").field(m.name()), r)),
+            }
+        }),
         Action::Delta { rank: r } => rank(place.field("rank"), *r),
         Action::Channels { keep: Channels::Count(count) } if *count > p => {
             Err(place.field("keep").plan(format!("found {count}, expected 1 to {p} channels")))

@@ -156,32 +156,30 @@ impl<'a> Costs<'a> {
             Action::Drop | Action::Merge { .. } => Sizes::default(),
             // Always f32: it is small, and no kernel reads it as a matrix.
             Action::Constant => Sizes { parameters: d, bytes: 4 * d, tensors: 1 },
-            Action::LowRank { rank } => {
+            Action::LowRank { rank, rows } => {
                 let mut sizes = dense;
                 for &projection in layer.projections() {
                     let Some(r) = rank.get(projection) else { continue };
-                    let values = r as u64 * (d + p);
+                    let rows = rows.get(projection).unwrap_or(0) as u64;
+                    let input = if projection == Projection::Down { p } else { d };
+                    let values = r as u64 * (d + p) + rows * input;
                     sizes.parameters = sizes.parameters.saturating_sub(d * p) + values;
                     sizes.bytes = sizes.bytes.saturating_sub(matrix(layer, projection, d * p))
-                        + self.factors(layer, values);
-                    sizes.tensors = sizes.tensors.saturating_sub(u64::from(self.separate)) + 2;
+                        + self.factors(layer, values)
+                        + 4 * rows;
+                    let tensors = if rows > 0 { 4 } else { 2 };
+                    sizes.tensors = sizes.tensors.saturating_sub(u64::from(self.separate)) + tensors;
                 }
                 sizes
             }
-            Action::Channels { keep } => {
-                let gone = layer.matrices() * d * (p - (keep.count() as u64).min(p));
-                Sizes {
-                    parameters: dense.parameters.saturating_sub(gone),
-                    bytes: dense.bytes.saturating_sub(stored(layer, gone)),
-                    tensors: layer.matrices(),
-                }
-            }
+            Action::Channels { keep } => self.narrow(layer, (keep.count() as u64).min(p)),
             Action::Delta { rank } => {
                 let values = layer.matrices() * *rank as u64 * (d + p);
+                let biases = self.biases(layer);
                 Sizes {
-                    parameters: values,
-                    bytes: self.factors(layer, values),
-                    tensors: 2 * layer.matrices(),
+                    parameters: values + biases.parameters,
+                    bytes: self.factors(layer, values) + biases.bytes,
+                    tensors: 2 * layer.matrices() + biases.tensors,
                 }
             }
         }
@@ -204,7 +202,58 @@ impl<'a> Costs<'a> {
             let [before, after] = self.replaced(layer, action);
             sizes.bytes = sizes.bytes.saturating_sub(before) + after;
         }
-        if base { sizes + self.expert(layer, &Action::Keep) } else { sizes }
+        if base { sizes + self.matrices(layer, layer.width as u64) } else { sizes }
+    }
+
+    /// The matrices of an expert of this width, as they are stored where they replace others.
+    fn matrices(&self, layer: &MoeProfile, width: u64) -> Sizes {
+        let parameters = layer.matrices() * width * self.profile.hidden_size as u64;
+        let bytes = match layer.factor_bytes {
+            0 => stored(layer, parameters),
+            each => each * parameters,
+        };
+        Sizes { parameters, bytes, tensors: layer.matrices() }
+    }
+
+    /// What a dense expert has besides its matrices.
+    fn biases(&self, layer: &MoeProfile) -> Sizes {
+        let values = layer.matrices() * self.profile.hidden_size as u64 * layer.width as u64;
+        let parameters = layer.expert_parameters.saturating_sub(values);
+        let matrices: u64 = layer.matrix_bytes.iter().sum();
+        let bytes = match matrices {
+            0 => stored(layer, parameters),
+            matrices => layer.expert_bytes.saturating_sub(matrices),
+        };
+        if parameters == 0 {
+            Sizes::default()
+        } else {
+            Sizes { parameters, bytes, tensors: layer.matrices() }
+        }
+    }
+
+    /// An expert with `width` channels left; with all of them it stays as it is.
+    fn narrow(&self, layer: &MoeProfile, width: u64) -> Sizes {
+        let (d, p) = (self.profile.hidden_size as u64, layer.width as u64);
+        if width == p {
+            return self.expert(layer, &Action::Keep);
+        }
+        let biases = self.biases(layer);
+        // Those of gate and up have a number per channel, that of down has not.
+        let inner = layer.matrices() - 1;
+        let left = |all: u64| all * (inner * width + d) / (inner * p + d);
+        let biases = Sizes { parameters: left(biases.parameters), bytes: left(biases.bytes), ..biases };
+        self.matrices(layer, width) + biases
+    }
+
+    /// Size of the checkpoint whose experts get these actions, a list per layer; routers stay.
+    pub(super) fn with(&self, actions: &[Vec<Action>]) -> u64 {
+        let (mut before, mut after) = (Sizes::default(), Sizes::default());
+        for (layer, actions) in self.profile.moe_layers.iter().zip(actions) {
+            before += self.expert(layer, &Action::Keep) * layer.experts as u64;
+            after += self.layer(layer, actions.iter());
+        }
+        let bytes = self.profile.bytes - before.bytes + after.bytes;
+        self.on_disk(bytes, self.profile.tensors - before.tensors + after.tensors)
     }
 
     /// Size on disk of the checkpoint after `layers`, which must fit the profile.
@@ -247,7 +296,7 @@ impl<'a> Costs<'a> {
         let values = self.profile.hidden_size as u64 * layer.width as u64;
         let stays = |p: &Projection| match action {
             Action::Keep => true,
-            Action::LowRank { rank } => rank.get(*p).is_none(),
+            Action::LowRank { rank, .. } => rank.get(*p).is_none(),
             _ => false,
         };
         let mut bytes = [0; 2];

@@ -15,6 +15,7 @@
 
 mod action;
 mod budget;
+mod channels;
 mod check;
 mod costs;
 mod coverage;
@@ -23,6 +24,7 @@ mod file;
 mod groups;
 mod methods;
 mod options;
+mod owl;
 mod protect;
 mod read;
 mod score;
@@ -36,14 +38,18 @@ mod tests;
 pub use crate::architecture::Projection;
 pub use action::{Action, Channels, Ranks};
 pub use budget::Budget;
+pub(crate) use channels::refit;
+pub use channels::{Criterion, largest};
 pub use costs::{Expected, FactorDtype};
 pub use coverage::coverage;
 pub use error::{Error, Place, Result};
 pub use file::{ExpertPlan, LayerPlan, MergedRows, ModelRef, Plan, StatisticsRef, VERSION};
 pub use methods::{
-    Method, Needs, Paper, Request, SpectrumSource, method, methods, regroup_layer, rescore_layer,
+    Method, Needs, Paper, Request, RouterSource, SpectrumSource, method, methods, regroup_layer,
+    rescore_layer,
 };
 pub use options::{OptionKind, OptionSpec, Options};
+pub use owl::OutlierSource;
 pub use search::{
     Found, Genetic, Loss, LossRule, LossSource, Pass, RankRule, Subsets, Tails, greedy_and_swap,
     inverse_importance, ranks_by_importance,

@@ -36,6 +36,8 @@ pub enum OptionKind {
     Fraction,
     /// Layer numbers and ranges of them, such as `0,3-5`.
     Layers,
+    /// The name of a folder.
+    Folder,
 }
 
 impl std::fmt::Display for OptionKind {
@@ -46,6 +48,7 @@ impl std::fmt::Display for OptionKind {
             OptionKind::Integer(_) => write!(f, "N"),
             OptionKind::Fraction => write!(f, "0..1"),
             OptionKind::Layers => write!(f, "N,N-N"),
+            OptionKind::Folder => write!(f, "DIR"),
         }
     }
 }
@@ -65,6 +68,8 @@ impl OptionKind {
                 let number = text.parse::<u64>().ok().filter(|n| *n >= least);
                 number.map(Value::from).ok_or_else(|| format!("expected a whole number, at least {least}"))
             }
+            OptionKind::Folder if text.is_empty() => Err("expected the name of a folder".into()),
+            OptionKind::Folder => Ok(text.into()),
             OptionKind::Fraction => {
                 let number = text.parse::<f64>().ok().filter(|x| *x > 0.0 && *x < 1.0);
                 number.map(Value::from).ok_or_else(|| "expected a number above 0 and below 1".into())
@@ -145,6 +150,11 @@ pub(super) fn fraction(options: &Options, name: &str) -> Option<f64> {
 /// The layers of a resolved list; none where it was not given.
 pub(super) fn layers(options: &Options, name: &str) -> BTreeSet<usize> {
     options.get(name).and_then(Value::as_str).and_then(parse_layers).unwrap_or_default()
+}
+
+/// A resolved name.
+pub(super) fn text<'o>(options: &'o Options, name: &str) -> Option<&'o str> {
+    options.get(name).and_then(Value::as_str)
 }
 
 /// Whether the choice `name` was resolved to `word`.

@@ -126,14 +126,9 @@ fn action(object: &Object<'_>) -> Result<Action> {
             Ok(Action::Merge { into: object.index("into")?, weight: object.real("weight")? })
         }
         "low_rank" => {
-            fields(&["rank"])?;
-            let ranks = object.object("rank")?;
-            ranks.only(&["gate", "up", "down"])?;
-            let rank = |name| match ranks.map.get(name) {
-                None | Some(Value::Null) => Ok(None),
-                Some(_) => ranks.index(name).map(Some),
-            };
-            Ok(Action::LowRank { rank: Ranks { gate: rank("gate")?, up: rank("up")?, down: rank("down")? } })
+            fields(&["rank", "rows"])?;
+            let rows = object.map.contains_key("rows").then(|| ranks(object, "rows")).transpose()?;
+            Ok(Action::LowRank { rank: ranks(object, "rank")?, rows: rows.unwrap_or_default() })
         }
         "channels" => {
             fields(&["keep"])?;
@@ -152,6 +147,17 @@ fn action(object: &Object<'_>) -> Result<Action> {
                 .plan(format!("unknown action `{other}`; known actions: {known}")))
         }
     }
+}
+
+/// One number for each matrix; absent or null where there is none.
+fn ranks(object: &Object<'_>, field: &str) -> Result<Ranks> {
+    let ranks = object.object(field)?;
+    ranks.only(&["gate", "up", "down"])?;
+    let rank = |name| match ranks.map.get(name) {
+        None | Some(Value::Null) => Ok(None),
+        Some(_) => ranks.index(name).map(Some),
+    };
+    Ok(Ranks { gate: rank("gate")?, up: rank("up")?, down: rank("down")? })
 }
 
 /// A JSON object and where it stands in the plan.

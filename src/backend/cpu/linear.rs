@@ -53,6 +53,15 @@ impl CpuWeight {
 
 /// `out [n, rows] = x [n, cols] · Wᵀ`, row-major; the rows of x are `stride` apart.
 pub(super) fn linear(x: &[f32], stride: usize, weight: &CpuWeight, out: &mut [f32]) {
+    product(x, stride, weight, out, false);
+}
+
+/// The same, added to what is in `out`.
+pub(super) fn add_linear(x: &[f32], stride: usize, weight: &CpuWeight, out: &mut [f32]) {
+    product(x, stride, weight, out, true);
+}
+
+fn product(x: &[f32], stride: usize, weight: &CpuWeight, out: &mut [f32], accumulate: bool) {
     if out.is_empty() {
         return;
     }
@@ -61,7 +70,7 @@ pub(super) fn linear(x: &[f32], stride: usize, weight: &CpuWeight, out: &mut [f3
     let isa = Isa::current();
     let out = Columns::new(out, n, rows, rows);
     if let Some(w) = weight.source() {
-        return Product { x, stride, w, out, accumulate: false }.run(isa);
+        return Product { x, stride, w, out, accumulate }.run(isa);
     }
     // Packed weights are widened a tile at a time. Values do not depend on the tiles.
     let tile_rows = (CpuWeight::TILE / cols.max(1)).max(16);
@@ -71,7 +80,7 @@ pub(super) fn linear(x: &[f32], stride: usize, weight: &CpuWeight, out: &mut [f3
         let mut tile = Scratch::take(count * cols);
         weight.decode_rows(first, &mut tile);
         let w = Source::new(bytemuck::must_cast_slice(&tile), Dtype::F32, count, cols);
-        Product { x, stride, w, out: out.part(0, n, first, count), accumulate: false }.run(isa);
+        Product { x, stride, w, out: out.part(0, n, first, count), accumulate }.run(isa);
     });
 }
 

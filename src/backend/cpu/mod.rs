@@ -19,7 +19,7 @@ use crate::architecture::{Activation, Rope};
 use crate::checkpoint::{Tensor, Weight};
 
 use super::{
-    AttentionShape, AttentionTerms, Backend, Batch, HeadLayout, Keys, LatentShape, Moment, MomentDims,
+    AttentionShape, AttentionTerms, Backend, Base, Batch, HeadLayout, Keys, LatentShape, Moment, MomentDims,
     Moments, Result, RouterRule, RouterWeights, Routes, StoredExpert,
 };
 pub use attention::CpuRotation;
@@ -77,6 +77,7 @@ impl Cpu {
         }
         routing.choose_all(rows, experts.len());
         experts.run(&sample, routing);
+        experts.complete(routing, x.cols);
     }
 }
 
@@ -153,8 +154,8 @@ impl Backend for Cpu {
         CpuRouter::new(weights, rule)
     }
 
-    fn experts(&self, experts: &[StoredExpert]) -> Result<CpuExperts> {
-        CpuExperts::new(experts)
+    fn experts(&self, experts: &[StoredExpert], base: &Base<Weight>) -> Result<CpuExperts> {
+        CpuExperts::new(experts, base)
     }
 
     fn routing(&self) -> CpuRouting {
@@ -291,7 +292,9 @@ impl Backend for Cpu {
         out.reshape(x.rows, x.cols);
         experts.run(x, routing);
         experts::combine(routing, &mut out.data, x.cols);
+        experts.add_base(routing, &mut out.data);
         if let Some((moments, batch)) = observe {
+            experts.complete(routing, x.cols);
             observe::routed(moments, x, experts, routing, out, batch);
         }
         Ok(())

@@ -24,13 +24,17 @@ pub(super) fn routed(
     let width = moments.dims().width;
     let input_row = |pair: usize| x.row(work.pair_token[pair] as usize);
     let input_factor = |pair: usize| work.pair_scale.get(pair).map_or(1.0, |&scale| f64::from(scale));
-    let starts = hidden_starts(experts, &work.offsets);
     let hidden_row = |e: usize, pair: usize| {
         let w = experts.width(e);
-        let start = starts[e] + (pair - work.offsets[e]) * w;
+        let start = work.hidden_starts[e] + (pair - work.offsets[e]) * w;
         &work.hidden[start..start + w]
     };
     let real = |pair: &usize| batch.is_real(work.pair_token[*pair] as usize);
+    add_channels(moments, width, |e| {
+        let real = move |pair: &usize| batch.is_real(work.pair_token[*pair] as usize);
+        pairs(e).filter(real).map(move |p| (hidden_row(e, p), work.pair_weight[p]))
+    });
+    add_squares(moments, x.cols, |e| pairs(e).filter(real).map(move |p| (input_row(p), input_factor(p))));
     for (moment, gated) in [(Moment::InputGram, false), (Moment::GateInputGram, true)] {
         let factor = |p: usize| input_factor(p) * if gated { f64::from(work.pair_weight[p]) } else { 1.0 };
         let rows = |e: usize| pairs(e).filter(real).map(move |p| (input_row(p), factor(p)));
@@ -198,10 +202,48 @@ fn expert_sums(e: usize, d: usize, experts: &CpuExperts, routing: &CpuRouting, b
     }
 }
 
-/// First value of each expert in the workspace's hidden buffer.
-fn hidden_starts(experts: &CpuExperts, offsets: &[usize]) -> Vec<usize> {
-    let sizes = (0..experts.len()).map(|e| (offsets[e + 1] - offsets[e]) * experts.width(e));
-    sizes.scan(0, |start, size| Some(std::mem::replace(start, *start + size))).collect()
+/// Sums and maxima of the hidden channels; `rows` are hidden vectors of an expert with their combine weights.
+fn add_channels<'a, I>(moments: &mut Moments, width: usize, rows: impl Fn(usize) -> I + Sync)
+where
+    I: Iterator<Item = (&'a [f32], f32)>,
+{
+    let wanted = [Moment::HiddenSqSum, Moment::GateHiddenSqSum, Moment::GateHiddenMax];
+    let [Some(mut plain), Some(mut gated), Some(mut largest)] = wanted.map(|m| moments.take(m)) else {
+        return;
+    };
+    let experts = plain
+        .par_chunks_exact_mut(width)
+        .zip(gated.par_chunks_exact_mut(width))
+        .zip(largest.par_chunks_exact_mut(width));
+    experts.enumerate().for_each(|(e, ((plain, gated), largest))| {
+        for (row, gate) in rows(e) {
+            let gate = f64::from(gate);
+            for (c, &z) in row.iter().enumerate() {
+                let (z, gz) = (f64::from(z), gate * f64::from(z));
+                plain[c] += z * z;
+                gated[c] += gz * gz;
+                largest[c] = largest[c].max(gz.abs());
+            }
+        }
+    });
+    for (moment, array) in wanted.into_iter().zip([plain, gated, largest]) {
+        moments.put(moment, array);
+    }
+}
+
+/// Σ x∘x; `rows` are inputs of an expert with their factors.
+fn add_squares<'a, I>(moments: &mut Moments, d: usize, rows: impl Fn(usize) -> I + Sync)
+where
+    I: Iterator<Item = (&'a [f32], f64)>,
+{
+    let Some(sums) = moments.get_mut(Moment::InputSqSum) else { return };
+    sums.par_chunks_exact_mut(d).enumerate().for_each(|(e, sums)| {
+        for (row, factor) in rows(e) {
+            for (sum, &x) in sums.iter_mut().zip(row) {
+                *sum += (factor * f64::from(x)).powi(2);
+            }
+        }
+    });
 }
 
 /// Rows that are widened to f64 and multiplied at a time.

@@ -58,6 +58,10 @@ where
     match matrix {
         Matrix::Dense(weight) => dense(weight),
         Matrix::LowRank { u, v } => Parts { v: Some(v.into()), ..dense(u) },
+        Matrix::LowRankRows { u, v, rows, s } => {
+            Parts { v: Some(v.into()), sparse: Some((rows, s.into())), ..dense(u) }
+        }
+        Matrix::Delta { u, v } => Parts { v: Some(v.into()), base: true, ..dense(u) },
     }
 }
 

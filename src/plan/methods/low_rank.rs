@@ -10,12 +10,13 @@ use crate::plan::costs::{Costs, FactorDtype, Sizes};
 use crate::plan::error::Place;
 use crate::plan::file::LayerPlan;
 use crate::plan::options::{self, OptionKind, Options};
+use crate::plan::owl;
 use crate::plan::{Action, Error, OptionSpec, Plan, Projection, Ranks, Result};
 
 /// The method.
 pub(super) struct LowRank;
 
-static OPTIONS: [OptionSpec; 6] = [
+static OPTIONS: [OptionSpec; 9] = [
     OptionSpec {
         name: "whiten",
         kind: OptionKind::Flag,
@@ -54,6 +55,9 @@ static OPTIONS: [OptionSpec; 6] = [
         default: Some("false"),
         help: "while compressing, measure each layer again behind the compressed ones before it",
     },
+    owl::OPTIONS[0],
+    owl::OPTIONS[1],
+    owl::OPTIONS[2],
 ];
 
 impl Method for LowRank {
@@ -96,7 +100,13 @@ impl Method for LowRank {
             target => {
                 let ranks = match target {
                     Target::Rank(rank) => explicit(profile, rank)?,
-                    Target::Remove(fraction) => of_fraction(profile, fraction)?,
+                    Target::Remove(fraction) => {
+                        let fractions = owl::fractions(request, &options, fraction)?;
+                        of_fraction(profile, fraction, &fractions)?
+                    }
+                    Target::Bytes(size) if owl::is_owl(&options) => {
+                        return Err(owl::needs_fraction(Budget::Bytes(size)));
+                    }
                     Target::Bytes(size) => of_size(&costs, size)?,
                     Target::Energy(_) => Vec::new(),
                 };
@@ -245,12 +255,12 @@ fn explicit(profile: &Profile, rank: u64) -> Result<Vec<usize>> {
     Ok(vec![rank; shapes.len()])
 }
 
-/// Rank floor((1 − F)·d·p/(d + p)) of every layer. A rank of 0 is refused.
-fn of_fraction(profile: &Profile, fraction: f64) -> Result<Vec<usize>> {
+/// Rank floor((1 − F)·d·p/(d + p)) of every layer, with its own of the `fractions` F. A rank of 0 is refused.
+fn of_fraction(profile: &Profile, fraction: f64, fractions: &[f64]) -> Result<Vec<usize>> {
     let shapes = profile.moe_layers.iter().map(|l| Shape::new(profile, l)).collect::<Vec<_>>();
     // What rounding in the product can cost stays far below the distance of two ranks.
-    let rank = |shape: &Shape<'_>| ((1.0 - fraction) * shape.break_even() + 1e-9).floor() as usize;
-    if let Some(shape) = shapes.iter().find(|shape| rank(shape) == 0) {
+    let rank = |(shape, f): (&Shape<'_>, &f64)| ((1.0 - f) * shape.break_even() + 1e-9).floor() as usize;
+    if let Some((shape, _)) = shapes.iter().zip(fractions).find(|pair| rank(*pair) == 0) {
         let keep = shapes.iter().map(|s| 1.0 / s.break_even()).fold(0.0, f64::max);
         let (budget, layer) = (Budget::Remove(fraction), shape.layer.layer);
         let instead = match budget::round_down(1.0 - keep) {
@@ -261,7 +271,7 @@ fn of_fraction(profile: &Profile, fraction: f64) -> Result<Vec<usize>> {
             "{budget}: leaves no rank to the matrices of layer {layer}; {instead}"
         )));
     }
-    Ok(shapes.iter().map(rank).collect())
+    Ok(shapes.iter().zip(fractions).map(rank).collect())
 }
 
 /// The ranks of the largest uniform share of parameters at which the checkpoint is not above `size`.
@@ -296,7 +306,7 @@ fn on_disk(costs: &Costs<'_>, shapes: &[Shape<'_>], ranks: &[usize]) -> u64 {
     let profile = costs.profile;
     let (mut before, mut after) = (Sizes::default(), Sizes::default());
     for (shape, rank) in shapes.iter().zip(ranks) {
-        let action = Action::LowRank { rank: shape.ranks(*rank) };
+        let action = Action::low_rank(shape.ranks(*rank));
         before += costs.expert(shape.layer, &Action::Keep) * shape.layer.experts as u64;
         after += costs.expert(shape.layer, &action) * shape.layer.experts as u64;
     }
@@ -378,6 +388,6 @@ fn by_spectrum(shape: &Shape<'_>, rank: usize, source: &dyn SpectrumSource) -> R
 }
 
 fn layer_plan(layer: &MoeProfile, ranks: &[Ranks]) -> LayerPlan {
-    let action = |rank: &Ranks| if rank.is_dense() { Action::Keep } else { Action::LowRank { rank: *rank } };
+    let action = |rank: &Ranks| if rank.is_dense() { Action::Keep } else { Action::low_rank(*rank) };
     LayerPlan::new(layer.layer, layer.top_k, ranks.iter().map(action))
 }

@@ -1,23 +1,27 @@
 //! The methods: from sizes, statistics and a budget to a plan.
 
+mod channels;
+mod delta;
 mod low_rank;
 mod merge;
 mod moe_i2;
 mod mone;
 mod naee;
 mod prune;
+mod router_norm;
 mod skip;
 
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
 use super::file::StatisticsRef;
-use super::{Budget, Error, LossSource, OptionSpec, Plan, Projection, Result};
+use super::{Budget, Error, LossSource, OptionSpec, OutlierSource, Plan, Projection, Result};
 use crate::architecture::Profile;
 use crate::backend::Moments;
 
 pub use merge::regroup_layer;
 pub use prune::rescore_layer;
+pub use router_norm::RouterSource;
 
 /// The publication that a method comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +70,10 @@ pub struct Request<'a> {
     pub spectra: Option<&'a dyn SpectrumSource>,
     /// Losses, for methods that search on the tokens themselves.
     pub losses: Option<&'a dyn LossSource>,
+    /// Outliers of the weights, for `layer_ratio=owl`.
+    pub outliers: Option<&'a dyn OutlierSource>,
+    /// Norms of router rows, for `router-norm`.
+    pub routers: Option<&'a dyn RouterSource>,
 }
 
 impl<'a> Request<'a> {
@@ -81,6 +89,8 @@ impl<'a> Request<'a> {
             options: &NO_OPTIONS,
             spectra: None,
             losses: None,
+            outliers: None,
+            routers: None,
         }
     }
 }
@@ -114,8 +124,16 @@ pub trait Method: Sync {
 static METHODS: LazyLock<Vec<&'static dyn Method>> = LazyLock::new(|| {
     let prune = prune::METHODS.iter().map(|m| m as &dyn Method);
     let merge: [&dyn Method; 4] = [&merge::M_SMOE, &merge::MC_SMOE, &merge::HcSmoe, &merge::Ream];
-    let rest: [&dyn Method; 4] = [&mone::Mone, &naee::Naee, &low_rank::LowRank, &moe_i2::MoeI2];
-    prune.chain(rest).chain(merge).collect()
+    let channels = channels::METHODS.iter().map(|m| m as &dyn Method);
+    let rest: [&dyn Method; 6] = [
+        &router_norm::RouterNorm,
+        &mone::Mone,
+        &naee::Naee,
+        &low_rank::LowRank,
+        &delta::Delta,
+        &moe_i2::MoeI2,
+    ];
+    prune.chain(rest).chain(channels).chain(merge).collect()
 });
 
 /// Every method.

@@ -544,7 +544,7 @@ impl<'a> Job<'a> {
             for (&expert, rank) in kept.iter().zip(ranks_by_importance(&values, *average, most, rule)) {
                 let rank: Ranks = shape.ranks(rank);
                 if !rank.is_dense() {
-                    plan.experts[expert].action = Action::LowRank { rank };
+                    plan.experts[expert].action = Action::low_rank(rank);
                 }
             }
         }

@@ -38,9 +38,10 @@ const SCORE: OptionSpec = OptionSpec {
            variances) times N; mone-soft: spread times Σ g; the others are the scores of the methods of that name",
 };
 
-pub(super) static OPTIONS: [OptionSpec; 7] = {
-    let [scope, floor, protect, protect_all_layers, propagate, seed] = prune::OPTIONS_OF_SCORES;
-    [SCORE, scope, floor, protect, protect_all_layers, propagate, seed]
+pub(super) static OPTIONS: [OptionSpec; 10] = {
+    let [scope, floor, protect, protect_all_layers, propagate, ratio, lambda, m, seed] =
+        prune::OPTIONS_OF_SCORES;
+    [SCORE, scope, floor, protect, protect_all_layers, propagate, ratio, lambda, m, seed]
 };
 
 /// The method.

@@ -3,12 +3,13 @@
 use super::{Method, Needs, Paper, Request, mone};
 use crate::architecture::{MoeProfile, Profile};
 use crate::backend::{Moment, Moments};
-use crate::plan::budget;
+use crate::plan::budget::{self, Budget};
 use crate::plan::check;
 use crate::plan::costs::{Costs, FactorDtype};
 use crate::plan::error::Place;
 use crate::plan::file::LayerPlan;
 use crate::plan::options::{self, OptionKind, Options};
+use crate::plan::owl;
 use crate::plan::protect::super_experts;
 use crate::plan::score::{self, Rule};
 use crate::plan::select::{self, Layer};
@@ -116,7 +117,7 @@ pub(super) static METHODS: [Prune; 11] = [
 ];
 
 /// The options of every score; the last one is for `random` alone.
-pub(super) const OPTIONS_OF_SCORES: [OptionSpec; 6] = [
+pub(super) const OPTIONS_OF_SCORES: [OptionSpec; 9] = [
     OptionSpec {
         name: "scope",
         kind: OptionKind::Choice(&["layer", "global"]),
@@ -147,6 +148,9 @@ pub(super) const OPTIONS_OF_SCORES: [OptionSpec; 6] = [
         default: Some("false"),
         help: "while compressing, measure each layer again behind the compressed ones before it, and choose anew",
     },
+    owl::OPTIONS[0],
+    owl::OPTIONS[1],
+    owl::OPTIONS[2],
     OptionSpec {
         name: "seed",
         kind: OptionKind::Integer(0),
@@ -155,7 +159,7 @@ pub(super) const OPTIONS_OF_SCORES: [OptionSpec; 6] = [
     },
 ];
 
-static OPTIONS: [OptionSpec; 6] = OPTIONS_OF_SCORES;
+static OPTIONS: [OptionSpec; 9] = OPTIONS_OF_SCORES;
 
 impl Method for Prune {
     fn name(&self) -> &'static str {
@@ -177,7 +181,7 @@ impl Method for Prune {
     fn options(&self) -> &'static [OptionSpec] {
         match self.rule {
             Rule::Random => &OPTIONS,
-            _ => &OPTIONS[..5],
+            _ => &OPTIONS[..8],
         }
     }
 
@@ -214,15 +218,29 @@ impl Selection {
             return Err(Error::Budget(message));
         };
 
-        let protected = match statistics {
-            Some(statistics) if guard => protected(profile, statistics, &options)?,
-            _ => profile.moe_layers.iter().map(|l| vec![false; l.experts]).collect(),
-        };
         let seed = seed(&options);
         let mut scores = Vec::with_capacity(profile.moe_layers.len());
         for (i, layer) in profile.moe_layers.iter().enumerate() {
             scores.push(score::scores(self.rule, layer, statistics.map(|s| &s[i]), seed)?);
         }
+        self.plan_scored(request, budget, options, statistics, &scores)
+    }
+
+    /// The plan for these scores, one list per layer.
+    pub(super) fn plan_scored(
+        &self,
+        request: &Request<'_>,
+        budget: Budget,
+        options: Options,
+        statistics: Option<&[Moments]>,
+        scores: &[Vec<f64>],
+    ) -> Result<Plan> {
+        let profile = request.profile;
+        let guard = options::is(&options, "protect", "super");
+        let protected = match statistics {
+            Some(statistics) if guard => protected(profile, statistics, &options)?,
+            _ => profile.moe_layers.iter().map(|l| vec![false; l.experts]).collect(),
+        };
         let open: Vec<MoeProfile> = profile.moe_layers.iter().map(|l| self.choices(l)).collect();
         let layers = open
             .iter()
@@ -230,9 +248,16 @@ impl Selection {
             .map(|(layer, protected)| Ok(Layer::new(layer, floor(&options, layer)?, protected.clone())))
             .collect::<Result<Vec<_>>>()?;
 
+        if owl::is_owl(&options) && !matches!(budget, Budget::Remove(_)) {
+            return Err(owl::needs_fraction(budget));
+        }
+        if owl::is_owl(&options) && options::is(&options, "scope", "global") {
+            let expected = "cannot be combined with scope=global, which divides the budget itself".into();
+            return Err(Error::Option { option: "layer_ratio".into(), value: "owl".into(), expected });
+        }
         let costs = Costs::new(profile, FactorDtype::Auto).replacing(&self.action);
         let dropped = if options::is(&options, "scope", "global") {
-            let sequence = select::sequence(&layers, &scores);
+            let sequence = select::sequence(&layers, scores);
             let owners = sequence.iter().map(|(i, _)| &profile.moe_layers[*i]).collect::<Vec<_>>();
             let n = budget::drops_of_sequence(budget, &costs, &owners)?;
             let mut dropped = vec![Vec::new(); layers.len()];
@@ -240,11 +265,18 @@ impl Selection {
             dropped
         } else {
             let rooms = layers.iter().map(Layer::room).collect::<Vec<_>>();
-            let drops = budget::drops_per_layer(budget, &costs, &rooms)?;
+            let drops = match budget {
+                Budget::Remove(fraction) if owl::is_owl(&options) => {
+                    budget.check()?;
+                    let fractions = owl::fractions(request, &options, fraction)?;
+                    budget::drops_of_fractions(budget, &rooms, &fractions)?
+                }
+                _ => budget::drops_per_layer(budget, &costs, &rooms)?,
+            };
             let choose = |((layer, scores), n): ((&Layer<'_>, &Vec<f64>), usize)| {
                 layer.choose(&score::worst_first(scores), n)
             };
-            layers.iter().zip(&scores).zip(drops).map(choose).collect::<Result<Vec<_>>>()?
+            layers.iter().zip(scores).zip(drops).map(choose).collect::<Result<Vec<_>>>()?
         };
 
         let mut plans = Vec::with_capacity(layers.len());

@@ -79,7 +79,12 @@ fn sizes_of_every_form() {
         (Action::Drop, 0, 0),
         (Action::Merge { into: 3, weight: 0.5 }, 0, 0),
         (Action::Constant, 8, 32),
-        (Action::LowRank { rank: ranks }, 96 + 5 * 20, 2 * (96 + 5 * 20)),
+        (Action::low_rank(ranks), 96 + 5 * 20, 2 * (96 + 5 * 20)),
+        (
+            Action::LowRank { rank: ranks, rows: Ranks { gate: Some(4), up: None, down: Some(1) } },
+            96 + 5 * 20 + 4 * 8 + 12,
+            2 * (96 + 5 * 20 + 4 * 8 + 12) + 4 * 5,
+        ),
         (Action::Channels { keep: Channels::Count(5) }, 3 * 8 * 5, 2 * 3 * 8 * 5),
         (Action::Channels { keep: Channels::List(vec![0, 7]) }, 3 * 8 * 2, 2 * 3 * 8 * 2),
         // The difference and, once per layer, the base.
@@ -241,8 +246,7 @@ fn the_file_has_one_expert_per_line() {
         ..Request::new(&profile)
     };
     let mut plan = method("frequency").unwrap().plan(&request).unwrap();
-    plan.layers[0].experts[0].action =
-        Action::LowRank { rank: Ranks { gate: Some(3), up: None, down: Some(2) } };
+    plan.layers[0].experts[0].action = Action::low_rank(Ranks { gate: Some(3), up: None, down: Some(2) });
     plan.layers[1].protected = vec![1];
     let text = r#"{
   "moepress": 1,
@@ -326,7 +330,8 @@ fn every_method_explains_itself() {
         assert!(!m.description().is_empty() && !m.description().contains('\n'));
         assert!(m.options().iter().all(|o| !o.help.is_empty()));
         let measured = m.needs().statistics || m.needs().tokens;
-        assert_eq!(measured, !["random", "low-rank"].contains(&m.name()));
+        let unmeasured = ["random", "router-norm", "low-rank", "modegpt", "d2-moe"];
+        assert_eq!(measured, !unmeasured.contains(&m.name()));
         assert_eq!(m.paper().is_none(), m.name() == "random");
     }
 }

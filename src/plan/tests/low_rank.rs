@@ -18,7 +18,7 @@ fn two_experts() -> Profile {
 
 fn ranks(plan: &Plan) -> Vec<Vec<Option<usize>>> {
     let rank = |e: &ExpertPlan| match e.action {
-        Action::LowRank { rank } => {
+        Action::LowRank { rank, .. } => {
             assert_eq!((rank.gate, rank.gate), (rank.up, rank.down));
             rank.gate
         }

@@ -175,7 +175,7 @@ proptest! {
             8 => { plan.layers.remove(l); }
             9 => plan.model.identity.push('0'),
             10 => plan.version += 1,
-            _ => entry.experts[e].action = Action::LowRank { rank: Ranks::uniform(Some(9)) },
+            _ => entry.experts[e].action = Action::low_rank(Ranks::uniform(Some(9))),
         }
         let message = plan.check(&profile).unwrap_err().to_string();
         prop_assert!(!message.contains('\n'));

@@ -195,7 +195,7 @@ fn ranks_are_those_of_the_reference() {
             let uniform = make("allocate=uniform");
             let rank = Ranks::uniform(expected["rank"].as_u64().map(|r| r as usize));
             for entry in uniform.layers.iter().flat_map(|l| &l.experts) {
-                assert_eq!(entry.action, Action::LowRank { rank }, "{place}");
+                assert_eq!(entry.action, Action::low_rank(rank), "{place}");
             }
             assert_eq!(uniform.expected.routed_parameters, stored("whitened"), "{place}");
 
@@ -223,7 +223,7 @@ fn compare_ranks(plan: &Plan, expected: &Value, profile: &Profile, place: &str) 
             let mut missing = 0;
             for (entry, theirs) in layer.experts.iter().zip(&ranks) {
                 let ours = match entry.action {
-                    Action::LowRank { rank } => rank.get(matrix),
+                    Action::LowRank { rank, .. } => rank.get(matrix),
                     _ => None,
                 };
                 match ours {

@@ -217,7 +217,7 @@ fn decomposed(hidden_size: usize, layer: &MoeProfile, rank: usize) -> Result<Act
     for &matrix in layer.projections() {
         *ranks.get_mut(matrix) = Some(rank);
     }
-    Ok(Action::LowRank { rank: ranks })
+    Ok(Action::low_rank(ranks))
 }
 
 #[cfg(test)]
