@@ -21,6 +21,7 @@
 //! | [`linalg`] | truncated and whitened SVD, assignment |
 //! | [`compress`] | carries out a plan; the only place that writes weights |
 //! | [`eval`] | perplexity, agreement with the original, multiple choice |
+//! | [`recover`] | compressed experts trained towards the original's; LoRA adapters merged |
 //! | [`compare`] | many methods on one model, side by side, in memory |
 //! | [`generate`] | text from a prompt, token by token |
 //! | `ffi` | the C interface of GPU layers, `include/moepress.h` |
@@ -69,5 +70,6 @@ pub mod linalg;
 pub mod model;
 pub mod plan;
 pub mod progress;
+pub mod recover;
 pub mod search;
 pub mod tokens;

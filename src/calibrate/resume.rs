@@ -162,6 +162,20 @@ impl Residual {
         hidden_size: usize,
         encoder_layers: usize,
     ) -> Result<usize> {
+        self.restore_all(backend, &mut [stream], hidden_size, encoder_layers)
+    }
+
+    /// [`Residual::restore`] for several streams, in the order in which they were saved.
+    ///
+    /// # Errors
+    /// Names the file that cannot be read.
+    pub fn restore_all<B: Backend>(
+        &self,
+        backend: &B,
+        streams: &mut [&mut Stream<'_, B>],
+        hidden_size: usize,
+        encoder_layers: usize,
+    ) -> Result<usize> {
         let done = self.layers_done();
         if done == 0 {
             return Ok(0);
@@ -174,7 +188,7 @@ impl Residual {
             file.read_exact(bytemuck::must_cast_slice_mut(&mut values)).map_err(io)?;
             Ok(backend.upload(&values, rows, hidden_size, buffer)?)
         };
-        for chunk in &mut stream.chunks {
+        for chunk in streams.iter_mut().flat_map(|s| &mut s.chunks) {
             if done > encoder_layers {
                 chunk.begin_decoder(backend.buffer());
             }
@@ -191,8 +205,16 @@ impl Residual {
     /// # Errors
     /// Names the file that cannot be written; the previous state is then still there.
     pub fn save<B: Backend>(&self, backend: &B, stream: &Stream<'_, B>, done: usize) -> Result<()> {
+        self.save_all(backend, &[stream], done)
+    }
+
+    /// [`Residual::save`] for several streams.
+    ///
+    /// # Errors
+    /// Names the file that cannot be written; the previous state is then still there.
+    pub fn save_all<B: Backend>(&self, backend: &B, streams: &[&Stream<'_, B>], done: usize) -> Result<()> {
         let mut file = AtomicFile::create(&self.file(done))?;
-        for chunk in &stream.chunks {
+        for chunk in streams.iter().flat_map(|s| &s.chunks) {
             for buffer in std::iter::once(&chunk.x).chain(chunk.memory.iter().map(|memory| &memory.x)) {
                 file.write_all(bytemuck::must_cast_slice(&backend.download(buffer)?))?;
             }

@@ -13,6 +13,7 @@ mod methods;
 mod output;
 mod plan;
 mod progress;
+mod recover;
 mod run;
 mod table;
 mod units;
@@ -46,6 +47,8 @@ enum Command {
     Plan(plan::Args),
     /// Write the smaller checkpoint that a plan describes
     Compress(compress::Args),
+    /// Train compressed experts towards the original's
+    Recover(recover::Args),
     /// Perplexity, and agreement with the original
     Eval(eval::Args),
     /// Try many methods on one model, side by side
@@ -66,6 +69,7 @@ pub(crate) fn main() -> ExitCode {
             Command::Merge(args) => args.run(),
             Command::Plan(args) => args.run(),
             Command::Compress(args) => args.run(),
+            Command::Recover(args) => args.run(),
             Command::Eval(args) => args.run(),
             Command::Compare(args) => args.run(),
             Command::Generate(args) => args.run(),

@@ -62,12 +62,12 @@ impl Layout {
     }
 
     /// Whether the source's layers for multi-token prediction are copied.
-    pub(super) fn keeps_multi_token(&self) -> bool {
+    pub(crate) fn keeps_multi_token(&self) -> bool {
         !matches!(self, Layout::HuggingFace { keeps_multi_token: false, .. })
     }
 
     /// The MoE tensors of layer `l` under the names that they have in this layout.
-    pub(super) fn tensors(&self, names: &Names, l: usize, moe: &MoeSource) -> Vec<Tensor> {
+    pub(crate) fn tensors(&self, names: &Names, l: usize, moe: &MoeSource) -> Vec<Tensor> {
         let mut tensors = router_tensors(names, l, moe);
         let stock = matches!(self, Layout::HuggingFace { .. });
         if stock && !moe.fused.is_empty() {
@@ -279,7 +279,7 @@ fn narrow_config(
 }
 
 /// The entry of layer `l` in `moepress.json`.
-pub(super) fn manifest_entry(l: usize, moe: &MoeSource) -> LayerEntry {
+pub(crate) fn manifest_entry(l: usize, moe: &MoeSource) -> LayerEntry {
     let counts = |[gate, up, down]: [Option<usize>; 3]| MatrixRanks { gate, up, down };
     let form = |expert: &StoredExpert| match expert {
         Expert::Mlp(mlp) => {

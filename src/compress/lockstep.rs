@@ -49,7 +49,7 @@ impl<'a, 'm, B: Backend> Lockstep<'a, 'm, B> {
         let mut second: Option<Vec<Moment>> = None;
         for plan in plans {
             let job = plan.check(profile).map_err(Into::into).and_then(|()| {
-                let job = Job::new(model.checkpoint(), model.architecture(), profile, plan, options)?;
+                let job = Job::new(model.checkpoint(), profile, plan, options)?;
                 if job.follow && options.tokens.is_none() { Err(job.missing_tokens()) } else { Ok(job) }
             });
             let job = match job {

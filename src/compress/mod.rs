@@ -25,9 +25,12 @@ pub use channels::ChannelOptions;
 pub use delta::BaseKind;
 pub use error::Error;
 pub use factorise::{FactorOptions, Whitening, factorise, factorise_with_rows};
+pub(crate) use layout::manifest_entry;
 pub use layout::{Layout, LayoutChoice};
 pub use lockstep::{Lockstep, PlannedLayer, stored_bytes};
+pub(crate) use output::{Output, PLAN_FILE, other_tensors, outside_layers};
 pub use run::{Options, Report, compress};
+pub(crate) use run::{origin_mark, take_up_finished};
 pub use spectra::WeightSpectra;
 pub use weights::Weights;
 

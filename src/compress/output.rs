@@ -7,17 +7,19 @@ use std::sync::Arc;
 
 use serde_json::json;
 
-use super::{Error, Result};
+use super::{Error, Layout, Result};
+use crate::architecture::Architecture;
 use crate::checkpoint::{
     Checkpoint, Entry, Error as FileError, INDEX_FILE, MANIFEST_FILE, SINGLE_FILE, Shard, Tensor,
     write_atomic, write_safetensors,
 };
+use crate::model::LayerSource;
 
 /// Checkpoints up to this size are one file, as people expect of small ones.
 const SINGLE_FILE_BYTES: u64 = 2 << 30;
 
 /// The plan that made the folder.
-const PLAN_FILE: &str = "moepress-plan.json";
+pub(crate) const PLAN_FILE: &str = "moepress-plan.json";
 /// Names the work that the folder is the result of, so that the same command finds it done.
 const ORIGIN_FILE: &str = "moepress-origin.json";
 
@@ -27,14 +29,14 @@ const WEIGHT_EXTENSIONS: [&str; 9] =
 
 /// The folder under construction.
 #[derive(Debug)]
-pub(super) struct Output {
+pub(crate) struct Output {
     partial: PathBuf,
     shards: usize,
 }
 
 impl Output {
     /// The folder, built as `partial`, whose weights come in `shards` pieces.
-    pub(super) fn create(partial: PathBuf, shards: usize) -> Result<Self> {
+    pub(crate) fn create(partial: PathBuf, shards: usize) -> Result<Self> {
         let io = |source| FileError::Io { path: partial.clone(), source };
         fs::create_dir_all(&partial).map_err(io)?;
         // What a killed run was writing must not end up in the result.
@@ -47,12 +49,12 @@ impl Output {
     }
 
     /// Whether `target` is the finished result of the work that `mark` names.
-    pub(super) fn is_complete(target: &Path, mark: &str) -> bool {
+    pub(crate) fn is_complete(target: &Path, mark: &str) -> bool {
         fs::read(target.join(ORIGIN_FILE)).is_ok_and(|found| found == mark.as_bytes())
     }
 
     /// Errors unless `target` can be the name of a folder.
-    pub(super) fn check_name(target: &Path) -> Result<()> {
+    pub(crate) fn check_name(target: &Path) -> Result<()> {
         let refuse = |what: &str| Err(Error::Output { path: target.into(), what: what.into() });
         if target.file_name().is_none() {
             return refuse("not the name of a folder");
@@ -68,7 +70,7 @@ impl Output {
     }
 
     /// Errors unless `target` can become a new folder; its name has been checked.
-    pub(super) fn check(target: &Path) -> Result<()> {
+    pub(crate) fn check(target: &Path) -> Result<()> {
         let refuse = |what: &str| Err(Error::Output { path: target.into(), what: what.into() });
         let taken =
             target.exists() && fs::read_dir(target).map_or(true, |mut entries| entries.next().is_some());
@@ -87,35 +89,37 @@ impl Output {
     }
 
     /// Whether piece `index` is complete.
-    pub(super) fn has_shard(&self, index: usize) -> bool {
+    pub(crate) fn has_shard(&self, index: usize) -> bool {
         self.partial.join(self.shard_name(index)).exists()
     }
 
     /// Writes piece `index`.
-    pub(super) fn write_shard(&self, index: usize, tensors: &[Tensor]) -> Result<()> {
+    pub(crate) fn write_shard(&self, index: usize, tensors: &[Tensor]) -> Result<()> {
         let path = self.partial.join(self.shard_name(index));
         Ok(write_safetensors(&path, &metadata(), tensors.iter().map(Entry::tensor).collect())?)
     }
 
     /// The tensors of piece `index`, mapped.
-    pub(super) fn shard(&self, index: usize) -> Result<Vec<Tensor>> {
+    pub(crate) fn shard(&self, index: usize) -> Result<Vec<Tensor>> {
         let shard = Arc::new(Shard::open(&self.partial.join(self.shard_name(index)))?);
         Ok(shard.tensors().collect())
     }
 
     /// Writes config, plan, mark and layout file and copies what else the source folder holds. Returns the bytes of all
     /// tensors.
-    pub(super) fn finish(
+    pub(crate) fn finish(
         &self,
         source: &Checkpoint,
         config: &str,
         manifest: Option<&str>,
-        plan: &str,
+        plan: Option<&str>,
         mark: &str,
     ) -> Result<u64> {
         self.copy_companions(source)?;
         write_atomic(&self.partial.join("config.json"), config.as_bytes())?;
-        write_atomic(&self.partial.join(PLAN_FILE), plan.as_bytes())?;
+        if let Some(plan) = plan {
+            write_atomic(&self.partial.join(PLAN_FILE), plan.as_bytes())?;
+        }
         write_atomic(&self.partial.join(ORIGIN_FILE), mark.as_bytes())?;
         if let Some(manifest) = manifest {
             write_atomic(&self.partial.join(MANIFEST_FILE), manifest.as_bytes())?;
@@ -124,7 +128,7 @@ impl Output {
     }
 
     /// Puts the finished folder in its place.
-    pub(super) fn place(target: &Path, partial: &Path) -> Result<()> {
+    pub(crate) fn place(target: &Path, partial: &Path) -> Result<()> {
         let io = |source| Error::from(FileError::Io { path: target.into(), source });
         // An empty folder may be in the way; anything else was refused before the work began.
         if target.exists() {
@@ -180,6 +184,39 @@ impl Output {
         }
         Ok(())
     }
+}
+
+/// The tensors of a layer that are neither router nor routed experts, as stored.
+pub(crate) fn other_tensors(
+    checkpoint: &Checkpoint,
+    architecture: &Architecture,
+    source: &LayerSource,
+) -> Vec<Tensor> {
+    let (l, names) = (source.layer, &architecture.names);
+    let routed: Vec<String> = match source.moe() {
+        None => Vec::new(),
+        Some(moe) => {
+            let router = moe.router.tensors().map(|t| t.name().to_string());
+            names.experts(l).into_iter().chain(router).collect()
+        }
+    };
+    let prefix = names.layer(l);
+    let own = |t: &&Tensor| t.name().starts_with(&prefix);
+    let other = |t: &&Tensor| !routed.iter().any(|r| t.name().starts_with(r.as_str()));
+    checkpoint.tensors().filter(own).filter(other).cloned().collect()
+}
+
+/// The tensors outside all layers.
+pub(crate) fn outside_layers(
+    checkpoint: &Checkpoint,
+    architecture: &Architecture,
+    layout: &Layout,
+) -> Vec<Tensor> {
+    let (names, layers) = (&architecture.names, architecture.layers.len());
+    let prefixes: Vec<String> = (0..layers).map(|l| names.layer(l)).collect();
+    let outside = |t: &&Tensor| !prefixes.iter().any(|p| t.name().starts_with(p));
+    let wanted = |t: &&Tensor| layout.keeps_multi_token() || !names.is_multi_token(t.name(), layers);
+    checkpoint.tensors().filter(outside).filter(wanted).cloned().collect()
 }
 
 fn parent(target: &Path) -> &Path {

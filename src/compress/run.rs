@@ -11,12 +11,12 @@ use super::apply::{ApplyOptions, apply_layer};
 use super::layout::{Layout, LayoutChoice, manifest_entry};
 use super::measure::Follower;
 use super::needs::Need;
-use super::output::Output;
+use super::output::{Output, other_tensors, outside_layers};
 use super::{Alignment, Error, Result};
-use crate::architecture::{Architecture, Profile};
+use crate::architecture::Profile;
 use crate::backend::{Backend, Moment, Moments};
 use crate::calibrate::{Residual, Statistics};
-use crate::checkpoint::{Checkpoint, LayerEntry, Manifest, Tensor, hex, write_atomic};
+use crate::checkpoint::{Checkpoint, LayerEntry, Manifest, hex, write_atomic};
 use crate::model::{FeedForwardSource, Inspection, LayerSource, Model, MoeSource, inspect, profile};
 use crate::plan::{Action, ExpertPlan, LayerPlan, Plan, regroup_layer, rescore_layer};
 use crate::progress::Progress;
@@ -72,7 +72,7 @@ pub fn compress<B: Backend>(
     plan.check(&profile)?;
     Output::check_name(out)?;
     let layout = Layout::choose(options.layout, checkpoint, architecture, plan, options.densify)?;
-    let job = Job::new(checkpoint, architecture, &profile, plan, options)?;
+    let job = Job::new(checkpoint, &profile, plan, options)?;
     if job.follow && options.tokens.is_none() {
         return Err(job.missing_tokens());
     }
@@ -128,7 +128,7 @@ pub fn compress<B: Backend>(
         if let Some(follower) = &mut follower {
             follower.leave(&source)?;
         }
-        let mut tensors = job.other_tensors(&original);
+        let mut tensors = other_tensors(checkpoint, architecture, &original);
         if let Some(moe) = source.moe() {
             tensors.extend(layout.tensors(&architecture.names, l, moe));
         }
@@ -142,7 +142,7 @@ pub fn compress<B: Backend>(
         }
         progress.step(&detail);
     }
-    output.write_shard(layers, &job.tensors_outside_layers(&layout))?;
+    output.write_shard(layers, &outside_layers(checkpoint, architecture, &layout))?;
     let routed_parameters_after = records.iter().map(|r| r.routed_parameters).sum();
     let entries = records.into_iter().filter_map(|r| r.entry).collect();
     let manifest = Manifest { moepress: 1, origin: origin(plan), layers: entries };
@@ -151,7 +151,7 @@ pub fn compress<B: Backend>(
         Layout::HuggingFace { config, .. } => config.as_str(),
         Layout::Moepress => checkpoint.config(),
     };
-    let bytes_after = output.finish(checkpoint, config, manifest.as_deref(), &plan.to_json(), &mark)?;
+    let bytes_after = output.finish(checkpoint, config, manifest.as_deref(), Some(&plan.to_json()), &mark)?;
     work.finish()?;
     Output::place(out, &partial)?;
     work.remove()?;
@@ -161,7 +161,7 @@ pub fn compress<B: Backend>(
 
 /// What a run that was killed when all was done has left, put in its place if it is not there yet; `None` where it has
 /// gone.
-fn take_up_finished(partial: &Path, out: &Path) -> Result<Option<Inspection>> {
+pub(crate) fn take_up_finished(partial: &Path, out: &Path) -> Result<Option<Inspection>> {
     if partial.is_dir() {
         Output::check(out)?;
         Output::place(out, partial)?;
@@ -173,7 +173,7 @@ fn take_up_finished(partial: &Path, out: &Path) -> Result<Option<Inspection>> {
 }
 
 /// Names the work that a folder is the result of.
-fn origin_mark(key: &str) -> String {
+pub(crate) fn origin_mark(key: &str) -> String {
     let job = hex(&Sha256::digest(key.as_bytes()));
     json!({ "moepress": env!("CARGO_PKG_VERSION"), "job": job }).to_string() + "\n"
 }
@@ -185,8 +185,6 @@ fn origin(plan: &Plan) -> Value {
 
 /// One compression: what it works on and what it has to measure.
 pub(super) struct Job<'a> {
-    checkpoint: &'a Checkpoint,
-    architecture: &'a Architecture,
     profile: &'a Profile,
     plan: &'a Plan,
     options: &'a Options<'a>,
@@ -201,8 +199,7 @@ pub(super) struct Job<'a> {
 
 impl<'a> Job<'a> {
     pub(super) fn new(
-        checkpoint: &'a Checkpoint,
-        architecture: &'a Architecture,
+        checkpoint: &Checkpoint,
         profile: &'a Profile,
         plan: &'a Plan,
         options: &'a Options<'a>,
@@ -228,7 +225,7 @@ impl<'a> Job<'a> {
         }
         let measured = |need: &Need| options.statistics.is_some_and(|s| need.is_met_by(s));
         let follow = propagate || !needs.iter().all(measured);
-        Ok(Job { checkpoint, architecture, profile, plan, options, apply, needs, propagate, follow })
+        Ok(Job { profile, plan, options, apply, needs, propagate, follow })
     }
 
     fn report(&self, layout: &Layout, bytes_after: u64, routed_after: u64, start: Instant) -> Report {
@@ -339,30 +336,6 @@ impl<'a> Job<'a> {
             expert.action = if chosen.contains(&expert.expert) { action.clone() } else { Action::Keep };
         }
         Ok(())
-    }
-
-    /// The tensors of a layer that are neither router nor routed experts, as stored.
-    fn other_tensors(&self, source: &LayerSource) -> Vec<Tensor> {
-        let (l, names) = (source.layer, &self.architecture.names);
-        let routed: Vec<String> = match source.moe() {
-            None => Vec::new(),
-            Some(moe) => {
-                let router = moe.router.tensors().map(|t| t.name().to_string());
-                names.experts(l).into_iter().chain(router).collect()
-            }
-        };
-        let prefix = names.layer(l);
-        let own = |t: &&Tensor| t.name().starts_with(&prefix);
-        let other = |t: &&Tensor| !routed.iter().any(|r| t.name().starts_with(r.as_str()));
-        self.checkpoint.tensors().filter(own).filter(other).cloned().collect()
-    }
-
-    fn tensors_outside_layers(&self, layout: &Layout) -> Vec<Tensor> {
-        let (names, layers) = (&self.architecture.names, self.architecture.layers.len());
-        let prefixes: Vec<String> = (0..layers).map(|l| names.layer(l)).collect();
-        let outside = |t: &&Tensor| !prefixes.iter().any(|p| t.name().starts_with(p));
-        let wanted = |t: &&Tensor| layout.keeps_multi_token() || !names.is_multi_token(t.name(), layers);
-        self.checkpoint.tensors().filter(outside).filter(wanted).cloned().collect()
     }
 }
 

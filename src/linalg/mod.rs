@@ -32,6 +32,7 @@ pub use eigen::{Eigen, symmetric_eigen};
 pub use error::Error;
 pub use matrix::Matrix;
 pub use rank::{break_even_rank, is_worthwhile, rank_for_energy, rank_for_keep};
+pub(crate) use refit::solve as solve_semidefinite;
 pub use refit::{refit_left, refit_right};
 pub(crate) use refit::{refit_left_on, refit_right_on};
 pub use svd::{Factors, LowRank, low_rank, spectrum, truncated_svd};

@@ -83,7 +83,7 @@ fn least_squares(a: MatRef<'_, f64>, b: MatRef<'_, f64>, threads: Threads) -> Re
 /// `a x = b` for a semidefinite `a`. The equations are scaled to a unit diagonal, because the columns of a factor may
 /// be of very different size (singular values) and yet almost orthogonal; then one step of iterative refinement takes
 /// out what the ridge put in.
-fn solve(a: MatRef<'_, f64>, b: MatRef<'_, f64>, threads: Threads) -> Result<Mat<f64>, Error> {
+pub(crate) fn solve(a: MatRef<'_, f64>, b: MatRef<'_, f64>, threads: Threads) -> Result<Mat<f64>, Error> {
     let n = a.nrows();
     let what = "the normal equations of a factor";
     dense::expect_no_overflow(a, what)?;

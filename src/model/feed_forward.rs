@@ -105,7 +105,7 @@ impl<B: Backend> Moe<B> {
         observe: Option<Observation<'_, B>>,
     ) -> BackendResult<()> {
         self.route(backend, scratch, router)?;
-        let Scratch { normed, out, shared, gate, up, scalar, routing, .. } = scratch;
+        let Scratch { normed, out, routing, .. } = scratch;
         match observe {
             None => backend.run_experts(normed, &self.experts, routing, out, None)?,
             Some(Observation { observer, sample }) => {
@@ -115,15 +115,22 @@ impl<B: Backend> Moe<B> {
                 }
             }
         }
-        if let Some(Shared { mlp, gate: scalar_gate }) = &self.shared {
-            run(backend, mlp, normed, gate, up, shared)?;
-            if let Some(weight) = scalar_gate {
-                backend.linear(normed, weight, None, scalar)?;
-                backend.sigmoid_gate(shared, scalar)?;
-            }
-            backend.add(out, shared)?;
+        if self.shared(backend, scratch)? {
+            backend.add(&mut scratch.out, &scratch.shared)?;
         }
         Ok(())
+    }
+
+    /// The shared expert of `scratch.normed` into `scratch.shared`; whether there is one.
+    pub(super) fn shared(&self, backend: &B, scratch: &mut Scratch<B>) -> BackendResult<bool> {
+        let Some(Shared { mlp, gate: scalar_gate }) = &self.shared else { return Ok(false) };
+        let Scratch { normed, shared, gate, up, scalar, .. } = scratch;
+        run(backend, mlp, normed, gate, up, shared)?;
+        if let Some(weight) = scalar_gate {
+            backend.linear(normed, weight, None, scalar)?;
+            backend.sigmoid_gate(shared, scalar)?;
+        }
+        Ok(true)
     }
 }
 

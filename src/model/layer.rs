@@ -81,6 +81,19 @@ pub struct Observation<'a, B: Backend> {
     pub sample: &'a [usize],
 }
 
+/// The feed-forward half of a layer with experts, see [`Layer::dissect`].
+#[derive(Clone, Debug)]
+pub struct Dissected {
+    /// Input of the router and of all experts, `[tokens, hidden]`.
+    pub input: Vec<f32>,
+    /// What the router decided.
+    pub routes: Routes,
+    /// Sum of the chosen experts' weighted outputs, `[tokens, hidden]`.
+    pub routed: Vec<f32>,
+    /// Output of the shared expert, `[tokens, hidden]`, where there is one.
+    pub shared: Option<Vec<f32>>,
+}
+
 impl<B: Backend> Linear<B> {
     pub(super) fn prepare(backend: &B, source: &LinearSource) -> BackendResult<Self> {
         let bias = source.bias.as_ref().map(|b| backend.vector(b)).transpose()?;
@@ -281,5 +294,22 @@ impl<B: Backend> Layer<B> {
             FeedForward::Moe(moe) => Ok(moe.output_grams(backend, rows, extra, scratch)?),
             FeedForward::Dense(_) => Ok(Vec::new()),
         }
+    }
+
+    /// What the experts of a layer see, decide and give, without changing the residual stream `x`: [`Layer::feed`] taken
+    /// apart, on the host. `None` where the layer has no router.
+    pub fn dissect(&self, backend: &B, x: &B::Buffer, scratch: &mut Scratch<B>) -> Result<Option<Dissected>> {
+        let FeedForward::Moe(moe) = &self.feed_forward else { return Ok(None) };
+        self.post_attention_norm.apply(backend, x, self.eps, &mut scratch.normed)?;
+        moe.route(backend, scratch, None)?;
+        moe.run_routed(backend, scratch)?;
+        let routed = backend.download(&scratch.out)?;
+        let has_shared = moe.shared(backend, scratch)?;
+        Ok(Some(Dissected {
+            input: backend.download(&scratch.normed)?,
+            routes: backend.routes(&scratch.routing)?,
+            routed,
+            shared: has_shared.then(|| backend.download(&scratch.shared)).transpose()?,
+        }))
     }
 }

@@ -20,7 +20,7 @@ pub use error::Error;
 pub use inspect::{
     AttentionSummary, ByteCounts, Inspection, MoeSummary, ParameterCounts, RouterSummary, inspect,
 };
-pub use layer::{Layer, Observation, Scratch};
+pub use layer::{Dissected, Layer, Observation, Scratch};
 pub use profile::profile;
 pub use run::{LayerTrace, RunOutput, RunSize, run};
 pub use source::{AttentionSource, FeedForwardSource, LayerSource, LinearSource, MoeSource, NormSource};

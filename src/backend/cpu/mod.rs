@@ -9,6 +9,7 @@ mod grams;
 mod latent;
 mod linear;
 mod math;
+mod multiply;
 mod observe;
 mod pointwise;
 mod route;
@@ -25,6 +26,7 @@ use super::{
 pub use attention::CpuRotation;
 pub use experts::CpuExperts;
 pub use linear::CpuWeight;
+pub(crate) use multiply::{multiply, transpose};
 pub use route::{CpuRouter, CpuRouting};
 pub use simd::{Isa, UnknownIsa};
 

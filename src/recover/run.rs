@@ -1,0 +1,355 @@
+//! Layer-wise distillation, streamed.
+
+use std::path::Path;
+use std::time::Instant;
+
+use serde::Serialize;
+
+use super::layer::{Data, NONE, TrainedLayer};
+use super::rewrite::{Pass, Rewrite, own_layout};
+use super::source::is_trainable;
+use super::train::train;
+use super::{Error, LayerLoss, Result, Training};
+use crate::architecture::WeightTarget;
+use crate::backend::{Backend, Expert};
+use crate::calibrate::Residual;
+use crate::checkpoint::Checkpoint;
+use crate::model::{Dissected, FeedForwardSource, LayerSource, Model, MoeSource, Stream};
+use crate::progress::Progress;
+use crate::tokens::Windows;
+
+/// Which residual stream the compressed experts are trained on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Input {
+    /// That of the original model. The target is the routed output of its layer; layers do not depend on each other.
+    Original,
+    /// That behind the layers already recovered, as the result will have it. The target is what takes it to the
+    /// original's residual stream behind the layer.
+    #[default]
+    Recovered,
+}
+
+/// How to recover.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Options {
+    /// Least squares and Adam.
+    pub training: Training,
+    /// Inputs of the experts.
+    pub input: Input,
+    /// Share of the windows that are held out, evenly spaced.
+    pub held_out: f64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { training: Training::default(), input: Input::default(), held_out: 0.1 }
+    }
+}
+
+/// What recovering did; its JSON form is that of `moepress recover`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// Every MoE layer whose experts were trained.
+    pub layers: Vec<LayerReport>,
+    /// Bytes of all tensors of the result.
+    pub bytes: u64,
+    /// Parameters of its routed experts.
+    pub routed_parameters: u64,
+    /// `hf` or `moepress`.
+    pub layout: &'static str,
+    /// Wall-clock time.
+    pub seconds: f64,
+}
+
+/// One layer.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct LayerReport {
+    /// 0-based layer.
+    pub layer: usize,
+    /// Its losses.
+    #[serde(flatten)]
+    pub loss: LayerLoss,
+}
+
+/// Fits the experts of `compressed` to `original` on `windows`, layer by layer, and writes the result to the new folder
+/// `out` in the layout of `compressed`. A run that was stopped goes on after the last finished layer, and gives the same
+/// bytes as one that was not.
+///
+/// # Errors
+/// Names the models that do not belong together, the layer or tensor, or what is wrong with tokens, options or the folder.
+pub fn recover<B: Backend>(
+    original: &Model<'_, B>,
+    compressed: &Model<'_, B>,
+    windows: &Windows,
+    options: &Options,
+    out: &Path,
+    progress: &mut dyn Progress,
+) -> Result<Report> {
+    let start = Instant::now();
+    check_pair(original, compressed)?;
+    let held_out = held_out(windows, options.held_out)?;
+    let identity = |checkpoint: &Checkpoint| checkpoint.identity();
+    let key = format!(
+        "moepress recover 1\n{}\n{}\n{:?}\n{options:?}\n{}\n",
+        identity(original.checkpoint()),
+        identity(compressed.checkpoint()),
+        (windows.sha256(), windows.length),
+        original.backend().device()
+    );
+    let layout = own_layout(compressed.checkpoint());
+    let name = layout.name();
+    let rewrite = Rewrite {
+        checkpoint: compressed.checkpoint(),
+        architecture: compressed.architecture(),
+        layout,
+        key,
+        task: "recover",
+    };
+    let recovered = match options.input {
+        Input::Original => None,
+        Input::Recovered => Some(Stream::new(compressed, windows)?),
+    };
+    let mut pass = Distillation {
+        original,
+        compressed,
+        options,
+        held_out,
+        stream: Stream::new(original, windows)?,
+        recovered,
+    };
+    let done = rewrite.run(out, progress, &mut pass)?;
+    let layers = done.layers.iter().filter_map(|r| Some(LayerReport { layer: r.layer, loss: r.loss? }));
+    Ok(Report {
+        layers: layers.collect(),
+        bytes: done.bytes,
+        routed_parameters: done.routed_parameters,
+        layout: name,
+        seconds: start.elapsed().as_secs_f64(),
+    })
+}
+
+/// Errors unless the models have the same shape outside their experts.
+fn check_pair<B: Backend>(original: &Model<'_, B>, compressed: &Model<'_, B>) -> Result<()> {
+    let (a, b) = (original.architecture(), compressed.architecture());
+    let sizes = [
+        ("layers", a.layers.len(), b.layers.len()),
+        ("hidden size", a.hidden_size, b.hidden_size),
+        ("vocabulary", a.vocabulary, b.vocabulary),
+        ("encoder layers", a.encoder_layers, b.encoder_layers),
+    ];
+    let refuse = |what: String| {
+        let dir = original.checkpoint().dir().display();
+        let what = format!("{what}; expected a checkpoint that was made from {dir}");
+        Err(Error::Pair { compressed: compressed.checkpoint().dir().into(), what })
+    };
+    for (what, a, b) in sizes {
+        if a != b {
+            return refuse(format!("{what} {b}, the original has {a}"));
+        }
+    }
+    match (0..a.layers.len()).find(|&l| a.moe(l).is_some() != b.moe(l).is_some()) {
+        Some(l) => refuse(format!("layer {l} has experts in one of the two only")),
+        None if a.moe_layers().next().is_none() => refuse("no layer has experts".into()),
+        None => Ok(()),
+    }
+}
+
+/// For every window whether it is held out: a share of them, evenly spaced, at least one.
+fn held_out(windows: &Windows, share: f64) -> Result<Vec<bool>> {
+    let mask = windows.mask.as_deref();
+    let real = |w: usize| {
+        let tokens = w * windows.length..(w + 1) * windows.length;
+        mask.is_none_or(|m| m[tokens].iter().any(|real| *real))
+    };
+    let usable: Vec<usize> = (0..windows.count).filter(|&w| real(w)).collect();
+    if usable.len() < 2 {
+        let n = usable.len();
+        return Err(Error::Request(format!(
+            "{n} window of tokens: expected at least 2, one to train on and one to judge; use more text or a smaller \
+             --window-length"
+        )));
+    }
+    let count = ((usable.len() as f64 * share).round() as usize).clamp(1, usable.len() - 1);
+    let mut held = vec![false; windows.count];
+    for i in 0..count {
+        // The middle one of each of `count` equal parts.
+        held[usable[(2 * i + 1) * usable.len() / (2 * count)]] = true;
+    }
+    Ok(held)
+}
+
+/// The pass over both models.
+struct Distillation<'a, 'm, B: Backend> {
+    original: &'a Model<'m, B>,
+    compressed: &'a Model<'m, B>,
+    options: &'a Options,
+    held_out: Vec<bool>,
+    /// The original's residual stream.
+    stream: Stream<'m, B>,
+    /// That of the result.
+    recovered: Option<Stream<'m, B>>,
+}
+
+impl<B: Backend> Pass for Distillation<'_, '_, B> {
+    fn restore(&mut self, work: &Residual, done: usize) -> Result<usize> {
+        if work.layers_done() > done {
+            work.forget()?;
+        }
+        let architecture = self.original.architecture();
+        let (hidden, encoder) = (architecture.hidden_size, architecture.encoder_layers);
+        let mut streams: Vec<_> = std::iter::once(&mut self.stream).chain(&mut self.recovered).collect();
+        Ok(work.restore_all(self.original.backend(), &mut streams, hidden, encoder)?)
+    }
+
+    fn save(&self, work: &Residual, done: usize) -> Result<()> {
+        let streams: Vec<_> = std::iter::once(&self.stream).chain(&self.recovered).collect();
+        Ok(work.save_all(self.original.backend(), &streams, done)?)
+    }
+
+    fn layer(&mut self, source: &mut LayerSource) -> Result<(Option<LayerLoss>, String)> {
+        let l = source.layer;
+        let from = LayerSource::open(self.original.checkpoint(), self.original.architecture(), l)?;
+        let outcome = match &mut source.feed_forward {
+            FeedForwardSource::Dense(_) => {
+                let layer = self.original.prepare(&from)?;
+                self.stream.advance(&layer, |_, _| Ok(()))?;
+                if let Some(recovered) = &mut self.recovered {
+                    recovered.advance(&self.compressed.prepare(source)?, |_, _| Ok(()))?;
+                }
+                (None, "dense".into())
+            }
+            FeedForwardSource::Moe(_) => {
+                let data = self.gather(&from, source)?;
+                let FeedForwardSource::Moe(moe) = &mut source.feed_forward else { unreachable!() };
+                let outcome = self.train(l, moe, &data)?;
+                drop(data);
+                self.leave(source)?;
+                outcome
+            }
+        };
+        from.release();
+        Ok(outcome)
+    }
+}
+
+impl<B: Backend> Distillation<'_, '_, B> {
+    /// Runs the attention of the layer on both streams and collects what the experts are to be trained on. The original's
+    /// stream then stands behind the layer, the other one before its experts.
+    fn gather(&mut self, from: &LayerSource, to: &LayerSource) -> Result<Data> {
+        let backend = self.original.backend();
+        let (teacher, student) = (self.original.prepare(from)?, self.compressed.prepare(to)?);
+        let Some(moe) = to.moe() else { return Ok(Data::default()) };
+        let mut data = Data {
+            hidden_size: self.original.architecture().hidden_size,
+            top_k: moe.spec.top_k,
+            weighs_input: moe.spec.target == WeightTarget::Input,
+            ..Data::default()
+        };
+        let Stream { chunks, scratch, .. } = &mut self.stream;
+        let mut others = self.recovered.as_mut().map(|s| s.chunks.iter_mut());
+        for chunk in chunks {
+            teacher.attend(backend, chunk, scratch)?;
+            let mut wanted = teacher.dissect(backend, &chunk.x, scratch)?;
+            let found = match others.as_mut().and_then(Iterator::next) {
+                None => student.dissect(backend, &chunk.x, scratch)?,
+                Some(other) => {
+                    student.attend(backend, other, scratch)?;
+                    if let Some(wanted) = &mut wanted {
+                        // What has been lost before the experts is theirs to make up for.
+                        let (ours, theirs) = (backend.download(&other.x)?, backend.download(&chunk.x)?);
+                        let drift = theirs.iter().zip(&ours).map(|(t, o)| t - o);
+                        wanted.routed.iter_mut().zip(drift).for_each(|(w, d)| *w += d);
+                    }
+                    student.dissect(backend, &other.x, scratch)?
+                }
+            };
+            if let (Some(wanted), Some(found)) = (wanted, found) {
+                let held_out = &self.held_out[chunk.first_window..];
+                collect(&mut data, moe, &wanted, &found, |row| {
+                    chunk.batch.is_real(row).then(|| held_out[row / chunk.batch.length])
+                });
+            }
+            teacher.feed(backend, &mut chunk.x, &chunk.batch, scratch, None)?;
+        }
+        if data.x.iter().chain(&data.target).all(|v| v.is_finite()) {
+            Ok(data)
+        } else {
+            Err(Error::NonFinite { layer: from.layer })
+        }
+    }
+
+    fn train(&self, l: usize, moe: &mut MoeSource, data: &Data) -> Result<(Option<LayerLoss>, String)> {
+        let mut layer = TrainedLayer::new(moe)?;
+        if !is_trainable(&layer) {
+            return Ok((None, "nothing to train".into()));
+        }
+        let training = &self.options.training;
+        let loss = train(&mut layer, data, training, None, training.seed.wrapping_add(l as u64));
+        let loss = loss.map_err(|(expert, source)| Error::LeastSquares { layer: l, expert, source })?;
+        if loss.after < loss.before {
+            layer.write_to(moe);
+        }
+        let detail = format!("loss {:.4}, was {:.4}", loss.after, loss.before);
+        Ok((Some(loss), detail))
+    }
+
+    /// Takes the stream of the result through the new experts.
+    fn leave(&mut self, source: &LayerSource) -> Result<()> {
+        let Some(Stream { chunks, scratch, .. }) = &mut self.recovered else { return Ok(()) };
+        let layer = self.compressed.prepare(source)?;
+        for chunk in chunks {
+            layer.feed(self.compressed.backend(), &mut chunk.x, &chunk.batch, scratch, None)?;
+        }
+        Ok(())
+    }
+}
+
+/// Adds the rows that `held_out` does not refuse: `Some(true)` for those that only judge. The target of the routed
+/// experts is the whole feed-forward output of the original less what the shared expert gives already.
+fn collect(
+    data: &mut Data,
+    moe: &MoeSource,
+    wanted: &Dissected,
+    found: &Dissected,
+    held_out: impl Fn(usize) -> Option<bool>,
+) {
+    let (d, k) = (data.hidden_size, data.top_k);
+    let canonical = |id: u32| match moe.experts.get(id as usize) {
+        Some(Expert::Alias(of)) => *of as u32,
+        Some(Expert::None) | None => NONE,
+        Some(_) => id,
+    };
+    for row in 0..wanted.routed.len() / d {
+        let Some(held_out) = held_out(row) else { continue };
+        let token = (data.x.len() / d) as u32;
+        if held_out {
+            data.held_out.push(token);
+        } else {
+            data.training.push(token);
+        }
+        let at = row * d..(row + 1) * d;
+        data.x.extend_from_slice(&found.input[at.clone()]);
+        let first = data.target.len();
+        data.target.extend_from_slice(&wanted.routed[at.clone()]);
+        for (shared, sign) in [(&wanted.shared, 1.0), (&found.shared, -1.0)] {
+            if let Some(shared) = shared {
+                let target = data.target[first..].iter_mut().zip(&shared[at.clone()]);
+                target.for_each(|(t, s)| *t += sign * s);
+            }
+        }
+        let first = data.ids.len();
+        for slot in row * k..(row + 1) * k {
+            let (id, weight) = (canonical(found.routes.ids[slot]), found.routes.weights[slot]);
+            let earlier = data.ids[first..].iter().position(|&e| e == id && id != NONE);
+            match earlier.filter(|_| !data.weighs_input) {
+                Some(earlier) => {
+                    data.weights[first + earlier] += weight;
+                    data.ids.push(NONE);
+                }
+                None => data.ids.push(id),
+            }
+            data.weights.push(weight);
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! Rows that go step by step: the decomposition W = U·V + S of LoSparse (arXiv 2306.11222) as MC-SMoE (arXiv 2310.01334,
+//! section 3.3) uses it.
+
+use super::expert::Trained;
+use super::layer::TrainedLayer;
+use super::map::{Map, Parameter, Part};
+
+/// How many rows of S are left at a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Schedule {
+    /// Share of the rows of all S of a layer that is left at the end.
+    pub share: f64,
+    /// Steps before the first row goes.
+    pub warm_up: usize,
+    /// Steps after the last row has gone.
+    pub cool_down: usize,
+}
+
+impl Schedule {
+    /// A schedule for `steps` steps in the proportions of the paper: 400 and 1600 of 10 000.
+    pub fn new(share: f64, steps: usize) -> Self {
+        Schedule { share, warm_up: steps * 4 / 100, cool_down: steps * 16 / 100 }
+    }
+
+    /// Share of the rows that is left after step `t` of `steps`: 1 up to the warm-up W, then
+    /// P + (1 − P)(1 − (t − W) / (steps − W − C))³, and P once t > steps − C (the form of the official code; the paper also
+    /// takes C from the numerator).
+    pub fn kept(&self, t: usize, steps: usize) -> f64 {
+        let Schedule { share, warm_up, cool_down } = *self;
+        if t <= warm_up {
+            return 1.0;
+        }
+        if t + cool_down > steps {
+            return share;
+        }
+        let left = 1.0 - (t - warm_up) as f64 / (steps - warm_up - cool_down) as f64;
+        share + (1.0 - share) * left.powi(3)
+    }
+}
+
+/// Decay of the smoothed importance.
+const SMOOTHING: f64 = 0.85;
+
+/// Chooses the rows of all S of a layer by their importance: the mean over a row of |s · ∂L/∂s|, smoothed over the steps
+/// (Ī ← 0.85 Ī + 0.15 I; that mean and smoothing are linear, so rows suffice). Rows that go are set to 0 but stay
+/// trainable, and may come back while others still go.
+#[derive(Debug)]
+pub(super) struct LoSparse {
+    schedule: Schedule,
+    /// Of every row of every S, in the order of experts, maps and rows.
+    importance: Vec<f64>,
+}
+
+impl LoSparse {
+    pub(super) fn new(layer: &mut TrainedLayer, schedule: Schedule) -> Self {
+        let rows = sparse_parts(layer).iter().map(|s| s.rows()).sum();
+        LoSparse { schedule, importance: vec![0.0; rows] }
+    }
+
+    /// Takes the gradients of a step in, before its values change.
+    pub(super) fn observe(&mut self, layer: &mut TrainedLayer) {
+        let mut importance = self.importance.iter_mut();
+        for s in sparse_parts(layer) {
+            let rows = s.values.chunks_exact(s.cols).zip(s.gradient.chunks_exact(s.cols));
+            for ((values, gradient), smoothed) in rows.zip(&mut importance) {
+                let sum: f64 = values.iter().zip(gradient).map(|(v, g)| f64::from((v * g).abs())).sum();
+                *smoothed = SMOOTHING * *smoothed + (1.0 - SMOOTHING) * sum / s.cols as f64;
+            }
+        }
+    }
+
+    /// Sets all but the most important rows to 0, as many as step `t` of `steps` leaves; of equals the earlier stay.
+    pub(super) fn prune(&mut self, layer: &mut TrainedLayer, t: usize, steps: usize) {
+        let total = self.importance.len();
+        let kept = (self.schedule.kept(t, steps) * total as f64).round() as usize;
+        if kept >= total {
+            return;
+        }
+        let mut order: Vec<usize> = (0..total).collect();
+        order.sort_by(|&a, &b| self.importance[b].total_cmp(&self.importance[a]));
+        let mut keep = vec![false; total];
+        order[..kept].iter().for_each(|&row| keep[row] = true);
+        let mut keep = keep.into_iter();
+        for s in sparse_parts(layer) {
+            let cols = s.cols;
+            for (row, keep) in s.values.chunks_exact_mut(cols).zip(&mut keep) {
+                if !keep {
+                    row.fill(0.0);
+                }
+            }
+        }
+    }
+}
+
+/// Takes out the rows of every S that are 0.
+pub(super) fn drop_empty_rows(layer: &mut TrainedLayer) {
+    for part in sparse_maps(layer).flat_map(|map| &mut map.parts) {
+        let Part::Rows { rows, s } = part else { continue };
+        let cols = s.cols;
+        let filled = |i: usize| s.values[i * cols..(i + 1) * cols].iter().any(|v| *v != 0.0);
+        let kept: Vec<usize> = (0..rows.len()).filter(|&i| filled(i)).collect();
+        let values = kept.iter().flat_map(|&i| &s.values[i * cols..(i + 1) * cols]).copied().collect();
+        *rows = kept.iter().map(|&i| rows[i]).collect();
+        *s = Parameter::new(values, cols, s.dtype, s.scale);
+    }
+}
+
+fn sparse_maps(layer: &mut TrainedLayer) -> impl Iterator<Item = &mut Map> {
+    let mlps =
+        layer.experts.iter_mut().filter_map(|e| if let Trained::Mlp(mlp) = e { Some(mlp) } else { None });
+    mlps.flat_map(|mlp| mlp.maps())
+}
+
+/// Every S of the layer.
+fn sparse_parts(layer: &mut TrainedLayer) -> Vec<&mut Parameter> {
+    let parts = sparse_maps(layer).flat_map(|map| &mut map.parts);
+    parts.filter_map(|part| if let Part::Rows { s, .. } = part { Some(s) } else { None }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_schedule_is_that_of_the_code() {
+        let schedule = Schedule { share: 0.1, warm_up: 400, cool_down: 1600 };
+        assert_eq!(Schedule::new(0.1, 10_000), schedule);
+        let expected = [
+            (1, 1.0),
+            (400, 1.0),
+            (401, 0.9997),
+            (2000, 0.5608),
+            (4000, 0.2497),
+            (6000, 0.1243),
+            (8000, 0.1001),
+            (8401, 0.1),
+            (10_000, 0.1),
+        ];
+        for (t, share) in expected {
+            assert!((schedule.kept(t, 10_000) - share).abs() < 5e-5, "{t}: {}", schedule.kept(t, 10_000));
+        }
+    }
+}
