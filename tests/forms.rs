@@ -491,7 +491,7 @@ fn layers_with_outliers_lose_less() {
     generate::mixtral(model, &Sizes { layers: 2, hidden: 64, width: 64, experts: 8 });
     let measured = statistics(model, &[], out.path());
     let owl = |method: &str, budget: Budget, set: &[(&str, &str)]| {
-        let set = [&[("layer_ratio", "owl"), ("owl_lambda", "0.2"), ("owl_m", "5")], set].concat();
+        let set = [&[("layer_ratio", "owl"), ("owl_lambda", "0.2"), ("owl_m", "2")], set].concat();
         weighed(model, method, budget, &set, Some(&measured))
     };
     let before = measured.profile().routed_parameters();
@@ -502,10 +502,11 @@ fn layers_with_outliers_lose_less() {
             let moments = measured.moments(l, &[Moment::InputSqSum, Moment::HiddenSqSum]).unwrap();
             let of = |moment| moments.get(moment).unwrap();
             let weights = Weights::new(&checkpoint, &architecture);
-            weights.outliers(l, of(Moment::InputSqSum), of(Moment::HiddenSqSum), 5.0).unwrap()
+            weights.outliers(l, of(Moment::InputSqSum), of(Moment::HiddenSqSum), 2.0).unwrap()
         })
         .collect();
-    assert!(outliers.iter().all(|share| *share > 0.0 && *share < 0.1), "{outliers:?}");
+    // Uniform numbers reach twice their mean and no further; norms of the inputs make the outliers.
+    assert!(outliers.iter().all(|share| *share > 0.0 && *share < 0.5), "{outliers:?}");
     for method in ["random", "reap", "mone", "low-rank", "camera", "modegpt", "d2-moe"] {
         let plan = owl(method, remove(0.5), &[]).unwrap();
         let one = |l: usize| {
