@@ -251,7 +251,7 @@ fn the_file_has_one_expert_per_line() {
     let text = r#"{
   "moepress": 1,
   "method": "frequency",
-  "options": {"floor": null, "propagate": false, "protect": "none", "protect_all_layers": false, "scope": "layer"},
+  "options": {"floor": null, "layer_ratio": "uniform", "owl_lambda": 0.08, "owl_m": 5, "propagate": false, "protect": "none", "protect_all_layers": false, "scope": "layer"},
   "model": {"family": "mixtral", "identity": "1d"},
   "statistics": {"file": "s.safetensors", "sha256": "ab", "tokens": 640},
   "layers": [

@@ -112,7 +112,7 @@ fn spectra_share_the_ranks_of_a_layer() {
 fn options_are_recorded_with_their_defaults() {
     let plan = make(Some(Budget::Remove(0.5)), &["whiten=false"], &[]).unwrap();
     let options = serde_json::to_string(&plan.options).unwrap();
-    let expected = r#"{"allocate":"uniform","energy":null,"factor_dtype":"auto","propagate":false,"rank":null,"whiten":false}"#;
+    let expected = r#"{"allocate":"uniform","energy":null,"factor_dtype":"auto","layer_ratio":"uniform","owl_lambda":0.08,"owl_m":5,"propagate":false,"rank":null,"whiten":false}"#;
     assert_eq!(options, expected);
 }
 

@@ -33,11 +33,13 @@ fn names_and_options() {
     for (option, message) in [
         (
             "flor=3",
-            "frequency has no option `flor`; known options: scope, floor, protect, protect_all_layers, propagate",
+            "frequency has no option `flor`; known options: scope, floor, protect, protect_all_layers, propagate, \
+             layer_ratio, owl_lambda, owl_m",
         ),
         (
             "seed=3",
-            "frequency has no option `seed`; known options: scope, floor, protect, protect_all_layers, propagate",
+            "frequency has no option `seed`; known options: scope, floor, protect, protect_all_layers, propagate, \
+             layer_ratio, owl_lambda, owl_m",
         ),
         ("scope=model", "option scope=model: expected one of layer, global"),
         ("propagate=yes", "option propagate=yes: expected true or false"),
