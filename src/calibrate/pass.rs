@@ -155,6 +155,8 @@ fn advance<B: Backend>(
     };
     drop(layer);
     source.release();
+    // Before the layer is written down.
+    model.checkpoint().check_unchanged()?;
     Ok(moments)
 }
 

@@ -35,6 +35,12 @@ pub enum Error {
         /// The folder.
         path: PathBuf,
     },
+    /// A file of weights that was written to after it was opened.
+    #[error("{}: changed while it was being read; start again when nothing writes to it", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
     /// A text file is not UTF-8.
     #[error("{}: not UTF-8 text", path.display())]
     NotUtf8 {

@@ -3,6 +3,7 @@
 
 mod atomic;
 mod error;
+mod fault;
 mod manifest;
 mod packed;
 mod shard;
@@ -13,6 +14,7 @@ mod writer;
 pub(crate) use atomic::open_locked;
 pub use atomic::{AtomicFile, write_atomic};
 pub use error::Error;
+pub use fault::signals_become_messages;
 pub use manifest::{ExpertEntry, ExpertForm, LayerEntry, Manifest, MatrixRanks};
 pub use packed::{E2M1, E4M3, e8m0};
 pub use safetensors::Dtype;
@@ -118,6 +120,15 @@ impl Checkpoint {
         let named = ["config.json", MANIFEST_FILE, INDEX_FILE, "tokenizer.json", "tokenizer_config.json"];
         let shards = self.shards.iter().map(|shard| shard.path().to_path_buf());
         named.into_iter().map(|name| self.dir.join(name)).filter(|path| is_listed(path)).chain(shards)
+    }
+
+    /// Errors if a file of weights is not the one that was opened any more: whatever was computed from it is then a mixture
+    /// of two checkpoints. Size and time of the last change are compared.
+    ///
+    /// # Errors
+    /// Names the file.
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.shards.iter().try_for_each(|shard| shard.check_unchanged())
     }
 
     /// Bytes of all safetensors headers.

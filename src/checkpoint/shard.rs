@@ -3,19 +3,25 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use memmap2::Mmap;
 use safetensors::{SafeTensorError, SafeTensors, tensor::Metadata};
 
+use super::fault::Watch;
 use super::{Error, Result, Tensor};
 
 /// One safetensors file, mapped or in memory; its header checked, its data untouched.
 #[derive(Debug)]
 pub struct Shard {
     path: PathBuf,
+    /// Names the file should its map fail.
+    _watch: Option<Watch>,
     map: Bytes,
     data_start: usize,
     header: Metadata,
+    /// Size and time of the last change of the file when it was mapped.
+    state: Option<(u64, Option<SystemTime>)>,
 }
 
 /// Where the bytes of a file lie.
@@ -46,15 +52,18 @@ impl Shard {
         super::check_regular(path)?;
         let io = |source| Error::Io { path: path.into(), source };
         let file = File::open(path).map_err(io)?;
-        let size = file.metadata().map_err(io)?.len();
+        let found = file.metadata().map_err(io)?;
+        let size = found.len();
         if size < 8 {
             let what = format!("{size} bytes are too few for a safetensors file");
             return Err(Error::Shard { path: path.into(), what });
         }
         // SAFETY: the map is read-only. Another process that truncates the file while it is mapped makes reads
-        // fault; that is the documented price of reading weights through a map.
+        // fault, see `fault.rs`; that is the documented price of reading weights through a map.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
-        Shard::checked(path, Bytes::Mapped(map))
+        let watch = Watch::new(&map, path);
+        let shard = Shard::checked(path, Bytes::Mapped(map))?;
+        Ok(Shard { state: Some((size, found.modified().ok())), _watch: Some(watch), ..shard })
     }
 
     /// A file's contents in memory, as [`super::safetensors_bytes`] gives them; messages call it `name`.
@@ -71,7 +80,15 @@ impl Shard {
             what: explain(&e, &map, map.len() as u64),
         };
         let (header_length, header) = SafeTensors::read_metadata(&map).map_err(broken)?;
-        Ok(Shard { path: path.into(), map, data_start: 8 + header_length, header })
+        let data_start = 8 + header_length;
+        Ok(Shard { path: path.into(), map, data_start, header, state: None, _watch: None })
+    }
+
+    /// Errors if the file is not as it was when it was opened.
+    pub(super) fn check_unchanged(&self) -> Result<()> {
+        let Some(state) = self.state else { return Ok(()) };
+        let found = std::fs::metadata(&self.path).map(|found| (found.len(), found.modified().ok()));
+        if found.ok() == Some(state) { Ok(()) } else { Err(Error::Changed { path: self.path.clone() }) }
     }
 
     /// The file.

@@ -61,6 +61,7 @@ enum Command {
 
 /// Runs the command line of this process.
 pub(crate) fn main() -> ExitCode {
+    moepress::checkpoint::signals_become_messages();
     let outcome = match Cli::try_parse() {
         Ok(cli) => match cli.command {
             Command::Inspect(args) => args.run(),

@@ -151,6 +151,7 @@ pub fn compress<B: Backend>(
         Layout::HuggingFace { config, .. } => config.as_str(),
         Layout::Moepress => checkpoint.config(),
     };
+    checkpoint.check_unchanged()?;
     let bytes_after = output.finish(checkpoint, config, manifest.as_deref(), Some(&plan.to_json()), &mark)?;
     work.finish()?;
     Output::place(out, &partial)?;

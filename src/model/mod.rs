@@ -131,6 +131,8 @@ impl<'a, B: Backend> Model<'a, B> {
 
     /// The output head: final norm and projection.
     pub fn head(&self) -> Result<Head<B>> {
+        // After the last layer, as before every other one.
+        self.checkpoint.check_unchanged()?;
         let Architecture { hidden_size, vocabulary, norm_bias, head_bias, ref names, .. } = self.architecture;
         let tensor = |name: &str, length: usize| {
             let tensor = self.checkpoint.tensor(name)?;

@@ -171,6 +171,7 @@ impl LayerSource {
     /// # Errors
     /// Names the layer and the tensor.
     pub fn locate(checkpoint: &Checkpoint, architecture: &Architecture, l: usize) -> Result<Self> {
+        checkpoint.check_unchanged()?;
         Finder { checkpoint, architecture, l }.layer()
     }
 
