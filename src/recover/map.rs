@@ -89,6 +89,7 @@ impl Map {
             match part {
                 Part::Dense(w) => multiply(x, &w.values, self.inputs, true, &mut y),
                 Part::Fixed(w) => multiply(x, w, self.inputs, true, &mut y),
+                Part::Product { v, .. } if v.values.is_empty() => cache.push(Vec::new()),
                 Part::Product { u, v } => {
                     let mut inner = vec![0.0; n * v.rows()];
                     multiply(x, &v.values, self.inputs, false, &mut inner);
