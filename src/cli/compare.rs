@@ -86,6 +86,7 @@ impl Args {
             calibration: calibration.as_ref(),
             statistics: statistics.as_ref(),
             evaluation: &evaluation,
+            work: &std::env::temp_dir().join(format!("moepress-compare-{}", std::process::id())),
         };
         let comparison = compare(&model, &request, &mut report)?;
         drop(report);
@@ -97,9 +98,8 @@ impl Args {
 
     fn candidates(&self) -> Result<Vec<Candidate>, Failure> {
         if self.methods.is_empty() {
-            // Those that search on tokens plan for minutes where the others take seconds.
-            let planned = methods().iter().filter(|m| !m.needs().tokens);
-            return Ok(planned.map(|&method| Candidate { method, options: [].into() }).collect());
+            let all = methods().iter().map(|&method| Candidate { method, options: [].into() });
+            return Ok(all.collect());
         }
         self.methods.iter().map(|text| candidate(text)).collect()
     }

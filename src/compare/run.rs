@@ -1,6 +1,7 @@
 //! The comparison.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Instant;
 
 use serde::Serialize;
@@ -16,6 +17,7 @@ use crate::plan::{
     Budget, Method, OutlierSource, Plan, Request as PlanRequest, RouterSource, SpectrumSource, StatisticsRef,
 };
 use crate::progress::Progress;
+use crate::search::Search;
 use crate::tokens::Windows;
 
 /// A method with options that differ from its defaults.
@@ -47,6 +49,8 @@ pub struct Request<'a> {
     pub statistics: Option<&'a Statistics>,
     /// Tokens that every variant is scored on.
     pub evaluation: &'a Windows,
+    /// Where methods that search on the calibration tokens keep what they find; gone when they are done.
+    pub work: &'a Path,
 }
 
 /// Result of [`compare`]; its JSON form is that of `moepress compare`.
@@ -139,7 +143,7 @@ struct Variant<'m, B: Backend> {
 
 /// Plans every candidate at every fraction, carries the plans out in memory, and scores each result.
 ///
-/// Steps of progress: one per layer of the calibration pass, one per plan, one per layer.
+/// Steps of progress: one per layer of the calibration pass, those of every plan, one per layer.
 ///
 /// # Errors
 /// What is wrong with the model, the tokens or the statistics. A method that cannot do what is asked is a row that says
@@ -287,14 +291,17 @@ fn plan_all<B: Backend>(
     };
     let weights = Weights::new(model.checkpoint(), model.architecture());
     let (mut rows, mut plans) = (Vec::new(), Vec::new());
-    progress.begin("compare: plan", request.candidates.len() * request.remove.len());
     for candidate in request.candidates {
+        let searches = candidate.method.needs().tokens;
+        if !searches {
+            progress.begin(&format!("compare: plan {}", candidate.name()), request.remove.len());
+        }
         let whiten = candidate.options.get("whiten").is_none_or(|v| v != "false");
         let spectra =
             WeightSpectra::new(model.checkpoint(), model.architecture(), Some(statistics).filter(|_| whiten));
         for &remove in request.remove {
             let start = Instant::now();
-            let plan = candidate.method.plan(&PlanRequest {
+            let asked = PlanRequest {
                 statistics: Some(&moments),
                 source: Some(&source),
                 budget: Some(Budget::Remove(remove)),
@@ -303,16 +310,39 @@ fn plan_all<B: Backend>(
                 outliers: Some(&weights as &dyn OutlierSource),
                 routers: Some(&weights as &dyn RouterSource),
                 ..PlanRequest::new(profile)
-            });
+            };
+            let plan = match request.calibration {
+                Some(windows) if searches => search(model, windows, request.work, candidate, asked, progress),
+                None if searches => Err("searches on the tokens themselves: give calibration tokens".into()),
+                _ => candidate.method.plan(&asked).map_err(|e| e.to_string()),
+            };
             let mut row = Row { method: candidate.name(), remove, measured: None, error: None };
             match plan {
                 Ok(plan) => plans.push((rows.len(), plan, start.elapsed().as_secs_f64())),
-                Err(e) => row.error = Some(e.to_string()),
+                Err(problem) => row.error = Some(problem),
             }
-            progress.step(&row.method);
+            if !searches {
+                progress.step("");
+            }
             rows.push(row);
         }
+        progress.end();
     }
-    progress.end();
     Ok((rows, plans))
+}
+
+/// The plan of a method that searches on tokens.
+fn search<B: Backend>(
+    model: &Model<'_, B>,
+    windows: &Windows,
+    work: &Path,
+    candidate: &Candidate,
+    asked: PlanRequest<'_>,
+    progress: &mut dyn Progress,
+) -> std::result::Result<Plan, String> {
+    let what = format!("{} {:?}", candidate.name(), asked.budget);
+    let search = Search::new(model, windows, work, &what, progress).map_err(|e| e.to_string())?;
+    let plan = candidate.method.plan(&PlanRequest { losses: Some(&search), ..asked });
+    search.finish().map_err(|e| e.to_string())?;
+    plan.map_err(|e| e.to_string())
 }
