@@ -98,8 +98,9 @@ impl Args {
 
     fn candidates(&self) -> Result<Vec<Candidate>, Failure> {
         if self.methods.is_empty() {
-            let all = methods().iter().map(|&method| Candidate { method, options: [].into() });
-            return Ok(all.collect());
+            // Those that search on tokens plan for minutes where the others take seconds.
+            let planned = methods().iter().filter(|m| !m.needs().tokens);
+            return Ok(planned.map(|&method| Candidate { method, options: [].into() }).collect());
         }
         self.methods.iter().map(|text| candidate(text)).collect()
     }
