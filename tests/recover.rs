@@ -202,6 +202,32 @@ fn bad_input_is_refused_in_one_line() {
 }
 
 #[test]
+fn merged_experts_become_low_rank_with_sparse_rows() {
+    let desk = Desk::new();
+    let model = data("qwen2_moe");
+    desk.compress(&model, "m-smoe", "0.25", "merged");
+    let more = [&SHORT[..], &["--losparse", "4:0.25"]].concat();
+    let report = outcome(desk.recover(&model, "merged", "out", &more)).json();
+    assert_eq!(report["layout"], "moepress");
+    let bytes = |dir: &str| desk.run(&["inspect", dir, "--json"]).json()["bytes"]["total"].as_u64().unwrap();
+    assert!(bytes("out") < bytes("merged"));
+    let manifest: Value =
+        serde_json::from_slice(&std::fs::read(desk.path("out/moepress.json")).unwrap()).unwrap();
+    let experts = manifest["layers"][0]["experts"].as_array().unwrap();
+    let low_rank: Vec<&Value> = experts.iter().filter(|e| e["form"] == "low_rank").collect();
+    assert!(!low_rank.is_empty() && low_rank.iter().all(|e| e["rank"]["gate"] == 4), "{manifest}");
+    assert!(low_rank.iter().any(|e| e["rows"]["up"].as_u64() > Some(0)), "{manifest}");
+    assert!(desk.kl("out", &model).is_finite());
+    for (value, flag) in [("4", "--losparse"), ("0:0.1", "--losparse"), ("4:1", "--losparse")] {
+        let message = outcome(desk.recover(&model, "merged", "other", &["--losparse", value])).error(2);
+        assert!(message.contains(flag) && message.contains("32:0.1"), "{message}");
+    }
+    let message =
+        outcome(desk.recover(&model, "merged", "other", &["--losparse", "4:0.1", "--steps", "0"])).error(1);
+    assert!(message.contains("expected at least 1 step"), "{message}");
+}
+
+#[test]
 fn one_table_for_people() {
     let desk = Desk::new();
     let model = data("mixtral");

@@ -6,7 +6,9 @@ use clap::{ArgGroup, ValueEnum};
 use moepress::backend::Backend;
 use moepress::checkpoint::Checkpoint;
 use moepress::model::{Model, open_architecture};
-use moepress::recover::{Input, LoraRank, LoraReport, Options, Report, Training, merge_lora, recover};
+use moepress::recover::{
+    Decomposition, Input, LoraRank, LoraReport, Options, Report, Training, merge_lora, recover,
+};
 
 use super::common::{Device, DeviceArgs, OutputArgs, TextInput};
 use super::failure::Failure;
@@ -48,6 +50,10 @@ pub(crate) struct Args {
     /// Tokens of a step
     #[arg(long, value_name = "N", default_value_t = Training::default().batch, value_parser = parse_at_least::<1>, allow_negative_numbers = true)]
     batch: usize,
+    /// Make full matrices low rank, with this share of their rows kept beside the factors, while they are trained: MC-SMoE's
+    /// second stage, after merging
+    #[arg(long, value_name = "RANK:SHARE", value_parser = parse_losparse, conflicts_with = "lora")]
+    losparse: Option<Decomposition>,
     /// Seed of the order of the tokens
     #[arg(long, value_name = "N", default_value_t = Training::default().seed)]
     seed: u64,
@@ -78,6 +84,14 @@ fn parse_positive(text: &str) -> Result<f64, String> {
         Ok(value) if value > 0.0 && value.is_finite() => Ok(value),
         _ => Err("expected a number above 0".into()),
     }
+}
+
+fn parse_losparse(text: &str) -> Result<Decomposition, String> {
+    let parsed = text
+        .split_once(':')
+        .and_then(|(rank, rows)| Some(Decomposition { rank: rank.parse().ok()?, rows: rows.parse().ok()? }));
+    let fits = |d: &Decomposition| d.rank > 0 && d.rows > 0.0 && d.rows < 1.0;
+    parsed.filter(fits).ok_or_else(|| "expected a rank and a share of rows below 1, such as 32:0.1".into())
 }
 
 impl Args {
@@ -119,6 +133,7 @@ impl Args {
                 InputArg::Recovered => Input::Recovered,
             },
             held_out: self.held_out,
+            decompose: self.losparse,
         };
         let mut progress = self.output.report();
         let done = recover(&original, &compressed, &windows, &options, &self.out, &mut progress)?;

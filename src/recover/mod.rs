@@ -24,7 +24,7 @@ mod train;
 pub use error::Error;
 pub use lora::{LoraRank, LoraReport, merge_lora};
 pub use run::{Input, LayerReport, Options, Report, recover};
-pub use sparse::Schedule;
+pub use sparse::{Decomposition, Schedule};
 pub use train::{LayerLoss, Training};
 
 /// Result of this module.

@@ -8,12 +8,14 @@ use serde::Serialize;
 use super::layer::{Data, NONE, TrainedLayer};
 use super::rewrite::{Pass, Rewrite, own_layout};
 use super::source::is_trainable;
+use super::sparse::{Schedule, split};
 use super::train::train;
-use super::{Error, LayerLoss, Result, Training};
+use super::{Decomposition, Error, LayerLoss, Result, Training};
 use crate::architecture::WeightTarget;
 use crate::backend::{Backend, Expert};
 use crate::calibrate::Residual;
 use crate::checkpoint::Checkpoint;
+use crate::compress::Layout;
 use crate::model::{Dissected, FeedForwardSource, LayerSource, Model, MoeSource, Stream};
 use crate::progress::Progress;
 use crate::tokens::Windows;
@@ -39,11 +41,14 @@ pub struct Options {
     pub input: Input,
     /// Share of the windows that are held out, evenly spaced.
     pub held_out: f64,
+    /// Makes full matrices low rank with sparse rows on the way, as MC-SMoE does with merged experts; a layer may then be
+    /// worse at the end.
+    pub decompose: Option<Decomposition>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { training: Training::default(), input: Input::default(), held_out: 0.1 }
+        Options { training: Training::default(), input: Input::default(), held_out: 0.1, decompose: None }
     }
 }
 
@@ -97,7 +102,15 @@ pub fn recover<B: Backend>(
         (windows.sha256(), windows.length),
         original.backend().device()
     );
-    let layout = own_layout(compressed.checkpoint());
+    let layout = match options.decompose {
+        None => own_layout(compressed.checkpoint()),
+        Some(_) if options.training.steps == 0 => {
+            return Err(Error::Request(
+                "low rank with sparse rows is found while training: expected at least 1 step".into(),
+            ));
+        }
+        Some(_) => Layout::Moepress,
+    };
     let name = layout.name();
     let rewrite = Rewrite {
         checkpoint: compressed.checkpoint(),
@@ -285,9 +298,15 @@ impl<B: Backend> Distillation<'_, '_, B> {
             return Ok((None, "nothing to train".into()));
         }
         let training = &self.options.training;
-        let loss = train(&mut layer, data, training, None, training.seed.wrapping_add(l as u64));
-        let loss = loss.map_err(|(expert, source)| Error::LeastSquares { layer: l, expert, source })?;
-        if loss.after < loss.before {
+        let unsolved = |(expert, source)| Error::LeastSquares { layer: l, expert, source };
+        let schedule = self.options.decompose.map(|Decomposition { rank, rows }| {
+            split(&mut layer, rank).map_err(unsolved)?;
+            Ok::<_, Error>(Schedule::new(rows, training.steps))
+        });
+        let schedule = schedule.transpose()?;
+        let seed = training.seed.wrapping_add(l as u64);
+        let loss = train(&mut layer, data, training, schedule.as_ref(), seed).map_err(unsolved)?;
+        if schedule.is_some() || loss.after < loss.before {
             layer.write_to(moe);
         }
         let detail = format!("loss {:.4}, was {:.4}", loss.after, loss.before);

@@ -95,14 +95,21 @@ fn matrix(stored: &Matrix<Weight>, map: &Map) -> Matrix<Weight> {
             Matrix::LowRank { u: weight(u, pu), v: weight(v, pv) }
         }
         (
-            Matrix::LowRankRows { u, v, rows, s },
-            [Part::Product { u: pu, v: pv }, Part::Rows { s: ps, .. }],
+            Matrix::LowRankRows { u, v, s, .. },
+            [Part::Product { u: pu, v: pv }, Part::Rows { rows, s: ps }],
         ) => {
             let rows = rows.clone();
             Matrix::LowRankRows { u: weight(u, pu), v: weight(v, pv), rows, s: weight(s, ps) }
         }
         (Matrix::Delta { u, v }, [.., Part::Product { u: pu, v: pv }]) => {
             Matrix::Delta { u: weight(u, pu), v: weight(v, pv) }
+        }
+        // What was split while it was trained.
+        (Matrix::Dense(w), [Part::Product { u, v }, Part::Rows { rows, .. }]) if rows.is_empty() => {
+            Matrix::LowRank { u: weight(w, u), v: weight(w, v) }
+        }
+        (Matrix::Dense(w), [Part::Product { u, v }, Part::Rows { rows, s }]) => {
+            Matrix::LowRankRows { u: weight(w, u), v: weight(w, v), rows: rows.clone(), s: weight(w, s) }
         }
         _ => stored.clone(),
     }

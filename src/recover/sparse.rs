@@ -1,9 +1,23 @@
 //! Rows that go step by step: the decomposition W = U·V + S of LoSparse (arXiv 2306.11222) as MC-SMoE (arXiv 2310.01334,
 //! section 3.3) uses it.
 
+use rayon::prelude::*;
+use serde::Serialize;
+
 use super::expert::Trained;
 use super::layer::TrainedLayer;
 use super::map::{Map, Parameter, Part};
+use crate::backend::cpu::{multiply, transpose};
+use crate::linalg::{self, Factors, Matrix, truncated_svd};
+
+/// Full matrices become U·V + S while they are trained.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Decomposition {
+    /// Rank of U·V; at most that of the matrix.
+    pub rank: usize,
+    /// Share of the rows of all S of a layer that is left at the end, between 0 and 1.
+    pub rows: f64,
+}
 
 /// How many rows of S are left at a step.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -90,6 +104,46 @@ impl LoSparse {
             }
         }
     }
+}
+
+/// Splits every full matrix W that is trained into U·V of rank `rank`, by SVD, and S = W − U·V with all its rows, so that
+/// nothing is lost yet. U and V share the singular values: U √Σ and √Σ V.
+///
+/// # Errors
+/// What the decomposition says, and of which expert.
+pub(super) fn split(layer: &mut TrainedLayer, rank: usize) -> Result<(), (usize, linalg::Error)> {
+    let experts = layer.experts.par_iter_mut().enumerate();
+    experts.try_for_each(|(e, expert)| {
+        let Trained::Mlp(mlp) = expert else { return Ok(()) };
+        mlp.maps().try_for_each(|map| split_map(map, rank)).map_err(|error| (e, error))
+    })
+}
+
+fn split_map(map: &mut Map, rank: usize) -> Result<(), linalg::Error> {
+    let [Part::Dense(w)] = &map.parts[..] else { return Ok(()) };
+    let (rows, cols, dtype) = (w.rows(), w.cols, w.dtype);
+    let whole = Matrix::from_f32(rows, cols, &w.values)?;
+    let Factors { u, v, .. } = truncated_svd(&whole, rank.min(rows).min(cols))?;
+    let rank = v.rows();
+    let (mut u, mut v) = (u.to_f32(), v.to_f32());
+    for k in 0..rank {
+        let norm = |sum: f64| sum.sqrt().max(f64::MIN_POSITIVE);
+        let left = norm(u.iter().skip(k).step_by(rank).map(|x| f64::from(*x).powi(2)).sum());
+        let right = norm(v[k * cols..(k + 1) * cols].iter().map(|x| f64::from(*x).powi(2)).sum());
+        let factor = (right / left).sqrt() as f32;
+        u.iter_mut().skip(k).step_by(rank).for_each(|x| *x *= factor);
+        v[k * cols..(k + 1) * cols].iter_mut().for_each(|x| *x /= factor);
+    }
+    let mut rest = w.values.clone();
+    let negative: Vec<f32> = u.iter().map(|x| -x).collect();
+    multiply(&negative, &transpose(&v, cols), rank, true, &mut rest);
+    let scale = w.scale;
+    let parameter = |values: Vec<f32>, cols: usize| Parameter::new(values, cols, dtype, scale);
+    map.parts = vec![
+        Part::Product { u: parameter(u, rank), v: parameter(v, cols) },
+        Part::Rows { rows: (0..rows as u32).collect(), s: parameter(rest, cols) },
+    ];
+    Ok(())
 }
 
 /// Takes out the rows of every S that are 0.

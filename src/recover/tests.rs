@@ -5,6 +5,7 @@ use super::expert::{Trained, TrainedMlp};
 use super::layer::{Data, NONE, TrainedLayer};
 use super::least_squares;
 use super::map::{Map, Parameter, Part};
+use super::sparse::{Schedule, split};
 use super::train::{Training, train};
 use crate::architecture::Activation;
 use crate::checkpoint::Dtype;
@@ -305,4 +306,29 @@ fn what_is_not_better_is_not_kept() {
     for (a, b) in layer.parameters().iter().zip(student.parameters()) {
         assert_eq!(a.values, b.values);
     }
+}
+
+#[test]
+fn splitting_loses_nothing_and_the_schedule_leaves_its_share_of_rows() {
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    let (student, data) = lesson(&mut rng);
+    let mut layer = student.clone();
+    split(&mut layer, 2).unwrap();
+    let all: Vec<u32> = (0..TOKENS as u32).collect();
+    let losses = [student.loss(&data, &all), layer.loss(&data, &all)];
+    assert!((losses[0] - losses[1]).abs() < 1e-5 * losses[0], "{losses:?}");
+    let rows = |layer: &mut TrainedLayer| -> usize {
+        let mlps =
+            layer.experts.iter_mut().filter_map(|e| if let Trained::Mlp(m) = e { Some(m) } else { None });
+        let parts = mlps.flat_map(|m| m.maps()).flat_map(|m| &m.parts);
+        parts.map(|p| if let Part::Rows { rows, .. } = p { rows.len() } else { 0 }).sum()
+    };
+    let total = rows(&mut layer);
+    let schedule = Schedule { share: 0.25, warm_up: 5, cool_down: 20 };
+    let training = Training { steps: 60, batch: 16, rate: 0.01, ..Training::default() };
+    let loss = train(&mut layer, &data, &training, Some(&schedule), 3).unwrap();
+    assert!(loss.after.is_finite() && loss.after <= loss.before * 2.0, "{loss:?}");
+    assert_eq!(layer.loss(&data, &data.held_out), loss.after);
+    let kept = rows(&mut layer);
+    assert_eq!(kept, (0.25 * total as f64).round() as usize, "of {total}");
 }
