@@ -49,20 +49,26 @@ typedef enum moepress_expert_form {
 
 typedef enum moepress_matrix_form {
     MOEPRESS_MATRIX_DENSE = 0,
-    MOEPRESS_MATRIX_LOW_RANK = 1 /* U V */
+    MOEPRESS_MATRIX_LOW_RANK = 1, /* U V, and sparse rows where there are any */
+    MOEPRESS_MATRIX_DELTA = 2     /* the layer's base of this matrix, plus U V */
 } moepress_matrix_form;
 
 /* One linear map [out, in], row-major as in nn.Linear, of the layer's dtype. Strides are in elements; 0 stands for rows
  * without gaps. In device memory, addresses and rows are multiples of 16 bytes. */
 typedef struct moepress_matrix {
-    int32_t form;      /* moepress_matrix_form */
-    int32_t rank;      /* of a low-rank matrix; 0 is allowed */
+    int32_t form;       /* moepress_matrix_form */
+    int32_t rank;       /* of U V; 0 is allowed */
     const void *weight; /* [out, in], or U [out, rank] */
     int64_t weight_stride;
-    const void *v; /* V [rank, in]. In device memory, V of up follows V of gate in one matrix, at the next multiple of
-                      8 rows, zeros between. */
+    const void *v; /* V [rank, in]. In device memory, what multiplies the same input lies in one matrix: V of gate, its
+                      sparse rows, V of up, its sparse rows; each V from a multiple of 8 rows on, zeros between. */
     int64_t v_stride;
     const float *bias; /* [out], or null */
+    const int32_t *sparse_rows; /* host, ascending: rows of the output to which sparse * x is added */
+    const void *sparse;         /* [sparse_count, in] */
+    int64_t sparse_stride;
+    int32_t sparse_count; /* of a low-rank matrix */
+    int32_t reserved;     /* 0 */
 } moepress_matrix;
 
 typedef struct moepress_expert {
@@ -124,6 +130,9 @@ typedef struct moepress_layer_spec {
     const moepress_expert *shared; /* an expert that every token passes, or null */
     const float *shared_gate;      /* host, [hidden]: sigmoid(x . gate) multiplies its output; null: 1 */
     const moepress_router *router; /* null: ids and weights are given */
+    const moepress_matrix *bases;  /* of gate, up and down, dense; null weights where there is none. Or null */
+    int32_t base_width;            /* rows of the bases of gate and up: width of the experts that have them */
+    int32_t reserved;              /* 0 */
 } moepress_layer_spec;
 
 typedef enum moepress_routing {

@@ -76,6 +76,10 @@ struct Made {
     /// Of gate, up and down; dense without.
     ranks: [Option<usize>; 3],
     biases: bool,
+    /// Sparse rows beside every low-rank matrix.
+    sparse: usize,
+    /// Whether low-rank matrices are added to the layer's base.
+    delta: bool,
 }
 
 fn expert(element: Element, made: Made, activation: Activation, seed: u64) -> StoredExpert {
@@ -83,10 +87,17 @@ fn expert(element: Element, made: Made, activation: Activation, seed: u64) -> St
         let seed = 100 * seed + 10 * i as u64;
         let weight = match made.ranks[i] {
             None => Matrix::Dense(weight(element, rows, cols, seed)),
-            Some(rank) => Matrix::LowRank {
-                u: weight(element, rows, rank, seed + 1),
-                v: weight(element, rank, cols, seed + 2),
-            },
+            Some(rank) => {
+                let (u, v) = (weight(element, rows, rank, seed + 1), weight(element, rank, cols, seed + 2));
+                if made.delta {
+                    Matrix::Delta { u, v }
+                } else if made.sparse == 0 {
+                    Matrix::LowRank { u, v }
+                } else {
+                    let ids = (0..made.sparse).map(|i| 5 * i as u32 + 1).collect();
+                    Matrix::LowRankRows { u, v, rows: ids, s: weight(element, made.sparse, cols, seed + 4) }
+                }
+            }
         };
         Linear { weight, bias: made.biases.then(|| vector(rows, seed + 3)) }
     };
@@ -100,7 +111,7 @@ fn expert(element: Element, made: Made, activation: Activation, seed: u64) -> St
 
 /// Every form of an expert in one layer, ranks from 0 up, widths that are no multiple of anything.
 fn experts(element: Element, activation: Activation) -> Vec<StoredExpert> {
-    let made = |width, ranks, biases| Made { width, ranks, biases };
+    let made = |width, ranks, biases| Made { width, ranks, biases, ..Made::default() };
     let mlp = |seed, made| expert(element, made, activation, seed);
     vec![
         mlp(0, made(WIDTH, [None; 3], false)),
@@ -111,8 +122,20 @@ fn experts(element: Element, activation: Activation) -> Vec<StoredExpert> {
         mlp(5, made(WIDTH, [Some(0), None, Some(21)], true)),
         Expert::None,
         mlp(7, made(7, [None, Some(3), None], false)),
-        mlp(8, made(WIDTH, [Some(1), Some(40), Some(0)], false)),
+        mlp(8, Made { sparse: 3, ..made(WIDTH, [Some(1), Some(40), Some(0)], false) }),
     ]
+}
+
+/// A layer some of whose experts are a base plus a difference, in all matrices or in some.
+fn deltas(element: Element) -> (Vec<StoredExpert>, Base<Weight>) {
+    let made = |ranks, biases| Made { width: WIDTH, ranks, biases, delta: true, ..Made::default() };
+    let delta = |seed, made| expert(element, made, Activation::SwiGlu, seed);
+    let mut layer = experts(element, Activation::SwiGlu);
+    layer[0] = delta(20, made([Some(4), Some(9), Some(6)], false));
+    layer[2] = delta(22, made([Some(16), None, Some(0)], true));
+    layer[7] = delta(27, made([None, Some(2), None], false));
+    let base = |rows, cols, seed| Some(weight(element, rows, cols, seed));
+    (layer, [base(WIDTH, HIDDEN, 9000), base(WIDTH, HIDDEN, 9001), base(HIDDEN, WIDTH, 9002)])
 }
 
 fn rule(spec: RouterSpec) -> RouterRule {
@@ -224,6 +247,7 @@ impl<'g, G: Gpu> Bench<'g, G> {
 /// What the CPU backend makes of it, and how it routed.
 fn reference(
     experts: &[StoredExpert],
+    base: &Base<Weight>,
     rule: &RouterRule,
     weights: &RouterWeights,
     x: &[f32],
@@ -231,7 +255,7 @@ fn reference(
     let (mut input, mut out, mut routing) = (Cpu.buffer(), Cpu.buffer(), Cpu.routing());
     Cpu.upload(x, x.len() / HIDDEN, HIDDEN, &mut input).unwrap();
     let router = Cpu.router(weights, rule.clone()).unwrap();
-    let experts = Cpu.experts(experts, &Base::default()).unwrap();
+    let experts = Cpu.experts(experts, base).unwrap();
     Cpu.route(&input, &router, &mut routing).unwrap();
     Cpu.run_experts(&input, &experts, &mut routing, &mut out, None).unwrap();
     (Cpu.download(&out).unwrap(), Cpu.routes(&routing).unwrap())
@@ -268,7 +292,24 @@ fn every_form_against_the_cpu(gpu: &impl Gpu) {
         let bench = Bench::new(gpu, &spec);
         for &tokens in batches {
             let x = round(element, noise(tokens * HIDDEN, 5, 1.7));
-            let (expected, _) = reference(&experts, &rule, &weights, &x);
+            let (expected, _) = reference(&experts, &[None, None, None], &rule, &weights, &x);
+            let found = bench.run(&x, &By::Router, None);
+            close(&found, &expected, tolerance(element), &format!("{element:?}, {tokens} tokens"));
+        }
+    }
+}
+
+/// A base plus differences, beside experts without.
+fn deltas_against_the_cpu(gpu: &impl Gpu) {
+    let rule = rule(RouterSpec::softmax(TOP_K, WeightRule::RENORMALISED));
+    let weights = router_weights(&rule);
+    for (element, batches) in [(Element::F32, &[33][..]), (Element::Bf16, &[1, 20, 150])] {
+        let (experts, base) = deltas(element);
+        let spec = LayerSpec { base: &base, ..spec(element, &experts) };
+        let bench = Bench::new(gpu, &with_router(spec, &rule, &weights));
+        for &tokens in batches {
+            let x = round(element, noise(tokens * HIDDEN, 15, 1.7));
+            let (expected, _) = reference(&experts, &base, &rule, &weights, &x);
             let found = bench.run(&x, &By::Router, None);
             close(&found, &expected, tolerance(element), &format!("{element:?}, {tokens} tokens"));
         }
@@ -285,7 +326,7 @@ fn clamped_activation_against_the_cpu(gpu: &impl Gpu) {
     let spec = with_router(spec(Element::F32, &experts), &rule, &weights);
     let bench = Bench::new(gpu, &spec);
     let x = noise(20 * HIDDEN, 6, 2.0);
-    let (expected, _) = reference(&experts, &rule, &weights, &x);
+    let (expected, _) = reference(&experts, &[None, None, None], &rule, &weights, &x);
     close(&bench.run(&x, &By::Router, None), &expected, 1e-5, "clamped");
 }
 
@@ -313,7 +354,7 @@ fn routers_against_the_cpu(gpu: &impl Gpu) {
         let weights = router_weights(&rule);
         let spec = with_router(spec(Element::F32, &experts), &rule, &weights);
         let bench = Bench::new(gpu, &spec);
-        let (expected, routes) = reference(&experts, &rule, &weights, &x);
+        let (expected, routes) = reference(&experts, &[None, None, None], &rule, &weights, &x);
         let what = format!("{:?}", rule.spec);
         let found = bench.run(&x, &By::Router, None);
         close(&found, &expected, 1e-5, &what);
@@ -354,7 +395,7 @@ fn a_shared_expert(gpu: &impl Gpu) {
     let rule = rule(RouterSpec::softmax(TOP_K, WeightRule::Scaled(1.0)));
     let weights = router_weights(&rule);
     let x = noise(12 * HIDDEN, 11, 1.2);
-    let (routed, _) = reference(&experts, &rule, &weights, &x);
+    let (routed, _) = reference(&experts, &[None, None, None], &rule, &weights, &x);
     // The shared expert alone, as the only expert of a layer.
     let alone = [expert(element, made, Activation::SwiGlu, 50)];
     let bench = Bench::new(gpu, &LayerSpec { top_k: 1, ..spec(element, &alone) });
@@ -385,7 +426,7 @@ fn an_expert_map_splits_the_layer(gpu: &impl Gpu) {
     let rule = rule(RouterSpec::softmax(TOP_K, WeightRule::RENORMALISED));
     let weights = router_weights(&rule);
     let x = noise(25 * HIDDEN, 12, 1.2);
-    let (expected, _) = reference(&experts, &rule, &weights, &x);
+    let (expected, _) = reference(&experts, &[None, None, None], &rule, &weights, &x);
     let mut sum = vec![0.0; x.len()];
     // Rank 1 holds the experts from 4 on, in reverse order.
     for rank in 0..2 {
@@ -488,6 +529,7 @@ fn borrowed_weights(gpu: &impl Gpu) {
 
 on_every_gpu! {
     every_form_against_the_cpu
+    deltas_against_the_cpu
     clamped_activation_against_the_cpu
     routers_against_the_cpu
     given_ids_and_a_residual

@@ -22,7 +22,8 @@ EXPERT_MLP, DENSE, LOW_RANK, HOST = 1, 0, 1, 0
 class Matrix(Structure):
     c_name = "moepress_matrix"
     _fields_ = [("form", c_int32), ("rank", c_int32), ("weight", c_void_p), ("weight_stride", c_int64),
-                ("v", c_void_p), ("v_stride", c_int64), ("bias", c_void_p)]
+                ("v", c_void_p), ("v_stride", c_int64), ("bias", c_void_p), ("sparse_rows", c_void_p),
+                ("sparse", c_void_p), ("sparse_stride", c_int64), ("sparse_count", c_int32), ("reserved", c_int32)]
 
 
 class Expert(Structure):
@@ -37,7 +38,8 @@ class LayerSpec(Structure):
                 ("top_k", c_int32), ("experts_count", c_int32), ("activation", c_int32), ("limit", c_float),
                 ("slope", c_float), ("weights_multiply_inputs", c_int32), ("expert_map_count", c_int32),
                 ("expert_map", c_void_p), ("experts", POINTER(Expert)), ("shared", POINTER(Expert)),
-                ("shared_gate", c_void_p), ("router", c_void_p)]
+                ("shared_gate", c_void_p), ("router", c_void_p), ("bases", POINTER(Matrix)), ("base_width", c_int32),
+                ("reserved", c_int32)]
 
 
 class ForwardArgs(Structure):

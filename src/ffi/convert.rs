@@ -7,7 +7,7 @@ use std::slice;
 use super::types;
 use crate::architecture::Activation;
 use crate::backend::cuda::{DeviceMatrix, DeviceVector, Element, Error, Result};
-use crate::backend::{Expert, Linear, Matrix, Mlp};
+use crate::backend::{Base, Expert, Linear, Matrix, Mlp};
 use crate::checkpoint::{Dtype, Tensor, Weight};
 
 pub(super) fn wrong(argument: impl Into<String>, found: impl Into<String>, expected: &str) -> Error {
@@ -201,17 +201,36 @@ unsafe fn linear<S: Source>(
     element: Element,
     what: &str,
 ) -> Result<Linear<Matrix<S::Matrix>, S::Vector>> {
-    let weight = |cols| {
+    let part = |data, shape, stride, name: &str| {
         // SAFETY: the caller's promise.
-        unsafe { matrix::<S>(map.weight, [out, cols], map.weight_stride, element, &format!("{what}.weight")) }
+        unsafe { matrix::<S>(data, shape, stride, element, &format!("{what}.{name}")) }
     };
+    let factors = || {
+        let rank = count(map.rank, &format!("{what}.rank"))?;
+        let u = part(map.weight, [out, rank], map.weight_stride, "weight")?;
+        Ok::<_, Error>((u, part(map.v, [rank, input], map.v_stride, "v")?))
+    };
+    let sparse_count = count(map.sparse_count, &format!("{what}.sparse_count"))?;
+    if sparse_count > 0 && map.form != 1 {
+        return Err(wrong(format!("{what}.sparse_count"), sparse_count.to_string(), "0: not low rank"));
+    }
     let weight = match map.form {
-        0 => Matrix::Dense(weight(input)?),
+        0 => Matrix::Dense(part(map.weight, [out, input], map.weight_stride, "weight")?),
         1 => {
-            let rank = count(map.rank, &format!("{what}.rank"))?;
-            // SAFETY: the caller's promise.
-            let v = unsafe { matrix::<S>(map.v, [rank, input], map.v_stride, element, &format!("{what}.v")) };
-            Matrix::LowRank { u: weight(rank)?, v: v? }
+            let (u, v) = factors()?;
+            if sparse_count == 0 {
+                Matrix::LowRank { u, v }
+            } else {
+                // SAFETY: the caller's promise.
+                let rows = unsafe { list(map.sparse_rows, sparse_count, &format!("{what}.sparse_rows")) }?;
+                let rows = rows.iter().map(|&row| row as u32).collect();
+                let s = part(map.sparse, [sparse_count, input], map.sparse_stride, "sparse")?;
+                Matrix::LowRankRows { u, v, rows, s }
+            }
+        }
+        2 => {
+            let (u, v) = factors()?;
+            Matrix::Delta { u, v }
         }
         other => return Err(wrong(format!("{what}.form"), other.to_string(), "a moepress_matrix_form")),
     };
@@ -246,4 +265,32 @@ unsafe fn matrix<S: Source>(
     };
     // SAFETY: the caller's promise.
     unsafe { S::matrix(Rows { data, shape, stride }, element, what) }
+}
+
+/// The bases of a layer.
+///
+/// # Safety
+/// As for [`expert`].
+pub(super) unsafe fn bases<S: Source>(
+    spec: &types::LayerSpec,
+    hidden: usize,
+    element: Element,
+) -> Result<Base<S::Matrix>> {
+    if spec.bases.is_null() {
+        return Ok([None, None, None]);
+    }
+    let width = count(spec.base_width, "base_width")?;
+    let base = |i: usize, shape: [usize; 2]| {
+        // SAFETY: three matrices, by the caller's promise.
+        let found = unsafe { &*spec.bases.add(i) };
+        if found.weight.is_null() {
+            return Ok(None);
+        }
+        // SAFETY: as above.
+        unsafe {
+            matrix::<S>(found.weight, shape, found.weight_stride, element, &format!("bases[{i}].weight"))
+        }
+        .map(Some)
+    };
+    Ok([base(0, [width, hidden])?, base(1, [width, hidden])?, base(2, [hidden, width])?])
 }

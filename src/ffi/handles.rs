@@ -111,10 +111,11 @@ where
     let mapped = count(spec.expert_map_count, "expert_map_count")?;
     let rows = if mapped > 0 { mapped } else { experts_count };
     // SAFETY: the caller's promise, for everything that is read here.
-    let (experts, map, shared, gate, router) = unsafe {
+    let (experts, base, map, shared, gate, router) = unsafe {
         let given = convert::list(spec.experts, experts_count, "experts")?.iter().enumerate();
         let experts = given.map(|(e, expert)| convert::expert::<S>(expert, common, &format!("experts[{e}]")));
         let experts = experts.collect::<Result<Vec<_>>>()?;
+        let base = convert::bases::<S>(spec, hidden, element)?;
         let map = convert::list(spec.expert_map, mapped, "expert_map")?;
         let shared = spec.shared.as_ref().map(|shared| convert::expert::<S>(shared, common, "shared"));
         let gate = convert::tensor(spec.shared_gate, &[hidden], "shared_gate")?;
@@ -124,7 +125,7 @@ where
             let router = convert::sized(spec.router, "router")?;
             Some(OwnedRouter::new(&router, [rows, hidden, top_k], target)?)
         };
-        (experts, map, shared.transpose()?, gate, router)
+        (experts, base, map, shared.transpose()?, gate, router)
     };
     let map: Vec<Option<usize>> = map.iter().map(|&e| usize::try_from(e).ok()).collect();
     MoeLayer::new(
@@ -134,7 +135,7 @@ where
             element,
             top_k,
             experts: &experts,
-            base: &[None, None, None],
+            base: &base,
             expert_map: (mapped > 0).then_some(&map[..]),
             shared: shared.as_ref().map(|expert| SharedExpert { expert, gate: gate.as_ref() }),
             router: router.as_ref().map(OwnedRouter::borrow),

@@ -32,6 +32,11 @@ mirror! {
         v: *const c_void,
         v_stride: i64,
         bias: *const f32,
+        sparse_rows: *const i32,
+        sparse: *const c_void,
+        sparse_stride: i64,
+        sparse_count: i32,
+        reserved: i32,
     }
     Expert = "moepress_expert" {
         form: i32,
@@ -78,6 +83,9 @@ mirror! {
         shared: *const Expert,
         shared_gate: *const f32,
         router: *const Router,
+        bases: *const Matrix,
+        base_width: i32,
+        reserved: i32,
     }
     ForwardArgs = "moepress_forward_args" {
         struct_size: usize,

@@ -95,9 +95,11 @@ int check_refusals(const struct api *api, const moepress_device *device, char *m
     return 0;
 }
 
-/* out += weight * expert(x), the textbook way; gate as U V where v is not null. */
-static void reference(const float *gate, const float *v, const float *up, const float *down, const float *x,
-                      float weight, float *out) {
+enum { SPARSE_ROW = 3 };
+
+/* out += weight * expert(x), the textbook way; where v is not null, gate is U V, and s is added to one of its rows. */
+static void reference(const float *gate, const float *v, const float *s, const float *up, const float *down,
+                      const float *x, float weight, float *out) {
     float z[RANK] = {0}, h[WIDTH];
     if (v)
         for (int r = 0; r < RANK; r++)
@@ -108,6 +110,7 @@ static void reference(const float *gate, const float *v, const float *up, const 
             for (int r = 0; r < RANK; r++) g += gate[w * RANK + r] * z[r];
         for (int i = 0; i < HIDDEN; i++) {
             if (!v) g += gate[w * HIDDEN + i] * x[i];
+            if (v && w == SPARSE_ROW) g += s[i] * x[i];
             u += up[w * HIDDEN + i] * x[i];
         }
         h[w] = g / (1 + expf(-g)) * u;
@@ -119,23 +122,26 @@ static void reference(const float *gate, const float *v, const float *up, const 
     }
 }
 
-/* A layer of a dense expert, one with a low-rank gate and an alias, in f32, against the textbook. Device memory is host
+/* A layer of a dense expert, one whose gate is low rank with a sparse row, and an alias, in f32, against the textbook. Device memory is host
  * memory here. */
 int check_layer(const struct api *api, const moepress_device *device, char *message, size_t length) {
-    static float gate[2][WIDTH * HIDDEN], v[RANK * HIDDEN], up[2][WIDTH * HIDDEN], down[2][HIDDEN * WIDTH];
+    static float gate[2][WIDTH * HIDDEN], v[RANK * HIDDEN], s[HIDDEN], up[2][WIDTH * HIDDEN], down[2][HIDDEN * WIDTH];
     for (int e = 0; e < 2; e++) {
         fill(gate[e], WIDTH * HIDDEN, 10 + e);
         fill(up[e], WIDTH * HIDDEN, 20 + e);
         fill(down[e], HIDDEN * WIDTH, 30 + e);
     }
     fill(v, RANK * HIDDEN, 40);
+    fill(s, HIDDEN, 41);
+    const int32_t sparse_row = SPARSE_ROW;
     moepress_expert experts[EXPERTS] = {{0}};
     for (int e = 0; e < 2; e++) {
         experts[e] = (moepress_expert){.form = MOEPRESS_EXPERT_MLP, .width = WIDTH, .gate = {.weight = gate[e]},
                                        .up = {.weight = up[e]}, .down = {.weight = down[e]}};
     }
     experts[1].gate =
-        (moepress_matrix){.form = MOEPRESS_MATRIX_LOW_RANK, .rank = RANK, .weight = gate[1], .v = v};
+        (moepress_matrix){.form = MOEPRESS_MATRIX_LOW_RANK, .rank = RANK, .weight = gate[1], .v = v,
+                          .sparse_count = 1, .sparse_rows = &sparse_row, .sparse = s};
     experts[2] = (moepress_expert){.form = MOEPRESS_EXPERT_ALIAS, .alias_of = 1};
     moepress_layer_spec spec = {.struct_size = sizeof spec, .hidden = HIDDEN, .dtype = MOEPRESS_F32, .top_k = TOP_K,
                                 .experts_count = EXPERTS, .experts = experts};
@@ -162,7 +168,7 @@ int check_layer(const struct api *api, const moepress_device *device, char *mess
         for (int k = 0; k < TOP_K; k++) {
             int e = chosen[t * TOP_K + k] == 2 ? 1 : chosen[t * TOP_K + k];
             if (e < 0) continue;
-            reference(gate[e], e ? v : NULL, up[e], down[e], x + t * HIDDEN, weights[t * TOP_K + k], expected);
+            reference(gate[e], e ? v : NULL, s, up[e], down[e], x + t * HIDDEN, weights[t * TOP_K + k], expected);
         }
         for (int i = 0; i < HIDDEN; i++) EXPECT(fabsf(out[t * HIDDEN + i] - expected[i]) < 1e-5f);
     }

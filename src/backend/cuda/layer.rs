@@ -7,7 +7,7 @@ use super::router::{self, LayerRouter};
 use super::weights::{LayerMatrix, LayerVector};
 use super::{Block, Element, Error, Memory, Result};
 use crate::architecture::{Activation, WeightTarget};
-use crate::backend::Expert;
+use crate::backend::{Base, Expert};
 use crate::checkpoint::Tensor;
 
 /// An expert that every token passes.
@@ -36,7 +36,7 @@ pub struct LayerSpec<'a, W, V> {
     /// rows, V of up, its sparse rows, each V from a multiple of 8 rows on and zeros in between.
     pub experts: &'a [Expert<W, V>],
     /// Bases of gate, up and down for experts that are a base plus a difference.
-    pub base: &'a [Option<W>; 3],
+    pub base: &'a Base<W>,
     /// Expert parallelism: for each expert of the model its index in `experts`, or `None` where it is elsewhere; `ids`
     /// and router rows are the model's. Tokens of experts that are elsewhere get nothing for them: sum over the ranks.
     pub expert_map: Option<&'a [Option<usize>]>,
