@@ -91,6 +91,17 @@ int check_refusals(const struct api *api, const moepress_device *device, char *m
     experts[1].width = WIDTH;
     EXPECT(api->layer_create(device, &spec, &layer) == MOEPRESS_INVALID_ARGUMENT);
     EXPECT(strcmp(api->last_error(), "experts[1].gate.weight: null, expected a matrix [24, 16]") == 0);
+    const moepress_matrix delta = {.form = MOEPRESS_MATRIX_DELTA};
+    experts[1].gate = experts[1].up = experts[1].down = delta;
+    EXPECT(api->layer_create(device, &spec, &layer) == MOEPRESS_INVALID_ARGUMENT);
+    EXPECT(strcmp(api->last_error(), "expert 1, gate: no base in this layer, expected one") == 0);
+    const moepress_matrix bases[3] = {{0}};
+    spec.bases = bases;
+    spec.base_width = WIDTH;
+    EXPECT(api->layer_create(device, &spec, &layer) == MOEPRESS_INVALID_ARGUMENT);
+    experts[1].gate.sparse_count = 1;
+    EXPECT(api->layer_create(device, &spec, &layer) == MOEPRESS_INVALID_ARGUMENT);
+    EXPECT(strcmp(api->last_error(), "experts[1].gate.sparse_count: 1, expected 0: not low rank") == 0);
     EXPECT(layer == NULL);
     return 0;
 }
