@@ -6,7 +6,7 @@ mod common;
 
 use std::path::Path;
 
-use common::{data, encoder_windows, max_difference, read, run, shape, shared, windows};
+use common::{Mutant, data, encoder_windows, max_difference, read, run, shape, shared, windows};
 
 /// f32 against f32 in another summation order; any single rule got wrong moves the logits by 4e-3 or more.
 const TOLERANCE: f64 = 1e-4;
@@ -53,6 +53,7 @@ repository_goldens!(
     qwen2_moe,
     qwen3_moe,
     qwen3_moe_fused,
+    qwen3_moe_dynamic,
     olmoe_clip,
     deepseek_v2,
     deepseek_v2_lite_sharded_bf16,
@@ -62,6 +63,7 @@ repository_goldens!(
     gpt_oss,
     gpt_oss_mxfp4,
     phimoe,
+    dots1,
     ernie4_5_moe,
     llama4_text,
 );
@@ -91,6 +93,14 @@ fn switch_transformers() {
 #[test]
 fn switch_transformers_untied() {
     check_encoder_decoder(&data("switch_transformers_untied"));
+}
+
+/// A config may say that the head is the embedding table while the file has another head: that one counts.
+#[test]
+fn a_head_of_its_own_is_not_tied() {
+    let model = Mutant::of("mixtral");
+    model.set_config("tie_word_embeddings", serde_json::json!(true));
+    check(model.path(), &data("mixtral").join("golden.safetensors"));
 }
 
 /// The larger fixtures, where they are.

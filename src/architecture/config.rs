@@ -24,6 +24,16 @@ impl Config {
         self.0.get(key).filter(|v| !v.is_null())
     }
 
+    /// Whether there are no keys.
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The first key whose value is an object.
+    pub(super) fn nested(&self) -> Option<&str> {
+        self.0.iter().find(|(_, value)| value.is_object()).map(|(key, _)| key.as_str())
+    }
+
     /// Whether `key` is written, if only as `null`.
     pub(super) fn mentions(&self, key: &str) -> bool {
         self.0.contains_key(key)

@@ -13,7 +13,7 @@ mod skip;
 pub use error::Error;
 pub use names::{ExpertStorage, Names, Projection};
 pub use profile::{MoeProfile, Profile};
-pub use rope::{LongRope, Pairing, Rope};
+pub use rope::{DynamicRope, LongRope, Pairing, Rope};
 pub use router::{Choice, GroupLimit, GroupScore, RouterSpec, Scoring, WeightRule, WeightTarget};
 pub use skip::{Skip, SkipThreshold};
 
@@ -335,6 +335,11 @@ impl Architecture {
         let (_, read) = read.ok_or_else(|| Error::UnknownFamily { family, known: families() })?;
         let mut architecture = read(&config)?;
         architecture.packing = packing(&config)?;
+        if let Some(section) =
+            architecture.config_section.map(|key| config.section(key)).transpose()?.flatten()
+        {
+            architecture.packing = architecture.packing.or(packing(&section)?);
+        }
         architecture.check()?;
         Ok(architecture)
     }
@@ -437,6 +442,9 @@ impl Architecture {
     }
 }
 
+/// What to do about weights that cannot be read.
+const REMEDY: &str = "take the checkpoint that it was made from, or dequantise it first";
+
 /// How `quantization_config` says that weights are packed.
 fn packing(config: &Config) -> Result<Option<Packing>> {
     let Some(section) = config.section("quantization_config")? else { return Ok(None) };
@@ -445,10 +453,14 @@ fn packing(config: &Config) -> Result<Option<Packing>> {
         "mxfp4" => Ok(Some(Packing::Mxfp4)),
         "fp8" => match section.sizes("weight_block_size")?.as_deref() {
             Some(&[rows, cols]) if rows > 0 && cols > 0 => Ok(Some(Packing::Fp8 { block: [rows, cols] })),
+            None => {
+                let what = format!("is missing: one scale for a whole matrix is not supported; {REMEDY}");
+                Err(Error::invalid(&key("weight_block_size"), what))
+            }
             _ => Err(Error::invalid(&key("weight_block_size"), "expected two numbers above 0")),
         },
         other => {
-            let what = format!("is `{other}`; known: fp8 with block scales, mxfp4; dequantise others first");
+            let what = format!("is `{other}`; known: fp8 with block scales, mxfp4; {REMEDY}");
             Err(Error::invalid(&key("quant_method"), what))
         }
     }

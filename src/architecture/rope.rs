@@ -9,6 +9,9 @@ use super::{Error, Result};
 /// Upper bound of the elements that are rotated: every layer holds their frequencies.
 const MOST_ELEMENTS: usize = 1 << 13;
 
+/// Where the embedding bounds no window; this only bounds what is asked for.
+pub(super) const MOST_POSITIONS: usize = 1 << 20;
+
 /// Which elements of a head form a rotated pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pairing {
@@ -29,6 +32,35 @@ pub struct Rope {
     pub magnitude: f32,
     /// What takes the place of these in long windows, if anything does.
     pub long: Option<LongRope>,
+    /// How the frequencies of long windows follow from their length, if they do.
+    pub dynamic: Option<DynamicRope>,
+}
+
+/// Dynamic NTK scaling (bloc97 and emozilla, 2023): in a text of L tokens, more than the model was trained with, the
+/// base θ becomes θ (factor · L / positions − (factor − 1))^(d / (d − 2)). Keys in a cache stay as they were rotated when
+/// the text was shorter, as in transformers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DynamicRope {
+    /// Length of the longest windows that keep the usual embedding.
+    pub positions: usize,
+    /// By how much the context is stretched.
+    pub factor: f64,
+    /// θ.
+    pub theta: f64,
+}
+
+impl DynamicRope {
+    /// The frequencies of `dim` elements in a text of `length` tokens, which are more than `positions`.
+    pub fn inverse_frequencies(&self, dim: usize, length: usize) -> Vec<f32> {
+        let stretch = self.factor * length as f64 / self.positions as f64 - (self.factor - 1.0);
+        let theta = self.theta * stretch.powf(dim as f64 / (dim as f64 - 2.0));
+        frequencies(theta, dim).into_iter().map(|f| f as f32).collect()
+    }
+}
+
+/// θ^(−2i/dim).
+fn frequencies(theta: f64, dim: usize) -> Vec<f64> {
+    (0..dim / 2).map(|i| theta.powf(-2.0 * i as f64 / dim as f64)).collect()
 }
 
 /// The embedding of windows longer than some length.
@@ -73,10 +105,15 @@ impl RopeConfig {
     /// Reads `rope_scaling` and `rope_theta`, or `rope_parameters` (as transformers 5 writes it); where a config has
     /// both, transformers takes the former.
     pub(super) fn read(config: &Config, defaults: RopeDefaults, max_positions: usize) -> Result<Self> {
-        let section = match (config.section("rope_scaling")?, config.section("rope_parameters")?) {
+        let scaling = config.section("rope_scaling")?.filter(|section| !section.is_empty());
+        let section = match (scaling, config.section("rope_parameters")?) {
             (None, None) => defaults.section.map(Config::parse).transpose()?,
             (section, written) => section.or(written),
         };
+        if let Some(key) = section.as_ref().and_then(Config::nested) {
+            let what = "is an object: embeddings that differ between layers are not supported";
+            return Err(Error::invalid(&format!("rope_parameters.{key}"), what));
+        }
         let nested = match &section {
             Some(s) => s.float_opt("rope_theta")?,
             None => None,
@@ -137,10 +174,10 @@ impl RopeConfig {
             let what = format!("gives {dim} rotated elements, expected at most {MOST_ELEMENTS}");
             return Err(Error::invalid("head_dim", what));
         }
-        let base: Vec<f64> = (0..dim / 2).map(|i| self.theta.powf(-2.0 * i as f64 / dim as f64)).collect();
+        let base = frequencies(self.theta, dim);
         let (inverse, magnitude) = match (self.kind.as_str(), &self.section) {
-            // Dynamic scaling changes nothing up to the trained length, and longer windows are refused.
-            ("default" | "dynamic", _) | (_, None) => (base, 1.0),
+            ("default", _) | (_, None) => (base, 1.0),
+            ("dynamic", Some(s)) => return self.dynamic(s, &base, pairing),
             ("linear", Some(s)) => {
                 let factor = positive(s, "factor")?;
                 (base.iter().map(|f| f / factor).collect(), 1.0)
@@ -154,7 +191,32 @@ impl RopeConfig {
             }
         };
         let inverse_frequencies = inverse.into_iter().map(|f| f as f32).collect();
-        Ok(Rope { pairing, inverse_frequencies, magnitude: magnitude as f32, long: None })
+        Ok(Rope { pairing, inverse_frequencies, magnitude: magnitude as f32, long: None, dynamic: None })
+    }
+
+    /// Longest window that the embedding is made for; there is no bound where it follows the length.
+    pub(super) fn max_positions(&self) -> usize {
+        if self.kind == "dynamic" { MOST_POSITIONS.max(self.max_positions) } else { self.max_positions }
+    }
+
+    /// What kind of embedding it is, as `rope_type` has it.
+    pub(super) fn kind(&self) -> &str {
+        &self.kind
+    }
+
+    fn dynamic(&self, section: &Config, base: &[f64], pairing: Pairing) -> Result<Rope> {
+        let factor = positive(section, "factor")?;
+        if base.len() < 2 {
+            let what = "leaves 2 rotated elements, but dynamic scaling needs 4 or more";
+            return Err(Error::invalid("head_dim", what));
+        }
+        Ok(Rope {
+            pairing,
+            inverse_frequencies: base.iter().map(|f| *f as f32).collect(),
+            magnitude: 1.0,
+            long: None,
+            dynamic: Some(DynamicRope { positions: self.max_positions, factor, theta: self.theta }),
+        })
     }
 
     /// Positions of the first training; a key outside the section wins, as in transformers.
@@ -196,24 +258,32 @@ impl RopeConfig {
         let [magnitude, long_magnitude] = magnitudes.map(|m| m as f32);
         let positions = original as usize;
         let long = LongRope { positions, inverse_frequencies: long, magnitude: long_magnitude };
-        Ok(Rope { pairing, inverse_frequencies: short, magnitude, long: Some(long) })
+        Ok(Rope { pairing, inverse_frequencies: short, magnitude, long: Some(long), dynamic: None })
     }
 
     /// YaRN (Peng et al., arXiv 2309.00071, eq. 23 and §3.4).
     fn yarn(&self, section: &Config, base: &[f64], dim: usize) -> Result<(Vec<f64>, f64)> {
-        let factor = positive(section, "factor")?;
         let original = self.original(section)?;
+        let factor = match section.float_opt("factor")? {
+            // Written as `null`: as much as the positions grew.
+            None if section.mentions("factor") => self.max_positions as f64 / original,
+            _ => positive(section, "factor")?,
+        };
         let correction =
             |rotations: f64| dim as f64 * (original / (rotations * 2.0 * PI)).ln() / (2.0 * self.theta.ln());
-        let mut low = correction(section.float_or("beta_fast", 32.0)?);
-        let mut high = correction(section.float_or("beta_slow", 1.0)?);
+        // 0 means the default, as in transformers.
+        let beta = |key, usual| -> Result<f64> {
+            Ok(section.float_opt(key)?.filter(|b| *b != 0.0).unwrap_or(usual))
+        };
+        let mut low = correction(beta("beta_fast", 32.0)?);
+        let mut high = correction(beta("beta_slow", 1.0)?);
         if section.flag_or("truncate", true)? {
             low = low.floor();
             high = high.ceil();
         }
         low = low.max(0.0);
         high = high.min(dim as f64 - 1.0);
-        if high <= low {
+        if high - low == 0.0 {
             high += 0.001;
         }
         let blend = |(i, f): (usize, &f64)| {
@@ -322,6 +392,22 @@ mod tests {
             r#"{"rope_theta": 10, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}"#;
         let (rope, _) = rope(text, 1e4, 4);
         assert!((rope.inverse_frequencies[1] - 1e-3).abs() < 1e-9);
+    }
+
+    /// As transformers gives them for 40 tokens after 16: `(factor * seq_len / max) - (factor - 1)` is 7.
+    #[test]
+    fn dynamic_base_of_a_long_text() {
+        let text = r#"{"rope_theta": 10000, "rope_scaling": {"type": "dynamic", "factor": 4.0}}"#;
+        let config = Config::parse(text).unwrap();
+        let read =
+            RopeConfig::read(&config, RopeDefaults { theta: 1.0, partial: 1.0, section: None }, 16).unwrap();
+        let rope = read.rope(8, Pairing::Halves).unwrap();
+        assert_eq!(rope.inverse_frequencies, [1.0, 0.1, 0.01, 0.001]);
+        let theta = 1e4 * 7f64.powf(8.0 / 6.0);
+        for (i, found) in rope.dynamic.unwrap().inverse_frequencies(8, 40).iter().enumerate() {
+            assert!((f64::from(*found) / theta.powf(-(i as f64) / 4.0) - 1.0).abs() < 1e-6);
+        }
+        assert_eq!(read.max_positions(), MOST_POSITIONS);
     }
 
     /// Short divisors up to the first training's length, long ones beyond; Phi's magnitudes.

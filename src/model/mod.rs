@@ -178,8 +178,11 @@ impl<'a, B: Backend> Model<'a, B> {
 /// Names the file and key.
 pub fn open_architecture(checkpoint: &Checkpoint) -> Result<Architecture> {
     let dir = checkpoint.dir().to_path_buf();
-    let architecture = Architecture::from_config(checkpoint.config())
+    let mut architecture = Architecture::from_config(checkpoint.config())
         .map_err(|source| Error::Architecture { dir: dir.clone(), source })?;
+    if architecture.tied_embeddings && architecture.encoder_layers == 0 {
+        architecture.tied_embeddings = !has_own_head(checkpoint, &architecture);
+    }
     for entry in checkpoint.manifest().iter().flat_map(|m| &m.layers) {
         let l = entry.layer;
         let Some(moe) = architecture.moe(l) else {
@@ -195,6 +198,18 @@ pub fn open_architecture(checkpoint: &Checkpoint) -> Result<Architecture> {
         }
     }
     Ok(architecture)
+}
+
+/// Whether a checkpoint whose config ties the head to the embedding has another head all the same; transformers then
+/// takes that one.
+fn has_own_head(checkpoint: &Checkpoint, architecture: &Architecture) -> bool {
+    let head = checkpoint.get(&architecture.names.head_weight());
+    let embedding = checkpoint.get(&architecture.names.embedding());
+    let (Some(head), Some(embedding)) = (head, embedding) else { return false };
+    let differs = head.dtype() != embedding.dtype() || head.bytes() != embedding.bytes();
+    head.release();
+    embedding.release();
+    differs
 }
 
 /// Final norm and output projection.

@@ -13,6 +13,9 @@ Each fixture is one flat folder:
                           hidden.l   f32                  after layer l; the last one after the final norm
                           logits     f32 [2, 24, vocabulary]
 
+Where the rotation follows the length of a text, decoded_logits f32 [2, 24, vocabulary] are those of 6 tokens and then
+token by token, with a cache.
+
 For a model with an encoder, input_ids and attention_mask (int64, 0 = padding) are the encoder's, decoder_input_ids
 int64 [2, 17] the decoder's, and logits are f32 [2, 17, vocabulary]; hidden.l are the encoder's embeddings and layers,
 and decoder.hidden.l the decoder's, the last of each after its final norm.
@@ -284,6 +287,32 @@ PHIMOE = COMMON | {
     },
 }
 
+# Its scoring_func is what the published config says; transformers does not read it.
+DOTS1 = COMMON | {
+    "model_type": "dots1",
+    "torch_dtype": "bfloat16",
+    "architectures": ["Dots1ForCausalLM"],
+    "head_dim": 12,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "n_group": 3,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "noaux_tc",
+    "attention_bias": False,
+    "sliding_window": 8,
+    "max_window_layers": 1,
+    "rope_theta": 10000000.0,
+    "rope_scaling": None,
+    "rms_norm_eps": 1e-05,
+}
+
 ERNIE4_5_MOE = COMMON | {
     "model_type": "ernie4_5_moe",
     "torch_dtype": "bfloat16",
@@ -379,6 +408,11 @@ FIXTURES = {
     "mixtral_sliding_window": {"config": MIXTRAL | {"sliding_window": 8, "num_local_experts": 4}},
     "qwen2_moe": {"config": QWEN2_MOE},
     "qwen3_moe": {"config": QWEN3_MOE},
+    "qwen3_moe_dynamic": {
+        "config": QWEN3_MOE
+        | {"max_position_embeddings": 10, "rope_theta": 10000.0, "rope_scaling": {"type": "dynamic", "factor": 3.0}},
+        "dtype": torch.bfloat16,
+    },
     "qwen3_moe_fused": {"config": QWEN3_MOE, "fused": True, "written_config": True},
     "olmoe_clip": {"config": OLMOE, "embedding": 0.02},
     "deepseek_v2": {"config": DEEPSEEK_V2, "embedding": 0.02},
@@ -397,6 +431,7 @@ FIXTURES = {
     "gpt_oss": {"config": GPT_OSS | {"num_local_experts": 4}, "dtype": torch.bfloat16},
     "gpt_oss_mxfp4": {"config": GPT_OSS | {"quantization_config": MXFP4}, "dtype": torch.bfloat16},
     "phimoe": {"config": PHIMOE, "dtype": torch.bfloat16},
+    "dots1": {"config": DOTS1, "dtype": torch.bfloat16},
     "ernie4_5_moe": {"config": ERNIE4_5_MOE, "dtype": torch.bfloat16},
     "llama4_text": {"config": LLAMA4_TEXT, "dtype": torch.bfloat16},
     "switch_transformers": {"config": SWITCH_TRANSFORMERS, "embedding": 1.0},
@@ -601,7 +636,18 @@ def outputs(folder, ids, dtype=torch.float32):
         golden[f"hidden.{i}"] = hidden.contiguous()
     if len(out.hidden_states) != model.config.num_hidden_layers + 1:
         raise SystemExit(f"{folder}: {len(out.hidden_states)} hidden states")
+    if model.config.rope_parameters["rope_type"] == "dynamic":
+        golden["decoded_logits"] = decoded(model, ids, 6)
     return golden
+
+
+def decoded(model, ids, prompt):
+    """Logits with a cache: those of the prompt, then token by token."""
+    cache, logits = transformers.DynamicCache(config=model.config), []
+    with torch.no_grad():
+        for piece in [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]:
+            logits.append(model(input_ids=piece, past_key_values=cache, use_cache=True).logits)
+    return torch.cat(logits, dim=1).contiguous()
 
 
 def encoder_outputs(model, ids):

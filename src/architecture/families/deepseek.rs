@@ -44,13 +44,15 @@ pub(super) fn v2(config: &Config) -> Result<Architecture> {
     Ok(architecture)
 }
 
-/// DeepSeek-V3 and R1 (arXiv 2412.19437). Layers for multi-token prediction are not part of the forward pass.
+/// DeepSeek-V3 and R1 (arXiv 2412.19437), Moonlight, and Kimi-K2 (arXiv 2507.20534), which has a `model_type` of its own.
+/// Layers for multi-token prediction are not part of the forward pass.
 pub(super) fn v3(config: &Config) -> Result<Architecture> {
     let defaults = Defaults { max_positions: 4096, ..DEFAULTS };
     let common = Common::read(config, "deepseek_v3", names(), defaults)?;
+    config.require("scoring_func", "sigmoid")?;
     let width = config.positive("moe_intermediate_size")?;
     let moe = MoeSpec {
-        router: common.biased_sigmoid([8, 4], 2.5)?,
+        router: common.biased_sigmoid([8, 4], 2.5, true)?,
         shared: common.shared("n_shared_experts", 1, width)?,
         ..common.moe(width, WeightRule::RENORMALISED)
     };
@@ -66,7 +68,11 @@ fn layers(common: Common<'_>, moe: &MoeSpec, pairing: Pairing, default_first: us
     let mscale = common.rope.attention_mscale()?;
     let attention = LatentAttention {
         heads: common.heads,
-        query_rank: config.size_opt("q_lora_rank")?,
+        // Only a `null` means a full matrix.
+        query_rank: match config.size_opt("q_lora_rank")? {
+            None if !config.mentions("q_lora_rank") => Some(1536),
+            rank => rank,
+        },
         latent_dim: config.positive("kv_lora_rank")?,
         nope_dim,
         rope_dim,

@@ -15,9 +15,10 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
         qk_norm: if normed { QkNorm::PerHead } else { QkNorm::None },
         ..common.grouped()?
     };
+    config.require("scoring_func", "sigmoid")?;
     let width = config.positive("moe_intermediate_size")?;
     let moe = MoeSpec {
-        router: common.biased_sigmoid([1, 1], 1.0)?,
+        router: common.biased_sigmoid([1, 1], 1.0, true)?,
         shared: common.shared("n_shared_experts", 1, width)?,
         ..common.moe(width, WeightRule::RENORMALISED)
     };

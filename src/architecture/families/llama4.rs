@@ -63,7 +63,11 @@ fn read(config: &Config, family: &'static str, names: Names) -> Result<Architect
         rope: Some(rope),
         ..plain
     };
-    let tuning = config.flag_or("attn_temperature_tuning", true)?;
+    // The first published configs have a number here.
+    let tuning = match config.size_opt("attn_temperature_tuning") {
+        Ok(Some(number)) => number != 0,
+        _ => config.flag_or("attn_temperature_tuning", true)?,
+    };
     let temperature = Temperature {
         interval: config.above_zero("floor_scale")?.unwrap_or(8192.0) as f32,
         strength: config.float_or("attn_scale", 0.1)? as f32,

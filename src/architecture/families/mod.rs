@@ -1,6 +1,7 @@
 //! The families: one function each, from config keys to [`Architecture`].
 
 mod deepseek;
+mod dots1;
 mod ernie4_5_moe;
 mod glm4_moe;
 mod gpt_oss;
@@ -21,12 +22,14 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 13] = [
+pub(super) const FAMILIES: [(&str, Read); 15] = [
     ("deepseek_v2", deepseek::v2),
     ("deepseek_v3", deepseek::v3),
+    ("dots1", dots1::read),
     ("ernie4_5_moe", ernie4_5_moe::read),
     ("glm4_moe", glm4_moe::read),
     ("gpt_oss", gpt_oss::read),
+    ("kimi_k2", deepseek::v3),
     ("llama4", llama4::published),
     ("llama4_text", llama4::text),
     ("mixtral", mixtral::read),
@@ -84,7 +87,6 @@ struct Common<'c> {
     hidden_size: usize,
     layers: usize,
     heads: usize,
-    max_positions: usize,
     rope: RopeConfig,
     names: Names,
     expert_count_keys: Vec<&'static str>,
@@ -109,7 +111,6 @@ impl<'c> Common<'c> {
             hidden_size: config.positive("hidden_size")?,
             layers: config.positive("num_hidden_layers")?,
             heads: config.positive("num_attention_heads")?,
-            max_positions,
             rope: RopeConfig::read(config, RopeDefaults { theta, partial, section }, max_positions)?,
             names,
             experts: config.positive(count_key)?,
@@ -140,8 +141,9 @@ impl<'c> Common<'c> {
     fn grouped(&self) -> Result<GroupedAttention> {
         let head_dim = self.head_dim()?;
         let kv_heads = match self.defaults.kv_heads {
-            KvHeads::AsHeads => self.heads,
-            KvHeads::Fixed(heads) => heads,
+            // A `null` means as many as query heads even where an absent key does not.
+            KvHeads::Fixed(heads) if !self.config.mentions("num_key_value_heads") => heads,
+            _ => self.heads,
         };
         Ok(GroupedAttention {
             heads: self.heads,
@@ -175,16 +177,15 @@ impl<'c> Common<'c> {
 
     /// The router of DeepSeek-V3 and GLM-4.5: sigmoid scores; a bias that only choices see; the groups with the largest
     /// sums of two choice values (DeepSeek-V3, arXiv 2412.19437, §2.1.2). The defaults are those of `n_group`,
-    /// `topk_group` and `routed_scaling_factor`.
-    fn biased_sigmoid(&self, [groups, kept]: [usize; 2], scale: f64) -> Result<RouterSpec> {
+    /// `topk_group`, `routed_scaling_factor` and `norm_topk_prob`.
+    fn biased_sigmoid(&self, [groups, kept]: [usize; 2], scale: f64, norm: bool) -> Result<RouterSpec> {
         let config = self.config;
-        config.require("scoring_func", "sigmoid")?;
         config.require("topk_method", "noaux_tc")?;
         let scale = config.float_or("routed_scaling_factor", scale)? as f32;
         let count = config.size_or("n_group", groups)?;
         let limit =
             GroupLimit { count, kept: config.size_or("topk_group", kept)?, score: GroupScore::TwoLargest };
-        let weights = if config.flag_or("norm_topk_prob", true)? {
+        let weights = if config.flag_or("norm_topk_prob", norm)? {
             WeightRule::Renormalised { added: 1e-20, least: 0.0, scale }
         } else {
             WeightRule::Scaled(scale)
@@ -208,7 +209,7 @@ impl<'c> Common<'c> {
             family: self.family,
             vocabulary: self.config.positive("vocab_size")?,
             hidden_size: self.hidden_size,
-            max_positions: self.max_positions,
+            max_positions: self.rope.max_positions(),
             norm_eps: self.norm_eps as f32,
             norm_bias: false,
             dense_activation: Activation::SwiGlu,

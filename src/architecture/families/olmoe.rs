@@ -3,7 +3,7 @@ use super::{moe_layer, weight_rule};
 
 /// OLMoE (arXiv 2409.02060); `intermediate_size` is the width of one expert.
 pub(super) fn read(config: &Config) -> Result<Architecture> {
-    let defaults = Defaults { max_positions: 2048, ..Defaults::USUAL };
+    let defaults = Defaults { max_positions: 4096, ..Defaults::USUAL };
     let common = Common::read(config, "olmoe", Names::default(), defaults)?;
     let bias = config.flag_or("attention_bias", false)?;
     let attention = GroupedAttention {

@@ -18,6 +18,10 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
         let what = format!("is {}, but this router chooses 2 experts", common.top_k);
         return Err(Error::invalid("num_experts_per_tok", what));
     }
+    if !["default", "longrope"].contains(&common.rope.kind()) {
+        let what = format!("is `{}`; known for this family: default, longrope", common.rope.kind());
+        return Err(Error::invalid("rope_scaling.rope_type", what));
+    }
     let bias = config.flag_or("attention_bias", false)?;
     let attention =
         GroupedAttention { qkv_bias: bias, output_bias: bias, span: window(config)?, ..common.grouped()? };

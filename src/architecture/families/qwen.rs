@@ -15,7 +15,11 @@ fn sparse_layers(config: &Config) -> Result<impl Fn(usize) -> bool + use<>> {
 
 /// The window of a Qwen model, where it is switched on.
 fn sliding_window(config: &Config) -> Result<Span> {
-    if config.flag_or("use_sliding_window", false)? { window(config) } else { Ok(Span::Full) }
+    match config.flag_or("use_sliding_window", false)? {
+        false => Ok(Span::Full),
+        true if config.mentions("sliding_window") => window(config),
+        true => Ok(Span::Window(4096)),
+    }
 }
 
 /// Qwen1.5-MoE and Qwen2-57B-A14B (arXiv 2407.10671).

@@ -6,14 +6,18 @@ use super::{
     MoeSpec, Names, QkNorm, Result, RouterSpec, Span, WeightRule,
 };
 use crate::architecture::RelativeBias;
-
-/// Relative positions have no end; this only bounds what is asked for.
-const MOST_POSITIONS: usize = 1 << 20;
+use crate::architecture::rope::MOST_POSITIONS;
 
 /// Tokens are never dropped: transformers 5 has no bound on the tokens of an expert, and `expert_capacity` is not read.
 pub(super) fn read(config: &Config) -> Result<Architecture> {
     let encoder_layers = config.size_or("num_layers", 12)?;
-    let decoder_layers = config.size_or("num_decoder_layers", encoder_layers)?;
+    let decoder_layers = match config.size_opt("num_decoder_layers")? {
+        Some(layers) => layers,
+        // Only a `null` means as many.
+        None if config.mentions("num_decoder_layers") => encoder_layers,
+        None => 12,
+    };
+    config.require("router_dtype", "float32")?;
     if encoder_layers == 0 || decoder_layers == 0 {
         let key = if encoder_layers == 0 { "num_layers" } else { "num_decoder_layers" };
         return Err(Error::invalid(key, "is 0, expected at least 1"));

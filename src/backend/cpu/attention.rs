@@ -1,67 +1,101 @@
 //! Rotary embedding and causal attention.
 
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
 use rayon::prelude::*;
 
 use super::CpuBuffer;
 use super::gemm::{Columns, Product, Scratch, Source, WeightedRows};
 use super::simd::Isa;
 use super::softmax::Softmax;
-use crate::architecture::{Pairing, Rope};
+use crate::architecture::{DynamicRope, Pairing, Rope};
 use crate::backend::{AttentionShape, AttentionTerms, Batch, HeadLayout, Keys};
 use crate::checkpoint::Dtype;
 
 /// Cosines and sines for every position.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct CpuRotation {
     pairing: Pairing,
     half: usize,
-    usual: Table,
+    usual: Arc<Table>,
     /// For texts longer than this.
-    long: Option<(usize, Table)>,
+    long: Option<(usize, Arc<Table>)>,
+    dynamic: Option<DynamicRope>,
+    /// The last table that was made for the length of a text.
+    recent: Mutex<Option<(usize, Arc<Table>)>>,
 }
 
 /// `[length, dim / 2]` each.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Table {
+    /// Position of the first row.
+    first: usize,
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
 
 impl Table {
-    fn new(inverse_frequencies: &[f32], magnitude: f32, length: usize) -> Self {
+    fn new(inverse_frequencies: &[f32], magnitude: f32, positions: Range<usize>) -> Self {
+        let first = positions.start;
         // Angles in f32, as the models were trained with.
-        let angles = (0..length).flat_map(|p| inverse_frequencies.iter().map(move |f| p as f32 * f));
+        let angles = positions.flat_map(|p| inverse_frequencies.iter().map(move |f| p as f32 * f));
         let (sin, cos) = angles.map(|a| (a.sin() * magnitude, a.cos() * magnitude)).unzip();
-        Table { cos, sin }
+        Table { first, cos, sin }
     }
 }
 
 impl CpuRotation {
     pub(super) fn new(rope: &Rope, length: usize) -> Self {
         let long = rope.long.as_ref().filter(|long| length > long.positions);
+        let usual = rope.dynamic.map_or(length, |dynamic| length.min(dynamic.positions));
+        let table = |inverse_frequencies: &[f32], magnitude, length| {
+            Arc::new(Table::new(inverse_frequencies, magnitude, 0..length))
+        };
         CpuRotation {
             pairing: rope.pairing,
             half: rope.inverse_frequencies.len(),
-            usual: Table::new(&rope.inverse_frequencies, rope.magnitude, length),
-            long: long.map(|l| (l.positions, Table::new(&l.inverse_frequencies, l.magnitude, length))),
+            usual: table(&rope.inverse_frequencies, rope.magnitude, usual),
+            long: long.map(|l| (l.positions, table(&l.inverse_frequencies, l.magnitude, length))),
+            dynamic: rope.dynamic,
+            recent: Mutex::default(),
         }
     }
 
-    /// The table for texts of `length` tokens.
-    fn table(&self, length: usize) -> &Table {
-        match &self.long {
-            Some((positions, table)) if length > *positions => table,
-            _ => &self.usual,
+    /// A table that has the positions of `batch`.
+    fn table(&self, batch: &Batch) -> Arc<Table> {
+        let length = batch.text_length;
+        match (&self.long, self.dynamic) {
+            (Some((positions, table)), _) if length > *positions => table.clone(),
+            (_, Some(dynamic)) if length > dynamic.positions => self.table_of_length(dynamic, batch),
+            _ => self.usual.clone(),
+        }
+    }
+
+    /// The table of a text whose length decides about it. All layers and heads ask for the same one after another.
+    fn table_of_length(&self, dynamic: DynamicRope, batch: &Batch) -> Arc<Table> {
+        let positions = batch.start..batch.start + batch.length;
+        let fits =
+            |table: &Table| table.first == positions.start && table.cos.len() == positions.len() * self.half;
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*recent {
+            Some((length, table)) if *length == batch.text_length && fits(table) => table.clone(),
+            _ => {
+                let inverse_frequencies = dynamic.inverse_frequencies(2 * self.half, batch.text_length);
+                let table = Arc::new(Table::new(&inverse_frequencies, 1.0, positions));
+                *recent = Some((batch.text_length, table.clone()));
+                table
+            }
         }
     }
 }
 
 pub(super) fn rotate(x: &mut CpuBuffer, rotation: &CpuRotation, heads: HeadLayout, batch: &Batch) {
     let half = rotation.half;
-    let table = rotation.table(batch.text_length);
+    let table = rotation.table(batch);
     let rows = x.data.par_chunks_exact_mut(x.cols).enumerate().with_min_len(16);
     rows.for_each(|(t, row)| {
-        let position = batch.start + t % batch.length;
+        let position = batch.start + t % batch.length - table.first;
         let cos = &table.cos[position * half..(position + 1) * half];
         let sin = &table.sin[position * half..(position + 1) * half];
         for h in 0..heads.heads {

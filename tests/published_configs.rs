@@ -1,0 +1,262 @@
+//! The configs of published checkpoints, by the keys that matter, and options that would change the forward pass and are
+//! refused instead of being passed over.
+
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+use moepress::architecture::{Architecture, AttentionSpec, Packing, Span};
+use serde_json::{Value, json};
+
+fn read(config: &Value) -> Architecture {
+    Architecture::from_config(&config.to_string()).unwrap()
+}
+
+/// Layers, layers with experts, experts in each, experts per token, and the largest width of shared experts.
+fn sizes(architecture: &Architecture) -> [usize; 5] {
+    let moe: Vec<_> = architecture.moe_layers().map(|(_, moe)| moe).collect();
+    let shared = moe.iter().filter_map(|moe| moe.shared).map(|shared| shared.width).max().unwrap_or(0);
+    [architecture.layers.len(), moe.len(), moe[0].experts, moe[0].router.top_k, shared]
+}
+
+fn refused(config: &Value, expected: &str) {
+    let message = Architecture::from_config(&config.to_string()).unwrap_err().to_string();
+    assert!(message.contains(expected) && !message.contains('\n'), "{message}");
+}
+
+/// `base` with the keys of `changes`.
+fn with(base: &Value, changes: Value) -> Value {
+    let mut config = base.clone();
+    let Value::Object(changes) = changes else { unreachable!("changes are an object") };
+    config.as_object_mut().unwrap().extend(changes);
+    config
+}
+
+fn mixtral() -> Value {
+    json!({"architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32, "num_experts_per_tok": 2,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": false,
+        "rms_norm_eps": 1e-5, "rope_theta": 1e6, "router_aux_loss_coef": 0.02, "sliding_window": null,
+        "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 32000})
+}
+
+fn deepseek_v3() -> Value {
+    json!({"architectures": ["DeepseekV3ForCausalLM"], "attention_bias": false, "auto_map": {"AutoModel": "x"},
+        "aux_loss_alpha": 0.001, "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168,
+        "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163_840,
+        "model_type": "deepseek_v3", "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8,
+        "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": true, "num_attention_heads": 128,
+        "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128,
+        "num_nextn_predict_layers": 1, "pretraining_tp": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64, "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3",
+        "quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]}, "rms_norm_eps": 1e-6,
+        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096, "type": "yarn"}, "rope_theta": 10000, "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid", "seq_aux": true, "tie_word_embeddings": false, "topk_group": 4,
+        "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "v_head_dim": 128, "vocab_size": 129_280})
+}
+
+fn qwen3() -> Value {
+    json!({"architectures": ["Qwen3MoeForCausalLM"], "attention_bias": false, "decoder_sparse_step": 1, "head_dim": 128,
+        "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144, "max_position_embeddings": 40960,
+        "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768,
+        "norm_topk_prob": true, "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": false, "rms_norm_eps": 1e-6,
+        "rope_scaling": null, "rope_theta": 1_000_000.0, "sliding_window": null, "tie_word_embeddings": false,
+        "torch_dtype": "bfloat16", "use_sliding_window": false, "vocab_size": 151_936})
+}
+
+fn qwen2() -> Value {
+    json!({"architectures": ["Qwen2MoeForCausalLM"], "decoder_sparse_step": 1, "hidden_act": "silu", "hidden_size": 2048,
+        "intermediate_size": 5632, "max_position_embeddings": 8192, "max_window_layers": 21, "model_type": "qwen2_moe",
+        "moe_intermediate_size": 1408, "norm_topk_prob": false, "num_attention_heads": 16, "num_experts": 60,
+        "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 16, "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0, "shared_expert_intermediate_size": 5632, "sliding_window": 32768,
+        "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_sliding_window": false, "vocab_size": 151_936})
+}
+
+fn llama4() -> Value {
+    json!({"architectures": ["Llama4ForConditionalGeneration"], "boi_token_index": 200_080, "model_type": "llama4",
+        "text_config": {"attention_bias": false, "attention_chunk_size": 8192, "attn_scale": 0.1,
+        "attn_temperature_tuning": 4, "floor_scale": 8192, "for_llm_compressor": false, "head_dim": 128,
+        "hidden_act": "silu", "hidden_size": 5120, "interleave_moe_layer_step": 1, "intermediate_size": 8192,
+        "intermediate_size_mlp": 16384, "max_position_embeddings": 10_485_760, "model_type": "llama4_text",
+        "no_rope_layers": [], "num_attention_heads": 40, "num_experts_per_tok": 1, "num_hidden_layers": 48,
+        "num_key_value_heads": 8, "num_local_experts": 16, "output_router_logits": false, "rms_norm_eps": 1e-5,
+        "rope_scaling": {"factor": 16.0, "high_freq_factor": 1.0, "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192, "rope_type": "llama3"}, "rope_theta": 500_000.0,
+        "tie_word_embeddings": false, "use_qk_norm": true, "vocab_size": 202_048},
+        "tie_word_embeddings": false, "torch_dtype": "bfloat16", "vision_config": {"hidden_act": "gelu"}})
+}
+
+#[test]
+fn mixtral_qwen_and_olmoe() {
+    assert_eq!(sizes(&read(&mixtral())), [32, 32, 8, 2, 0]);
+    assert_eq!(sizes(&read(&qwen2())), [24, 24, 60, 4, 5632]);
+    let qwen2_57b = json!({"hidden_size": 3584, "intermediate_size": 18944, "max_position_embeddings": 131_072,
+        "max_window_layers": 28, "moe_intermediate_size": 2560, "norm_topk_prob": false, "num_attention_heads": 28,
+        "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 28, "num_key_value_heads": 4,
+        "shared_expert_intermediate_size": 20480, "sliding_window": 65536});
+    assert_eq!(sizes(&read(&with(&qwen2(), qwen2_57b))), [28, 28, 64, 8, 20480]);
+    assert_eq!(sizes(&read(&qwen3())), [48, 48, 128, 8, 0]);
+    let newer = json!({"max_position_embeddings": 262_144, "rope_theta": 10_000_000});
+    assert_eq!(read(&with(&qwen3(), newer)).max_positions, 262_144);
+    let packed = json!({"quantization_config": {"activation_scheme": "dynamic", "modules_to_not_convert": ["lm_head"],
+        "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}});
+    assert_eq!(read(&with(&qwen3(), packed)).packing, Some(Packing::Fp8 { block: [128, 128] }));
+    let olmoe = json!({"architectures": ["OlmoeForCausalLM"], "attention_bias": false, "clip_qkv": null,
+        "eos_token_id": 50279, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 1024,
+        "max_position_embeddings": 4096, "model_type": "olmoe", "norm_topk_prob": false, "num_attention_heads": 16,
+        "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 16, "num_key_value_heads": 16,
+        "pad_token_id": 1, "rope_scaling": null, "rope_theta": 10000.0, "tie_word_embeddings": false,
+        "vocab_size": 50304});
+    assert_eq!(sizes(&read(&olmoe)), [16, 16, 64, 8, 0]);
+}
+
+#[test]
+fn deepseek_moonlight_and_kimi() {
+    let lite = json!({"attention_bias": false, "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 2048,
+        "intermediate_size": 10944, "kv_lora_rank": 512, "max_position_embeddings": 163_840,
+        "model_type": "deepseek_v2", "moe_intermediate_size": 1408, "moe_layer_freq": 1, "n_group": 1,
+        "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": false, "num_attention_heads": 16,
+        "num_experts_per_tok": 6, "num_hidden_layers": 27, "num_key_value_heads": 16, "q_lora_rank": null,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6, "rope_scaling": {"beta_fast": 32,
+        "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096, "type": "yarn"}, "rope_theta": 10000, "routed_scaling_factor": 1.0,
+        "scoring_func": "softmax", "topk_group": 1, "topk_method": "greedy", "v_head_dim": 128, "vocab_size": 102_400});
+    assert_eq!(sizes(&read(&lite)), [27, 26, 64, 6, 2816]);
+    let v3 = read(&deepseek_v3());
+    assert_eq!(sizes(&v3), [61, 58, 256, 8, 2048]);
+    assert_eq!(v3.packing, Some(Packing::Fp8 { block: Packing::USUAL_FP8_BLOCK }));
+    let moonlight = json!({"first_k_dense_replace": 1, "hidden_size": 2048, "intermediate_size": 11264,
+        "max_position_embeddings": 8192, "moe_intermediate_size": 1408, "n_group": 1, "n_routed_experts": 64,
+        "n_shared_experts": 2, "num_attention_heads": 16, "num_experts_per_tok": 6, "num_hidden_layers": 27,
+        "num_key_value_heads": 16, "num_nextn_predict_layers": 0, "q_lora_rank": null, "quantization_config": null,
+        "rms_norm_eps": 1e-5, "rope_scaling": null, "rope_theta": 50000.0, "routed_scaling_factor": 2.446,
+        "topk_group": 1, "vocab_size": 163_840});
+    assert_eq!(sizes(&read(&with(&deepseek_v3(), moonlight))), [27, 26, 64, 6, 2816]);
+    let kimi = json!({"model_type": "kimi_k2", "first_k_dense_replace": 1, "max_position_embeddings": 131_072,
+        "n_group": 1, "n_routed_experts": 384, "num_attention_heads": 64, "num_key_value_heads": 64,
+        "num_nextn_predict_layers": 0, "rope_scaling": {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0,
+        "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn"},
+        "rope_theta": 50000.0, "routed_scaling_factor": 2.827, "topk_group": 1, "vocab_size": 163_840});
+    assert_eq!(sizes(&read(&with(&deepseek_v3(), kimi))), [61, 60, 384, 8, 2048]);
+}
+
+#[test]
+fn glm_dots_ernie_and_phi() {
+    let glm = json!({"attention_bias": true, "eos_token_id": [151_329, 151_336], "first_k_dense_replace": 1, "head_dim": 128,
+        "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 10944, "max_position_embeddings": 131_072,
+        "model_type": "glm4_moe", "moe_intermediate_size": 1408, "n_group": 1, "n_routed_experts": 128,
+        "n_shared_experts": 1, "norm_topk_prob": true, "num_attention_heads": 96, "num_experts_per_tok": 8,
+        "num_hidden_layers": 46, "num_key_value_heads": 8, "num_nextn_predict_layers": 1,
+        "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "rope_scaling": null, "rope_theta": 1_000_000,
+        "routed_scaling_factor": 1.0, "tie_word_embeddings": false, "topk_group": 1, "use_qk_norm": false,
+        "vocab_size": 151_552});
+    assert_eq!(sizes(&read(&glm)), [46, 45, 128, 8, 1408]);
+    let dots = json!({"attention_bias": false, "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 4096,
+        "intermediate_size": 10944, "max_position_embeddings": 32768, "max_window_layers": 62, "model_type": "dots1",
+        "moe_intermediate_size": 1408, "moe_layer_freq": 1, "n_group": 1, "n_routed_experts": 128,
+        "n_shared_experts": 2, "norm_topk_prob": true, "num_attention_heads": 32, "num_experts_per_tok": 6,
+        "num_hidden_layers": 62, "num_key_value_heads": 32, "rms_norm_eps": 1e-5, "rope_theta": 10_000_000,
+        "routed_scaling_factor": 2.5, "scoring_func": "noaux_tc", "sliding_window": null, "topk_group": 1,
+        "vocab_size": 152_064});
+    assert_eq!(sizes(&read(&dots)), [62, 61, 128, 6, 2816]);
+    let ernie = json!({"hidden_act": "silu", "hidden_size": 2560, "intermediate_size": 12288,
+        "max_position_embeddings": 131_072, "model_type": "ernie4_5_moe", "moe_capacity": [64, 64, 64],
+        "moe_gate": "topk", "moe_intermediate_size": 1536, "moe_k": 6, "moe_layer_interval": 1,
+        "moe_layer_start_index": 1, "moe_num_experts": 64, "moe_num_shared_experts": 2, "moe_use_aux_free": true,
+        "num_attention_heads": 20, "num_hidden_layers": 28, "num_key_value_heads": 4, "num_nextn_predict_layers": 1,
+        "pad_token_id": 0, "rms_norm_eps": 1e-5, "rope_scaling": null, "rope_theta": 500_000.0,
+        "tie_word_embeddings": true, "use_bias": false, "vocab_size": 103_424});
+    let read_ernie = read(&ernie);
+    assert_eq!(sizes(&read_ernie), [28, 27, 64, 6, 3072]);
+    assert!(read_ernie.tied_embeddings);
+    let factors = vec![1.5; 64];
+    let phi = json!({"attention_bias": true, "hidden_act": "silu", "hidden_size": 4096, "input_jitter_noise": 0.01,
+        "intermediate_size": 6400, "lm_head_bias": true, "max_position_embeddings": 131_072, "model_type": "phimoe",
+        "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "num_local_experts": 16, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+        "rope_scaling": {"long_factor": factors, "long_mscale": 1.243_163_121_016_122,
+        "original_max_position_embeddings": 4096, "short_factor": factors, "short_mscale": 1.243_163_121_016_122,
+        "type": "longrope"}, "rope_theta": 10000.0, "router_jitter_noise": 0.01, "sliding_window": 131_072,
+        "tie_word_embeddings": false, "vocab_size": 32064});
+    assert_eq!(sizes(&read(&phi)), [32, 32, 16, 2, 0]);
+}
+
+#[test]
+fn gpt_oss_llama_and_switch() {
+    let types = ["sliding_attention", "full_attention"].repeat(12);
+    let gpt_oss = json!({"attention_bias": true, "eos_token_id": 200_002, "experts_per_token": 4, "head_dim": 64,
+        "hidden_act": "silu", "hidden_size": 2880, "initial_context_length": 4096, "intermediate_size": 2880,
+        "layer_types": types, "max_position_embeddings": 131_072, "model_type": "gpt_oss", "num_attention_heads": 64,
+        "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8, "num_local_experts": 32,
+        "quantization_config": {"modules_to_not_convert": ["model.layers.*.self_attn"], "quant_method": "mxfp4"},
+        "rms_norm_eps": 1e-5, "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0,
+        "original_max_position_embeddings": 4096, "rope_type": "yarn", "truncate": false}, "rope_theta": 150_000,
+        "sliding_window": 128, "swiglu_limit": 7.0, "tie_word_embeddings": false, "vocab_size": 201_088});
+    let read_gpt_oss = read(&gpt_oss);
+    assert_eq!(sizes(&read_gpt_oss), [24, 24, 32, 4, 0]);
+    let spans = |architecture: &Architecture| -> Vec<Span> {
+        let span = |attention: &AttentionSpec| match attention {
+            AttentionSpec::Grouped(attention) => attention.span,
+            AttentionSpec::Latent(_) => Span::Full,
+        };
+        architecture.layers.iter().map(|layer| span(&layer.attention)).collect()
+    };
+    assert_eq!(spans(&read_gpt_oss)[..2], [Span::Window(128), Span::Full]);
+
+    let scout = read(&llama4());
+    assert_eq!(sizes(&scout), [48, 48, 16, 1, 8192]);
+    let tuned = |l: usize| match &scout.layers[l].attention {
+        AttentionSpec::Grouped(attention) => attention.temperature.is_some(),
+        AttentionSpec::Latent(_) => false,
+    };
+    assert_eq!([2, 3].map(tuned), [false, true], "every fourth layer has no positions, and growing scores");
+
+    let switch = json!({"add_router_probs": false, "architectures": ["SwitchTransformersForConditionalGeneration"],
+        "d_ff": 3072, "d_kv": 64, "d_model": 768, "decoder_start_token_id": 0, "dense_act_fn": "relu",
+        "dropout_rate": 0.1, "eos_token_id": 1, "expert_capacity": 64, "feed_forward_proj": "relu",
+        "initializer_factor": 1.0, "is_encoder_decoder": true, "is_gated_act": false, "layer_norm_epsilon": 1e-6,
+        "model_type": "switch_transformers", "num_decoder_layers": 12, "num_experts": 8, "num_heads": 12,
+        "num_layers": 12, "num_sparse_decoder_layers": 6, "num_sparse_encoder_layers": 6, "pad_token_id": 0,
+        "relative_attention_max_distance": 128, "relative_attention_num_buckets": 32, "router_aux_loss_coef": 0.001,
+        "router_bias": false, "router_dtype": "float32", "router_ignore_padding_tokens": false,
+        "router_jitter_noise": 0.01, "router_type": "tokens_masked", "router_z_loss_coef": 0.001, "use_cache": true,
+        "vocab_size": 32128});
+    assert_eq!(sizes(&read(&switch)), [24, 12, 8, 1, 0]);
+    refused(&with(&switch, json!({"router_dtype": "bfloat16"})), "router_dtype is \"bfloat16\"");
+}
+
+#[test]
+fn other_quantisation_is_named_with_what_would_do() {
+    let packed = |config: &Value, section: Value| with(config, json!({"quantization_config": section}));
+    for method in ["gptq", "awq", "bitsandbytes", "compressed-tensors", "modelopt", "fbgemm_fp8"] {
+        let expected = format!(
+            "quantization_config.quant_method is `{method}`; known: fp8 with block scales, mxfp4; take"
+        );
+        refused(&packed(&mixtral(), json!({"quant_method": method, "bits": 4})), &expected);
+    }
+    let expected =
+        "quantization_config.weight_block_size is missing: one scale for a whole matrix is not supported";
+    refused(&packed(&mixtral(), json!({"quant_method": "fp8", "activation_scheme": "static"})), expected);
+    let text = with(&llama4()["text_config"], json!({"quantization_config": {"quant_method": "awq"}}));
+    refused(&with(&llama4(), json!({"text_config": text})), "quant_method is `awq`");
+}
+
+#[test]
+fn what_would_change_the_forward_pass_is_refused() {
+    let scaled = |scaling: Value| with(&mixtral(), json!({"rope_scaling": scaling}));
+    refused(
+        &scaled(json!({"rope_type": "proportional", "factor": 2.0})),
+        "rope_type is `proportional`; known: default",
+    );
+    let nested = json!({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}});
+    refused(&with(&mixtral(), nested), "rope_parameters.full_attention is an object");
+    refused(&with(&mixtral(), json!({"hidden_act": "gelu"})), "hidden_act is \"gelu\"");
+    let dynamic = json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2});
+    refused(&with(&mixtral(), dynamic), "dynamic scaling needs 4 or more");
+    let linear = json!({"rope_scaling": {"type": "linear", "factor": 2.0}, "model_type": "phimoe"});
+    refused(&with(&mixtral(), linear), "is `linear`; known for this family: default, longrope");
+    refused(&with(&deepseek_v3(), json!({"scoring_func": "softmax"})), "scoring_func is \"softmax\"");
+    refused(&with(&mixtral(), json!({"model_type": "qwen3_next"})), "`qwen3_next` is not supported; known: ");
+}
