@@ -524,7 +524,7 @@ fn a_config_that_contradicts_its_tensors_is_seen() {
     assert_rejected(model.path(), "tensor model.layers.0.block_sparse_moe.experts.5.w1.weight is missing");
     let model = Mutant::of("mixtral");
     model.set_config("vocab_size", json!(65));
-    assert_rejected(model.path(), "model.embed_tokens.weight has shape [64, 32], expected [65, 32]");
+    assert_rejected(model.path(), " has shape [64, 32], expected [65, 32]");
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! Calibrating needs memory for the residual stream and one layer, however many layers there are.
+//! Calibrating needs memory for the residual stream and one layer, however many layers there are; running a model none for
+//! its results.
 
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
@@ -11,11 +12,10 @@ use std::time::Duration;
 
 use common::generate;
 
-/// Largest resident set of a calibration, in KiB, as the kernel counts it.
-fn peak(dir: &Path, model: &str) -> u64 {
-    let out = format!("{model} statistics");
+/// Largest resident set of `command`, on `model` and `tokens`, in KiB, as the kernel counts it. The result goes to `out`.
+fn peak(dir: &Path, command: &str, model: &str, out: &str) -> u64 {
     let mut child = Command::new(env!("CARGO_BIN_EXE_moepress"))
-        .args(["calibrate", model, "--tokens", "tokens", "--device", "cpu", "--out", &out])
+        .args([command, model, "--tokens", "tokens", "--device", "cpu", "--out", out])
         .current_dir(dir)
         .env("RAYON_NUM_THREADS", "2")
         .stdout(Stdio::null())
@@ -43,8 +43,19 @@ fn peak_memory_does_not_grow_with_the_layers() {
         let name = format!("{layers} layers");
         let sizes = generate::Sizes { layers, hidden: 256, width: 512, experts: 8 };
         generate::mixtral(&dir.path().join(&name), &sizes);
-        peak(dir.path(), &name)
+        peak(dir.path(), "calibrate", &name, &format!("{name} statistics"))
     };
     let (few, many) = (measure(6), measure(48));
     assert!(few > 0 && many as f64 <= 1.15 * few as f64, "6 layers need {few} KiB, 48 layers {many} KiB");
+}
+
+#[test]
+fn logits_are_not_kept_in_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    generate::tokens(&dir.path().join("tokens"), 512, 256, 512);
+    let sizes = generate::Sizes { layers: 1, hidden: 32, width: 32, experts: 4 };
+    generate::mixtral(&dir.path().join("model"), &sizes);
+    let peak = peak(dir.path(), "run", "model", "logits");
+    let bytes = std::fs::metadata(dir.path().join("logits")).unwrap().len();
+    assert!(peak > 0 && 3 * peak * 1024 < bytes, "{bytes} bytes of logits need {peak} KiB");
 }

@@ -16,6 +16,8 @@ fn profile() -> Profile {
         top_groups: 2,
         expert_parameters: 3 * 16 * 32,
         expert_bytes: 2 * 3 * 16 * 32,
+        matrix_bytes: [2 * 16 * 32; 3],
+        factor_bytes: 2,
         router_parameters: 32,
         router_bytes: 64,
     };

@@ -54,7 +54,8 @@ pub fn calibrate<B: Backend>(
     let backend = model.backend();
     let profile = profile(model.checkpoint(), architecture)?;
     let tokens = token_info(windows, options);
-    let mut work = Residual::open(out, &key(&profile, &tokens, options, &backend.device()))?;
+    let key = key(&profile, &tokens, options, &backend.device());
+    let mut work = Residual::open(out, &key, &[model.checkpoint()], progress)?;
     if work.is_finished() {
         // Killed while its notes were being removed: what is left of them is of no use.
         work.begin()?;

@@ -6,16 +6,19 @@ use std::path::{Path, PathBuf};
 
 use super::{Error, Result};
 use crate::backend::Backend;
-use crate::checkpoint::{AtomicFile, open_locked, write_atomic};
+use crate::checkpoint::{AtomicFile, Checkpoint, open_locked, write_atomic};
 use crate::model::Stream;
+use crate::progress::Progress;
 
 /// A folder beside the final output that holds the residual stream after the last finished layer. Its key names
-/// everything that the contents depend on; a folder with another key is not used. Locked against other processes.
+/// everything that the contents depend on; a folder with another key is not used, nor one that was begun with other
+/// states of the files of weights ([`Checkpoint::file_states`]). Locked against other processes.
 /// Dropped before any layer is finished, it disappears.
 #[derive(Debug)]
 pub struct Residual {
     dir: PathBuf,
     key: String,
+    sources: String,
     finished: bool,
     /// Held as long as the folder is in use; `None` once it is removed.
     lock: Option<fs::File>,
@@ -23,28 +26,44 @@ pub struct Residual {
 
 impl Residual {
     const KEY: &'static str = "key";
+    const SOURCES: &'static str = "sources";
     const LOCK: &'static str = "lock";
     /// Begins the key of everything that moepress puts into such a folder.
     const MARK: &'static [u8] = b"moepress ";
     /// Stands before the key once the result is complete.
     const FINISHED: &'static str = "moepress finished\n";
 
-    /// The folder for results that go to `out`: opened where it belongs to the same work, made anew otherwise.
+    /// The folder for results that go to `out`: opened where it belongs to the same work on the same files, made anew
+    /// otherwise. `progress` hears where finished layers are thrown away. `key` begins with `moepress `.
     ///
     /// # Errors
     /// Names the folder that cannot be created or cleared, is in use by another process, or holds something that
     /// moepress did not put there.
-    pub fn open(out: &Path, key: &str) -> Result<Self> {
+    pub fn open(out: &Path, key: &str, sources: &[&Checkpoint], progress: &mut dyn Progress) -> Result<Self> {
         let mut name = out.file_name().unwrap_or_default().to_os_string();
         name.push(".partial");
         let dir = out.with_file_name(name);
         let lock = Residual::lock(&dir)?;
-        let mut work = Residual { dir, key: key.into(), finished: false, lock: Some(lock) };
+        let sources = sources.iter().map(|checkpoint| checkpoint.file_states()).collect();
+        let mut work = Residual { dir, key: key.into(), sources, finished: false, lock: Some(lock) };
         let found = fs::read(work.path(Residual::KEY)).unwrap_or_default();
         work.finished = found == work.finished_key();
-        if !work.finished && found != key.as_bytes() {
-            work.begin()?;
+        let same_work = work.finished || found == key.as_bytes();
+        let states = fs::read_to_string(work.path(Residual::SOURCES)).unwrap_or_default();
+        if same_work && states == work.sources {
+            return Ok(work);
         }
+        if !work.is_disposable()? {
+            let dir = work.dir.display();
+            let changed = work.sources.lines().find(|line| !states.lines().any(|known| known == *line));
+            progress.warn(&match changed.and_then(|line| line.rsplit_once(": ")) {
+                Some((file, _)) if same_work => {
+                    format!("{dir}: {file} is not as it was when this was begun; starting afresh")
+                }
+                _ => format!("{dir}: belongs to other work (another model, text or option); starting afresh"),
+            });
+        }
+        work.begin()?;
         Ok(work)
     }
 
@@ -55,6 +74,7 @@ impl Residual {
     pub fn begin(&mut self) -> Result<()> {
         self.finished = false;
         self.clear(b"moepress removes this\n")?;
+        write_atomic(&self.path(Residual::SOURCES), self.sources.as_bytes())?;
         Ok(write_atomic(&self.path(Residual::KEY), self.key.as_bytes())?)
     }
 
@@ -143,6 +163,13 @@ impl Residual {
         let entries = fs::read_dir(&self.dir).map_err(io)?;
         let paths = entries.map(|entry| Ok(entry.map_err(io)?.path())).collect::<Result<Vec<_>>>()?;
         Ok(paths.into_iter().filter(|path| !is_named(path, Residual::LOCK)).collect())
+    }
+
+    /// Whether nothing would be lost with the folder: it holds what describes the work, and empty folders.
+    fn is_disposable(&self) -> Result<bool> {
+        let empty = |path: &Path| fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
+        let describes = |path: &Path| is_named(path, Residual::KEY) || is_named(path, Residual::SOURCES);
+        Ok(self.entries()?.iter().all(|path| describes(path) || empty(path)))
     }
 
     /// A file in the folder.
@@ -266,11 +293,8 @@ impl Residual {
 
 impl Drop for Residual {
     fn drop(&mut self) {
-        // Nothing is lost with a key and empty folders; anything else can be taken up again.
         let Some(lock) = self.lock.take() else { return };
-        let empty = |path: &PathBuf| fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
-        let disposable = |path: &PathBuf| is_named(path, Residual::KEY) || empty(path);
-        if self.entries().is_ok_and(|entries| entries.iter().all(disposable)) {
+        if self.is_disposable().is_ok_and(|disposable| disposable) {
             // A folder that stays is found again by the next run.
             let _ = self.remove_all();
         }

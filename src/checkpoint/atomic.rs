@@ -1,7 +1,7 @@
 //! Files that appear whole or not at all.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Seek as _, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use super::{Error, Result};
@@ -52,6 +52,13 @@ impl AtomicFile {
     pub fn write_all(&mut self, bytes: &[u8]) -> Result<()> {
         let Some(writer) = &mut self.writer else { return Ok(()) };
         writer.write_all(bytes).map_err(|source| Error::Io { path: self.temporary.clone(), source })
+    }
+
+    /// What follows goes to byte `position` of the file.
+    pub(super) fn seek(&mut self, position: u64) -> Result<()> {
+        let Some(writer) = &mut self.writer else { return Ok(()) };
+        let sought = writer.seek(SeekFrom::Start(position));
+        sought.map(|_| ()).map_err(|source| Error::Io { path: self.temporary.clone(), source })
     }
 
     /// Flushes to disk and renames to the final name.

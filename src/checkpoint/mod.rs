@@ -21,11 +21,12 @@ pub use safetensors::Dtype;
 pub use shard::Shard;
 pub use tensor::{Tensor, decode_f32, encode_f32, encode_f64};
 pub use weight::{Storage, Stride, Weight};
-pub use writer::{Entry, safetensors_bytes, write_safetensors};
+pub use writer::{Entry, SafetensorsWriter, safetensors_bytes, write_safetensors};
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use sha2::{Digest, Sha256};
 
@@ -122,6 +123,19 @@ impl Checkpoint {
         named.into_iter().map(|name| self.dir.join(name)).filter(|path| is_listed(path)).chain(shards)
     }
 
+    /// One line per file of weights with its size and the time of its last change, as they were when it was opened: what
+    /// an interrupted run leaves is of use only as long as this stays the same.
+    pub fn file_states(&self) -> String {
+        let name = |path: &Path| path.strip_prefix(&self.dir).unwrap_or(path).display().to_string();
+        let line = |shard: &Arc<Shard>| format!("{}: {}\n", name(shard.path()), shard.state());
+        self.shards.iter().map(line).collect()
+    }
+
+    /// Whether no file of weights has been changed after `time`.
+    pub fn is_older_than(&self, time: SystemTime) -> bool {
+        self.shards.iter().filter_map(|shard| shard.modified()).all(|changed| changed <= time)
+    }
+
     /// Errors if a file of weights is not the one that was opened any more: whatever was computed from it is then a mixture
     /// of two checkpoints. Size and time of the last change are compared.
     ///
@@ -136,11 +150,11 @@ impl Checkpoint {
         self.shards.iter().map(|s| s.header_bytes() as u64).sum()
     }
 
-    /// SHA-256, in hexadecimal, of the config, the layout file, every tensor's name, type and shape, and the
-    /// first bytes of every shard's data: equal for two copies of a checkpoint, different for two checkpoints
-    /// of one architecture.
+    /// SHA-256, in hexadecimal, of the config, the layout file, every tensor's name, type and shape, and of blocks
+    /// that are spread over the data of all shards, 2 MiB in all: equal for two copies of a checkpoint, different for two
+    /// checkpoints of one architecture, unless they differ in few bytes only.
     pub fn identity(&self) -> String {
-        const PROBE: usize = 1024;
+        const BLOCKS: usize = 512;
         let mut hash = Sha256::new();
         hash.update(self.config.as_bytes());
         if let Some(manifest) = &self.manifest {
@@ -150,8 +164,7 @@ impl Checkpoint {
             hash.update(format!("\n{} {:?} {:?}", tensor.name(), tensor.dtype(), tensor.shape()));
         }
         for shard in &self.shards {
-            let data = shard.data();
-            hash.update(&data[..data.len().min(PROBE)]);
+            shard.sample(BLOCKS / self.shards.len(), |block| hash.update(block));
         }
         hex(&hash.finalize())
     }

@@ -91,6 +91,33 @@ impl Shard {
         if found.ok() == Some(state) { Ok(()) } else { Err(Error::Changed { path: self.path.clone() }) }
     }
 
+    /// Size and time of the last change of the file when it was opened, for people and for comparison.
+    pub(super) fn state(&self) -> String {
+        let (size, changed) = self.state.unwrap_or((self.map.len() as u64, None));
+        let since = changed.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
+        let changed = since.map_or("unknown".into(), |d| format!("{}.{:09}", d.as_secs(), d.subsec_nanos()));
+        format!("{size} bytes, changed at {changed}")
+    }
+
+    /// When the file was last changed, where that is known.
+    pub(super) fn modified(&self) -> Option<SystemTime> {
+        self.state?.1
+    }
+
+    /// Calls `see` with `count` evenly spaced blocks of the data, the first and the last one among them.
+    pub(super) fn sample(&self, count: usize, mut see: impl FnMut(&[u8])) {
+        const BLOCK: usize = 4096;
+        let data = self.data();
+        let last = data.len().saturating_sub(BLOCK);
+        let count = count.clamp(2, data.len() / BLOCK + 2);
+        for i in 0..count {
+            let start = (last as u128 * i as u128 / (count as u128 - 1)) as usize;
+            let end = data.len().min(start + BLOCK);
+            see(&data[start..end]);
+            self.release(start, end - start);
+        }
+    }
+
     /// The file.
     pub fn path(&self) -> &Path {
         &self.path

@@ -44,9 +44,21 @@ impl Failure {
             Failure::Work(message) => (message, 1),
             Failure::Closed => return ExitCode::SUCCESS,
         };
-        let line = super::output::line(&message);
+        let line = shortened(super::output::line(&message));
         // Where standard error is closed there is nobody left to tell.
         let _ = writeln!(std::io::stderr().lock(), "error: {line}");
         ExitCode::from(status)
     }
+}
+
+/// Without the middle of what no one reads to its end: a message may quote a file.
+fn shortened(line: String) -> String {
+    const HEAD: usize = 1200;
+    const TAIL: usize = 300;
+    if line.chars().count() <= HEAD + TAIL {
+        return line;
+    }
+    let head: String = line.chars().take(HEAD).collect();
+    let tail: Vec<char> = line.chars().rev().take(TAIL).collect();
+    head + " … " + &tail.into_iter().rev().collect::<String>()
 }

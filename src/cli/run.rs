@@ -69,9 +69,8 @@ impl Args {
             bytes(expected)
         ));
         let start = Instant::now();
-        let result = run(&model, &windows, self.trace, &mut report)?;
+        run(&model, &windows, self.trace, &self.out, &mut report)?;
         let elapsed = start.elapsed().as_secs_f64();
-        result.write(&self.out)?;
         let summary = Summary {
             out: self.out.display().to_string(),
             windows: windows.count,

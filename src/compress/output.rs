@@ -48,9 +48,13 @@ impl Output {
         Ok(Output { partial, shards })
     }
 
-    /// Whether `target` is the finished result of the work that `mark` names.
-    pub(crate) fn is_complete(target: &Path, mark: &str) -> bool {
-        fs::read(target.join(ORIGIN_FILE)).is_ok_and(|found| found == mark.as_bytes())
+    /// Whether `target` is the finished result of the work that `mark` names, and no file of weights that it was made
+    /// from has been changed since.
+    pub(crate) fn is_complete(target: &Path, mark: &str, sources: &[&Checkpoint]) -> bool {
+        let origin = target.join(ORIGIN_FILE);
+        let made = fs::metadata(&origin).and_then(|found| found.modified());
+        fs::read(&origin).is_ok_and(|found| found == mark.as_bytes())
+            && made.is_ok_and(|time| sources.iter().all(|source| source.is_older_than(time)))
     }
 
     /// Errors unless `target` can be the name of a folder.

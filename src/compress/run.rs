@@ -78,13 +78,13 @@ pub fn compress<B: Backend>(
     }
     let key = job.key(&layout);
     let mark = origin_mark(&key);
-    if Output::is_complete(out, &mark) {
+    if Output::is_complete(out, &mark, &[checkpoint]) {
         // Done before; a run that was killed at its very end may have left its notes.
-        Residual::open(out, &key)?.remove()?;
+        Residual::open(out, &key, &[checkpoint], &mut ())?.remove()?;
         let done = inspect(&Checkpoint::open(out)?)?;
         return Ok(job.report(&layout, done.bytes.total, done.parameters.routed_experts, start));
     }
-    let mut work = Residual::open(out, &key)?;
+    let mut work = Residual::open(out, &key, &[checkpoint], progress)?;
     let partial = work.path("result");
     if work.is_finished() {
         if let Some(inspection) = take_up_finished(&partial, out)? {
@@ -269,7 +269,7 @@ impl<'a> Job<'a> {
         let statistics = self
             .options
             .statistics
-            .map(|s| (s.tokens().sha256.clone(), self.needed().iter().all(|m| s.has(*m))));
+            .map(|s| (&s.tokens().sha256, &s.tokens().sample, self.needed().iter().all(|m| s.has(*m))));
         let identity = &self.profile.identity;
         let densify = self.apply.factors.densify;
         format!(

@@ -22,7 +22,7 @@ pub use inspect::{
 };
 pub use layer::{Dissected, Layer, Observation, Scratch};
 pub use profile::profile;
-pub use run::{LayerTrace, RunOutput, RunSize, run};
+pub use run::{RunSize, run};
 pub use source::{AttentionSource, FeedForwardSource, LayerSource, LinearSource, MoeSource, NormSource};
 pub use stream::{Chunk, Memory, Stream, TOKENS_PER_CHUNK};
 

@@ -1,42 +1,13 @@
 //! A forward pass whose results are kept: logits and, on request, what every layer did.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::{HeadScratch, LayerSource, Model, Result, Stream};
+use super::{Chunk, Head, HeadScratch, LayerSource, Model, Result, Scratch, Stream, TOKENS_PER_CHUNK};
 use crate::architecture::{FeedForwardSpec, LayerSpec};
-use crate::backend::{Backend, Routes};
-use crate::checkpoint::{Entry, write_safetensors};
+use crate::backend::Backend;
+use crate::checkpoint::{Dtype, SafetensorsWriter};
 use crate::progress::Progress;
 use crate::tokens::Windows;
-
-/// Results of [`run`].
-#[derive(Clone, Debug)]
-pub struct RunOutput {
-    /// Number of windows.
-    pub windows: usize,
-    /// Tokens per window; of the decoder's, behind an encoder.
-    pub length: usize,
-    /// Width of the residual stream.
-    pub hidden_size: usize,
-    /// Size of the vocabulary.
-    pub vocabulary: usize,
-    /// `[windows, length, vocabulary]`.
-    pub logits: Vec<f32>,
-    /// Every layer, where a trace was asked for.
-    pub layers: Vec<LayerTrace>,
-}
-
-/// What one layer did.
-#[derive(Clone, Debug, Default)]
-pub struct LayerTrace {
-    /// Tokens per window that pass the layer.
-    pub length: usize,
-    /// Residual stream after the layer, `[windows, length, hidden]`.
-    pub hidden: Vec<f32>,
-    /// Routing of all tokens, where the layer has a router. Ids are rows of the router.
-    pub routes: Option<Routes>,
-}
 
 /// How large the results of [`run`] will be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,107 +39,151 @@ impl RunSize {
     }
 }
 
-/// Runs `windows` through the model, a layer at a time, and keeps the logits and, with `trace`, the residual stream
-/// after every layer and every router's decisions.
+/// Tokens, padding included, that pass the whole model together, roughly: whole windows, at least one. It bounds memory
+/// whatever the number of windows; the weights are read once for each.
+const TOKENS_PER_PASS: usize = 1 << 16;
+
+/// Runs `windows` through the model and writes a safetensors file: `logits` f32 `[windows, length, vocabulary]`, and
+/// with `trace` for every layer `layers.{l}.hidden` f32 `[windows, length, hidden]`, the residual stream behind it, and
+/// where it has a router `layers.{l}.router_logits` f32 `[tokens, experts]`, `layers.{l}.top_k_ids` i32 and
+/// `layers.{l}.top_k_weights` f32 `[tokens, k]`, largest weight first. Ids are rows of the router. Everything is written
+/// as it is found.
 ///
 /// # Errors
-/// Ids outside the vocabulary, windows longer than the model's positions, and what is wrong with a layer's tensors.
+/// Ids outside the vocabulary, windows longer than the model's positions, what is wrong with a layer's tensors, and a
+/// file that cannot be written; it is then as it was before.
 pub fn run<B: Backend>(
     model: &Model<'_, B>,
     windows: &Windows,
     trace: bool,
+    out: &Path,
     progress: &mut dyn Progress,
-) -> Result<RunOutput> {
-    let (architecture, backend) = (model.architecture(), model.backend());
-    let mut stream = Stream::new(model, windows)?;
+) -> Result<()> {
+    let architecture = model.architecture();
+    windows.check(architecture.vocabulary, architecture.max_positions)?;
+    windows.check_decoder(architecture.family, architecture.encoder_layers > 0)?;
     // Before the layers, so that a head that does not fit costs no time.
     let head = model.head()?;
-    let mut layers = Vec::new();
-    progress.begin("run: layer", architecture.layers.len());
-    for l in 0..architecture.layers.len() {
-        let source = LayerSource::open(model.checkpoint(), architecture, l)?;
-        let layer = model.prepare(&source)?;
-        let length = windows.of_layer(architecture.in_encoder(l)).length;
-        let mut traced = LayerTrace { length, ..LayerTrace::default() };
-        stream.advance(&layer, |chunk, scratch| {
-            if trace {
-                traced.hidden.extend(backend.download(&chunk.x)?);
-                if layer.is_moe() {
-                    traced.append_routes(backend.routes(&scratch.routing)?);
-                }
-            }
-            Ok(())
-        })?;
-        if trace {
-            layers.push(traced);
+    let per_chunk = (TOKENS_PER_CHUNK / windows.longest()).max(1);
+    // Whole chunks, so that results do not depend on where a pass ends.
+    let per_pass = (TOKENS_PER_PASS / windows.longest() / per_chunk).max(1) * per_chunk;
+    let passes = windows.count.div_ceil(per_pass);
+    let mut results = Results {
+        model,
+        windows,
+        file: SafetensorsWriter::create(out, tensors(model, windows, trace)?)?,
+        first_window: 0,
+    };
+    for (pass, first) in (0..windows.count).step_by(per_pass).enumerate() {
+        let task = if passes == 1 { "run".into() } else { format!("run {}/{passes}", pass + 1) };
+        progress.begin(&format!("{task}: layer"), architecture.layers.len());
+        results.first_window = first;
+        let part = windows.slice(first, per_pass.min(windows.count - first));
+        let mut stream = Stream::new(model, &part)?;
+        for l in 0..architecture.layers.len() {
+            let source = LayerSource::open(model.checkpoint(), architecture, l)?;
+            let layer = model.prepare(&source)?;
+            stream.advance(&layer, |chunk, scratch| {
+                if trace { results.layer(l, layer.is_moe(), chunk, scratch) } else { Ok(()) }
+            })?;
+            drop(layer);
+            source.release();
+            progress.step("");
         }
-        drop(layer);
-        source.release();
-        progress.step("");
+        let mut work = HeadScratch::new(model.backend());
+        progress.begin(&format!("{task}: logits"), stream.chunks.len());
+        for chunk in &stream.chunks {
+            results.logits(&head, chunk, &mut work)?;
+            progress.step("");
+        }
     }
     progress.end();
-    let mut work = HeadScratch::new(backend);
-    let mut logits = Vec::with_capacity(windows.predicted().ids.len() * architecture.vocabulary);
-    progress.begin("run: logits", stream.chunks.len());
-    for chunk in &stream.chunks {
-        let tokens = chunk.batch.tokens();
+    model.checkpoint().check_unchanged()?;
+    Ok(results.file.commit()?)
+}
+
+/// Names, types and shapes of everything that [`run`] writes.
+fn tensors<B: Backend>(
+    model: &Model<'_, B>,
+    windows: &Windows,
+    trace: bool,
+) -> Result<Vec<(String, Dtype, Vec<usize>)>> {
+    let architecture = model.architecture();
+    let predicted = windows.predicted();
+    let shape = vec![predicted.count, predicted.length, architecture.vocabulary];
+    let mut tensors = vec![("logits".to_string(), Dtype::F32, shape)];
+    for l in (0..architecture.layers.len()).filter(|_| trace) {
+        let Windows { count, length, .. } = *windows.of_layer(architecture.in_encoder(l));
+        let mut add = |what: &str, dtype, shape| tensors.push((name(l, what), dtype, shape));
+        add("hidden", Dtype::F32, vec![count, length, architecture.hidden_size]);
+        let source = LayerSource::locate(model.checkpoint(), architecture, l)?;
+        if let Some(moe) = source.moe() {
+            add("router_logits", Dtype::F32, vec![count * length, moe.experts.len()]);
+            add("top_k_ids", Dtype::I32, vec![count * length, moe.spec.top_k]);
+            add("top_k_weights", Dtype::F32, vec![count * length, moe.spec.top_k]);
+        }
+    }
+    Ok(tensors)
+}
+
+fn name(l: usize, what: &str) -> String {
+    format!("layers.{l}.{what}")
+}
+
+/// The file that the results go to.
+struct Results<'a, 'm, B: Backend> {
+    model: &'a Model<'m, B>,
+    windows: &'a Windows,
+    file: SafetensorsWriter,
+    /// Of the pass at hand.
+    first_window: usize,
+}
+
+impl<B: Backend> Results<'_, '_, B> {
+    /// Writes values of consecutive tokens, the first of them being the `token`-th of all.
+    fn write<T: bytemuck::NoUninit>(
+        &mut self,
+        name: &str,
+        token: usize,
+        per_token: usize,
+        values: &[T],
+    ) -> Result<()> {
+        let start = token as u64 * per_token as u64 * size_of::<T>() as u64;
+        Ok(self.file.write(name, start, bytemuck::cast_slice(values))?)
+    }
+
+    /// Number of the first token of a chunk, in which windows have `length` tokens.
+    fn first_token(&self, chunk: &Chunk<B>, length: usize) -> usize {
+        (self.first_window + chunk.first_window) * length
+    }
+
+    /// What layer `l` did to `chunk`.
+    fn layer(&mut self, l: usize, is_moe: bool, chunk: &Chunk<B>, scratch: &Scratch<B>) -> Result<()> {
+        let (architecture, backend) = (self.model.architecture(), self.model.backend());
+        let length = self.windows.of_layer(architecture.in_encoder(l)).length;
+        let (first, tokens) = (self.first_token(chunk, length), chunk.batch.tokens());
+        self.write(&name(l, "hidden"), first, architecture.hidden_size, &backend.download(&chunk.x)?)?;
+        if is_moe {
+            let routes = backend.routes(&scratch.routing)?;
+            let experts = routes.logits.len() / tokens.max(1);
+            self.write(&name(l, "router_logits"), first, experts, &routes.logits)?;
+            // Those that are skipped are written as −1, which has the same bits.
+            self.write(&name(l, "top_k_ids"), first, routes.top_k, &routes.ids)?;
+            self.write(&name(l, "top_k_weights"), first, routes.top_k, &routes.weights)?;
+        }
+        Ok(())
+    }
+
+    /// The logits of `chunk`, behind the last layer.
+    fn logits(&mut self, head: &Head<B>, chunk: &Chunk<B>, work: &mut HeadScratch<B>) -> Result<()> {
+        let (vocabulary, backend) = (self.model.architecture().vocabulary, self.model.backend());
+        let (first, tokens) =
+            (self.first_token(chunk, self.windows.predicted().length), chunk.batch.tokens());
         for start in (0..tokens).step_by(head.block_rows()) {
             let count = head.block_rows().min(tokens - start);
-            logits.extend(head.logits(backend, &chunk.x, start, count, &mut work)?);
+            let logits = head.logits(backend, &chunk.x, start, count, work)?;
+            self.write("logits", first + start, vocabulary, &logits)?;
         }
-        progress.step("");
-    }
-    progress.end();
-    Ok(RunOutput {
-        windows: windows.count,
-        length: windows.predicted().length,
-        hidden_size: architecture.hidden_size,
-        vocabulary: architecture.vocabulary,
-        logits,
-        layers,
-    })
-}
-
-impl LayerTrace {
-    fn append_routes(&mut self, routes: Routes) {
-        match &mut self.routes {
-            None => self.routes = Some(routes),
-            Some(all) => {
-                all.logits.extend(routes.logits);
-                all.ids.extend(routes.ids);
-                all.weights.extend(routes.weights);
-            }
-        }
-    }
-}
-
-impl RunOutput {
-    /// Writes a safetensors file: `logits` f32 `[windows, length, vocabulary]`, and for every traced layer
-    /// `layers.{l}.hidden` f32 `[windows, length, hidden]`, `layers.{l}.router_logits` f32 `[tokens, experts]`,
-    /// `layers.{l}.top_k_ids` i32 and `layers.{l}.top_k_weights` f32 `[tokens, k]`, largest weight first.
-    ///
-    /// # Errors
-    /// Names the file; it is then as it was before.
-    pub fn write(&self, path: &Path) -> Result<()> {
-        let shape = |length: usize, width: usize| vec![self.windows, length, width];
-        let ids: Vec<Vec<i32>> = self
-            .layers
-            .iter()
-            .map(|layer| layer.routes.iter().flat_map(|r| &r.ids).map(|&id| id as i32).collect())
-            .collect();
-        let mut entries = vec![Entry::f32("logits", shape(self.length, self.vocabulary), &self.logits)];
-        for (l, (layer, ids)) in self.layers.iter().zip(&ids).enumerate() {
-            let name = |what: &str| format!("layers.{l}.{what}");
-            let tokens = self.windows * layer.length;
-            entries.push(Entry::f32(name("hidden"), shape(layer.length, self.hidden_size), &layer.hidden));
-            if let Some(routes) = &layer.routes {
-                let chosen = vec![tokens, routes.top_k];
-                let experts = routes.logits.len() / tokens.max(1);
-                entries.push(Entry::f32(name("router_logits"), vec![tokens, experts], &routes.logits));
-                entries.push(Entry::i32(name("top_k_ids"), chosen.clone(), ids));
-                entries.push(Entry::f32(name("top_k_weights"), chosen, &routes.weights));
-            }
-        }
-        Ok(write_safetensors(path, &BTreeMap::new(), entries)?)
+        Ok(())
     }
 }

@@ -93,11 +93,11 @@ pub fn merge_lora(
     let key = format!("moepress lora 1\n{}\n{digest}\n{scales:?}\n{rank:?}\n", checkpoint.identity());
     let mark = origin_mark(&key);
     let finished = || Ok::<_, Error>(inspect(&Checkpoint::open(out)?)?.bytes.total);
-    if Output::is_complete(out, &mark) {
-        Residual::open(out, &key)?.remove()?;
+    if Output::is_complete(out, &mark, &[checkpoint]) {
+        Residual::open(out, &key, &[checkpoint], &mut ())?.remove()?;
         return Ok(report(finished()?));
     }
-    let mut work = Residual::open(out, &key)?;
+    let mut work = Residual::open(out, &key, &[checkpoint], &mut ())?;
     // Layers do not depend on each other, and all of them are quickly done again.
     work.begin()?;
     Output::check(out)?;
@@ -121,6 +121,7 @@ pub fn merge_lora(
     let manifest = checkpoint.manifest().map(|m| with_ranks(m, &architecture, &ranks).to_json());
     let manifest = manifest.filter(|_| layout == Layout::Moepress);
     let plan = std::fs::read_to_string(checkpoint.dir().join(PLAN_FILE)).ok();
+    checkpoint.check_unchanged()?;
     output.finish(checkpoint, checkpoint.config(), manifest.as_deref(), plan.as_deref(), &mark)?;
     work.finish()?;
     Output::place(out, &partial)?;

@@ -55,6 +55,8 @@ pub(super) struct Rewrite<'a> {
     pub(super) layout: Layout,
     /// Everything that the result depends on; begins with `moepress `.
     pub(super) key: String,
+    /// The checkpoints that it depends on.
+    pub(super) sources: &'a [&'a Checkpoint],
     /// The work in a word, for progress.
     pub(super) task: &'a str,
 }
@@ -67,14 +69,14 @@ impl Rewrite<'_> {
         progress: &mut dyn Progress,
         pass: &mut dyn Pass,
     ) -> Result<Rewritten> {
-        let Rewrite { checkpoint, architecture, layout, key, task } = self;
+        let Rewrite { checkpoint, architecture, layout, key, sources, task } = self;
         Output::check_name(out)?;
         let mark = origin_mark(key);
-        if Output::is_complete(out, &mark) {
-            Residual::open(out, key)?.remove()?;
+        if Output::is_complete(out, &mark, sources) {
+            Residual::open(out, key, sources, &mut ())?.remove()?;
             return finished(out);
         }
-        let mut work = Residual::open(out, key)?;
+        let mut work = Residual::open(out, key, sources, progress)?;
         let partial = work.path("result");
         if work.is_finished() {
             if take_up_finished(&partial, out)?.is_some() {
@@ -120,6 +122,7 @@ impl Rewrite<'_> {
             &partial.join(RECORD_FILE),
             json!({ "task": task, "layers": records }).to_string().as_bytes(),
         )?;
+        sources.iter().try_for_each(|source| source.check_unchanged())?;
         output.finish(checkpoint, checkpoint.config(), manifest.as_deref(), plan.as_deref(), &mark)?;
         work.finish()?;
         Output::place(out, &partial)?;

@@ -117,6 +117,7 @@ pub fn recover<B: Backend>(
         architecture: compressed.architecture(),
         layout,
         key,
+        sources: &[original.checkpoint(), compressed.checkpoint()],
         task: "recover",
     };
     let recovered = match options.input {

@@ -112,7 +112,7 @@ impl<'a, 'm, B: Backend> Search<'a, 'm, B> {
         let identity = profile(model.checkpoint(), model.architecture())?.identity;
         let (tokens, length, device) = (windows.sha256(), windows.length, model.backend().device());
         let key = format!("moepress search 1\n{identity}\n{tokens} {length}\n{device}\n{what}\n");
-        let work = Residual::open(out, &key)?;
+        let work = Residual::open(out, &key, &[model.checkpoint()], progress)?;
         let journal = Journal::open(&work);
         let state = State {
             model,
