@@ -12,6 +12,7 @@ use common::{Mutant, generate};
 use moepress::architecture::Architecture;
 use moepress::checkpoint::{Checkpoint, Entry, Tensor, write_safetensors};
 use moepress::model::LayerSource;
+use serde_json::Value;
 
 /// Arguments of `moepress` in one line, run quietly in `dir`.
 fn quietly(dir: &Path, arguments: &str) -> std::process::Command {
@@ -121,6 +122,63 @@ fn a_checkpoint_of_a_hundred_thousand_tensors_is_inspected_and_compressed() {
     assert_eq!(copied.tensor("model.extra.99999").unwrap().bytes(), [7]);
 }
 
+/// JSON without what was measured with a clock.
+fn without_times(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            fields.retain(|key, _| !key.contains("second") && !key.contains("speed"));
+            fields.values_mut().for_each(without_times);
+        }
+        Value::Array(values) => values.iter_mut().for_each(without_times),
+        _ => {}
+    }
+}
+
+/// Everything that the commands give with so many threads: the files behind `--out`, or standard output where there are
+/// none. The files are removed again.
+fn results(dir: &Path, chain: &[String], threads: &str) -> Vec<(String, Vec<u8>)> {
+    let mut all = Vec::new();
+    let out = |arguments: &str| Some(dir.join(arguments.split_once("--out ")?.1));
+    for arguments in chain {
+        let mut command = quietly(dir, arguments);
+        command.env("RAYON_NUM_THREADS", threads);
+        let stdout = outcome(command).ok();
+        match out(arguments) {
+            Some(out) => all
+                .extend(files(&out).into_iter().map(|(name, bytes)| (format!("{arguments}: {name}"), bytes))),
+            None => {
+                let mut report = serde_json::from_str(&stdout).unwrap();
+                without_times(&mut report);
+                all.push((arguments.clone(), report.to_string().into_bytes()));
+            }
+        }
+    }
+    for out in chain.iter().filter_map(|arguments| out(arguments)) {
+        if out.is_dir() { std::fs::remove_dir_all(out) } else { std::fs::remove_file(out) }.unwrap();
+    }
+    all
+}
+
+/// The files of a folder, or the one file.
+fn files(path: &Path) -> BTreeMap<String, Vec<u8>> {
+    if path.is_dir() {
+        common::compress::files(path)
+    } else {
+        [(String::new(), std::fs::read(path).unwrap())].into()
+    }
+}
+
+fn assert_same_bytes(dir: &Path, chain: &[String], threads: &[&str]) {
+    let first = results(dir, chain, threads[0]);
+    for more in &threads[1..] {
+        let other = results(dir, chain, more);
+        assert_eq!(first.len(), other.len());
+        for ((name, a), (_, b)) in first.iter().zip(&other) {
+            assert!(a == b, "{name} with {} and with {more} threads", threads[0]);
+        }
+    }
+}
+
 #[test]
 fn every_command_gives_the_same_bytes_on_any_number_of_threads() {
     let dir = tempfile::tempdir().unwrap();
@@ -139,43 +197,67 @@ fn every_command_gives_the_same_bytes_on_any_number_of_threads() {
         "run narrow --tokens tokens --device cpu --out logits",
         "eval thin --tokens tokens --against model --device cpu --json",
     ];
-    let run = |threads: &str| {
-        let mut all = Vec::new();
-        for arguments in chain {
-            let mut command = quietly(dir.path(), arguments);
-            command.env("RAYON_NUM_THREADS", threads);
-            let stdout = outcome(command).ok();
-            let Some((_, out)) = arguments.split_once("--out ") else {
-                // Times differ.
-                let mut report: serde_json::Value = serde_json::from_str(&stdout).unwrap();
-                let fields = report.as_object_mut().unwrap();
-                fields.retain(|key, _| !key.contains("second") && !key.contains("speed"));
-                all.push((arguments.to_string(), report.to_string().into_bytes()));
-                continue;
-            };
-            let out = dir.path().join(out);
-            let files = if out.is_dir() {
-                std::fs::read_dir(&out).unwrap().map(|e| e.unwrap().path()).collect()
-            } else {
-                vec![out.clone()]
-            };
-            let mut contents: Vec<_> =
-                files.into_iter().map(|p| (p.display().to_string(), std::fs::read(p).unwrap())).collect();
-            contents.sort();
-            all.extend(contents);
-        }
-        all
-    };
-    let runs = ["1", "2", "8"].map(|threads| {
-        for out in ["stats", "prune", "whitened", "plain", "pruned", "narrow", "thin", "logits"] {
-            let path = dir.path().join(out);
-            if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) }.ok();
-        }
-        run(threads)
-    });
-    for other in &runs[1..] {
-        for ((name, a), (_, b)) in runs[0].iter().zip(other) {
-            assert!(a == b, "{name}");
-        }
+    assert_same_bytes(dir.path(), &chain.map(String::from), &["1", "2", "8"]);
+}
+
+/// Every kind of method on a small trained model, what searches and trains among them; also twice with the same number of
+/// threads.
+#[test]
+fn every_method_gives_the_same_bytes_on_any_number_of_threads() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/data/model");
+    std::fs::create_dir(dir.path().join("model")).unwrap();
+    for entry in std::fs::read_dir(source).unwrap() {
+        let file = entry.unwrap();
+        std::fs::copy(file.path(), dir.path().join("model").join(file.file_name())).unwrap();
     }
+    generate::tokens(&dir.path().join("tokens"), 6, 32, 2048);
+    generate::tokens(&dir.path().join("fewer"), 3, 32, 2048);
+    let mut chain = vec![
+        "calibrate model --tokens tokens --moments input,hidden,gate-hidden --device cpu --out stats"
+            .to_string(),
+        "calibrate model --tokens tokens --device cpu --out many".into(),
+        "calibrate model --tokens fewer --device cpu --out few".into(),
+        "merge many few --out sum".into(),
+    ];
+    for (out, plan) in [
+        ("m-smoe", "m-smoe --remove 0.4"),
+        ("mc-smoe", "mc-smoe --remove 0.4 --set rank=8"),
+        ("hc-smoe", "hc-smoe --remove 0.4 --set align=true"),
+        ("ream", "ream --remove 0.4 --set propagate=true"),
+        ("mone", "mone --remove 0.3"),
+        ("camera", "camera --remove 0.3 --set refit=anchored"),
+        ("modegpt", "modegpt --remove 0.3"),
+        ("d2-moe", "d2-moe --remove 0.5 --set base=gram"),
+    ] {
+        chain.push(format!("plan --stats stats --method {plan} --out {out}.json"));
+        chain.push(format!(
+            "compress model --plan {out}.json --stats stats --tokens tokens --device cpu --out {out}"
+        ));
+    }
+    for (out, plan) in [
+        ("naee", "naee --remove 0.25 --set progressive=true enumerate=1 swaps=3"),
+        ("moe-i2", "moe-i2 --remove 0.4 --set enumerate=1 population=6 generations=3"),
+    ] {
+        chain.push(format!(
+            "plan --method {plan} --model model --tokens tokens --device cpu --out {out}.json"
+        ));
+        chain.push(format!("compress model --plan {out}.json --device cpu --out {out}"));
+    }
+    for (out, recover) in [
+        ("least-squares", "d2-moe --steps 0"),
+        ("adam", "moe-i2 --steps 4 --batch 64"),
+        ("losparse", "m-smoe --steps 4 --batch 64 --losparse 8:0.2"),
+    ] {
+        chain.push(format!("recover model {recover} --tokens tokens --device cpu --out {out}"));
+    }
+    for arguments in [
+        "compare model --tokens tokens --eval-tokens fewer --methods reap,m-smoe,low-rank,camera,d2-moe --json",
+        "generate losparse --prompt light --max-tokens 12 --temperature 0.9 --top-p 0.9 --seed 5 --json",
+        "eval camera --tokens tokens --against model --json",
+    ] {
+        chain.push(format!("{arguments} --device cpu"));
+    }
+    chain.push("run ream --tokens tokens --trace --device cpu --out logits".into());
+    assert_same_bytes(dir.path(), &chain, &["1", "2", "8", "2"]);
 }

@@ -3,6 +3,7 @@
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, BufWriter, Seek as _, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::{Error, Result};
 
@@ -98,9 +99,16 @@ impl Drop for AtomicFile {
 pub(crate) fn open_locked(path: &Path) -> io::Result<File> {
     // Some network file systems do not know a file again, so that trying on and on could last for ever.
     const ATTEMPTS: usize = 100;
+    // A process that has just been killed, or a child between its fork and its exec, holds a lock a moment longer.
+    const PATIENCE: Duration = Duration::from_millis(200);
+    let begun = Instant::now();
     for attempt in 1.. {
         let file = OpenOptions::new().write(true).create(true).truncate(false).open(path)?;
         match file.try_lock() {
+            Err(TryLockError::WouldBlock) if begun.elapsed() < PATIENCE => {
+                std::thread::sleep(PATIENCE / 10);
+                continue;
+            }
             Err(TryLockError::WouldBlock) => {
                 let what = "another process is writing it; wait for that one or choose another --out";
                 return Err(io::Error::new(io::ErrorKind::WouldBlock, what));
@@ -109,7 +117,7 @@ pub(crate) fn open_locked(path: &Path) -> io::Result<File> {
             Ok(()) | Err(TryLockError::Error(_)) => {}
         }
         // Whoever held the lock before may have renamed or removed the file since it was opened here.
-        if is_at(&file, path) || attempt == ATTEMPTS {
+        if is_at(&file, path) || attempt >= ATTEMPTS {
             return Ok(file);
         }
     }
