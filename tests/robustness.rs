@@ -143,15 +143,14 @@ fn results(dir: &Path, chain: &[String], threads: &str) -> Vec<(String, Vec<u8>)
         let mut command = quietly(dir, arguments);
         command.env("RAYON_NUM_THREADS", threads);
         let stdout = outcome(command).ok();
-        match out(arguments) {
-            Some(out) => all
-                .extend(files(&out).into_iter().map(|(name, bytes)| (format!("{arguments}: {name}"), bytes))),
-            None => {
-                let mut report = serde_json::from_str(&stdout).unwrap();
-                without_times(&mut report);
-                all.push((arguments.clone(), report.to_string().into_bytes()));
-            }
+        if let Some(out) = out(arguments) {
+            let named = |(name, bytes)| (format!("{arguments}: {name}"), bytes);
+            all.extend(files(&out).into_iter().map(named));
+            continue;
         }
+        let mut report = serde_json::from_str(&stdout).unwrap();
+        without_times(&mut report);
+        all.push((arguments.clone(), report.to_string().into_bytes()));
     }
     for out in chain.iter().filter_map(|arguments| out(arguments)) {
         if out.is_dir() { std::fs::remove_dir_all(out) } else { std::fs::remove_file(out) }.unwrap();
