@@ -4,8 +4,8 @@
 // of experts runs through one kernel without spills. Top-k is k rounds of two warp reductions over the lanes' best
 // keys; only the winner's lane looks through its experts again. 4 bytes are read per logit: latency bound at any size.
 //
-// A NaN counts as the smallest value when experts are chosen, so ids are distinct and in range whatever the logits;
-// where a score is NaN so is the weight, as in the model's own router.
+// Whatever the logits, ids are distinct and in range and weights finite: a logit that is NaN or -inf counts as the least
+// finite number, +inf as the largest, and weights whose sum is 0 are not divided by it.
 #include "params.cuh"
 #include "ptx.cuh"
 
@@ -14,6 +14,7 @@ namespace {
 constexpr unsigned ALL = 0xFFFFFFFFu;
 constexpr uint32_t CLOSED = 0;  // key of an expert that cannot be chosen (any more)
 constexpr float NEGATIVE_INFINITY = -__builtin_huge_valf();
+constexpr float LARGEST = 3.402823466e38f;  // finite
 
 // Unsigned order of the keys = order of the values; NaN counts as -inf, -0 as +0. Never CLOSED.
 __device__ uint32_t key_of(float value) {
@@ -36,6 +37,9 @@ __device__ float warp_max(float value) {
     for (int lanes = 16; lanes > 0; lanes /= 2) value = fmaxf(value, __shfl_xor_sync(ALL, value, lanes));
     return value;
 }
+
+// fmaxf gives the other operand for a NaN.
+__device__ float finite(float logit) { return fminf(fmaxf(logit, -LARGEST), LARGEST); }
 
 __device__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
@@ -126,10 +130,9 @@ __device__ float sparse_mixer(const MoeRouteParams& p, uint32_t* keys, const flo
 }
 
 // Leaves out the slots of least weight (src/architecture/skip.rs). Lane j < top_k holds slot j; `sorted` has room for the
-// weights. A NaN among the weights leaves all of them in.
+// weights.
 __device__ void leave_out(const MoeRouteParams& p, float* sorted, int lane, int& id, float& weight) {
     const bool is_slot = lane < p.top_k;
-    if (__any_sync(ALL, is_slot && weight != weight)) return;
     // Descending, ties to the earlier slot.
     int rank = 0;
     for (int slot = 0; slot < p.top_k; ++slot) {
@@ -171,7 +174,7 @@ MOE_KERNEL(moe_route, MoeRouteParams, MOE_ROUTE_THREADS, 4) {
     // Logits, and the keys of those that are live.
     float largest = NEGATIVE_INFINITY;
     for (int i = lane; i < p.experts; i += 32) {
-        const float z = logits[i] + (p.logit_bias ? p.logit_bias[i] : 0.0f);
+        const float z = finite(logits[i] + (p.logit_bias ? p.logit_bias[i] : 0.0f));
         const bool live = !p.live || p.live[i];
         values[i] = z;
         keys[i] = live ? key_of(z) : CLOSED;
@@ -215,7 +218,8 @@ MOE_KERNEL(moe_route, MoeRouteParams, MOE_ROUTE_THREADS, 4) {
         if (p.renormalise) {
             float chosen = 0.0f;
             for (int slot = 0; slot < p.top_k; ++slot) chosen += __shfl_sync(ALL, weight, slot);
-            weight = weight / fmaxf(chosen + p.added, p.least);
+            const float divisor = fmaxf(chosen + p.added, p.least);
+            if (divisor != 0.0f) weight /= divisor;
         }
         weight *= p.scale;
     }
@@ -228,6 +232,6 @@ MOE_KERNEL(moe_route, MoeRouteParams, MOE_ROUTE_THREADS, 4) {
     }
     if (lane == 0 && p.slots > p.top_k) {
         p.ids[first + p.top_k] = p.shared_expert;
-        p.weights[first + p.top_k] = p.shared_gate < 0 ? 1.0f : sigmoid(logits[p.shared_gate]);
+        p.weights[first + p.top_k] = p.shared_gate < 0 ? 1.0f : sigmoid(finite(logits[p.shared_gate]));
     }
 }

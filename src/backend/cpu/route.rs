@@ -105,14 +105,23 @@ impl CpuRouting {
     }
 }
 
+/// A logit that is NaN or −∞ counts as the least finite number, +∞ as the largest.
+#[expect(clippy::manual_clamp, reason = "`clamp` lets NaN through, `max` gives the other operand for it")]
+fn finite(logit: f32) -> f32 {
+    logit.max(f32::MIN).min(f32::MAX)
+}
+
 /// What takes part in comparisons for a value that may be NaN: NaN counts as the smallest.
 fn order(value: f32) -> f32 {
     if value.is_nan() { f32::NEG_INFINITY } else { value }
 }
 
 impl RouterRule {
-    /// Scores of all experts, and the `top_k` chosen ones with their combine weights, from the logits of one token. The
-    /// ids are distinct and in range whatever the logits.
+    /// Scores of all experts, and the `top_k` chosen ones with their combine weights, from the logits of one token.
+    ///
+    /// Whatever the logits, the ids are distinct and in range, scores and weights finite: a logit that is NaN or −∞ counts
+    /// as the least finite number, +∞ as the largest, and weights whose sum is 0 are not divided by it. (What is wrong with
+    /// a token shows in the outputs of its experts.)
     ///
     /// Rows that are not live take part in nothing, and sums run in row order, so the result is bit for bit that of a
     /// router without them.
@@ -128,7 +137,7 @@ impl RouterRule {
             Scoring::Softmax | Scoring::SparseMixer { .. } => self.softmax(logits, scores),
             Scoring::Sigmoid => {
                 for (i, score) in scores.iter_mut().enumerate() {
-                    *score = if self.live[i] { sigmoid(logits[i]) } else { 0.0 };
+                    *score = if self.live[i] { sigmoid(finite(logits[i])) } else { 0.0 };
                 }
             }
         }
@@ -154,7 +163,7 @@ impl RouterRule {
         match self.spec.choice {
             Choice::Score => self.choose(|i| scores[i], ids),
             Choice::BiasedScore => self.choose(|i| scores[i] + choice_bias[i], ids),
-            Choice::Logit => self.choose(|i| logits[i], ids),
+            Choice::Logit => self.choose(|i| finite(logits[i]), ids),
         }
         for (weight, &id) in weights.iter_mut().zip(&*ids) {
             *weight = scores[id as usize];
@@ -165,7 +174,7 @@ impl RouterRule {
                 let sum: f32 = weights.iter().sum();
                 let denominator = (sum + added).max(least);
                 for weight in weights {
-                    *weight = *weight / denominator * scale;
+                    *weight = if denominator == 0.0 { *weight } else { *weight / denominator } * scale;
                 }
             }
         }
@@ -174,10 +183,10 @@ impl RouterRule {
     /// Softmax over the live rows; the others get 0, which adds nothing to any sum.
     fn softmax(&self, logits: &[f32], scores: &mut [f32]) {
         let live = |i: usize| self.live[i];
-        let max = (0..logits.len()).filter(|&i| live(i)).map(|i| logits[i]).fold(f32::NEG_INFINITY, f32::max);
+        let max = (0..logits.len()).filter(|&i| live(i)).map(|i| finite(logits[i])).fold(f32::MIN, f32::max);
         let mut sum = 0.0f32;
         for (i, score) in scores.iter_mut().enumerate() {
-            *score = if live(i) { (logits[i] - max).exp() } else { 0.0 };
+            *score = if live(i) { (finite(logits[i]) - max).exp() } else { 0.0 };
             sum += *score;
         }
         for score in scores {
@@ -210,11 +219,12 @@ impl RouterRule {
         for (slot, weight) in weights.iter_mut().enumerate() {
             let (before, rest) = ids.split_at_mut(slot);
             let open = |i: &usize| self.live[*i] && !before.contains(&(*i as u32));
-            let ahead = |best: usize, i: usize| if order(logits[i]) > order(logits[best]) { i } else { best };
+            let ahead =
+                |best: usize, i: usize| if finite(logits[i]) > finite(logits[best]) { i } else { best };
             let Some(best) = (0..logits.len()).filter(open).reduce(ahead) else { return };
-            let max = logits[best];
+            let max = finite(logits[best]);
             let mut sum = 0.0f32;
-            for &z in (0..logits.len()).filter(open).map(|i| &logits[i]) {
+            for z in (0..logits.len()).filter(open).map(|i| finite(logits[i])) {
                 let far = (max - z) / z.abs().max(max) > threshold;
                 sum += if far { 0.0 } else { (z - max).exp() };
             }
@@ -225,7 +235,7 @@ impl RouterRule {
 }
 
 /// Leaves out the slots of least weight, see [`Skip`]: their ids become [`Routes::SKIPPED`] and their weights 0; the
-/// others stay in place. Where a weight is NaN, nothing is left out.
+/// others stay in place.
 fn leave_out(skip: &Skip, ids: &mut [u32], weights: &mut [f32]) {
     let k = weights.len();
     // Slot m in descending order of weight, ties to the earlier slot; the slots usually stand in this order.
@@ -477,12 +487,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn ids_are_distinct_and_in_range(
+        fn any_logits_give_distinct_ids_and_finite_weights(
             logits in prop::collection::vec(logit(), 8), bias in prop::collection::vec(-1.0f32..1.0, 8), top_k in 1usize..5,
         ) {
             for spec in rules(top_k) {
-                let (mut ids, ..) = decide(&rule(spec, 8), &logits, &bias);
+                let (mut ids, weights, scores) = decide(&rule(spec, 8), &logits, &bias);
                 prop_assert!(ids.iter().all(|&id| id < 8));
+                prop_assert!(weights.iter().chain(&scores).all(|v| v.is_finite()), "{:?} {:?}", weights, scores);
                 ids.sort_unstable();
                 ids.dedup();
                 prop_assert_eq!(ids.len(), top_k);
