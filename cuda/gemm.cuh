@@ -147,10 +147,11 @@ __device__ __forceinline__ void store_products(const MoeGemmParams& p, const Moe
             if (e.gate.flags & MOE_BASE) gate_base = base;
             if (e.up.flags & MOE_BASE) up_base = base + p.base_up;
         }
+        const bool has_up = !(e.up.flags & MOE_ABSENT);
         add_to_products(p, e.gate, pair, col, cols, gate_base, v[0]);
         add_to_products(p, e.up, pair, col, cols, up_base, v[PRODUCTS<STAGE> - 1]);
 #pragma unroll
-        for (int i = 0; i < VECTOR; ++i) v[0][i] = activate(p, v[0][i], v[PRODUCTS<STAGE> - 1][i]);
+        for (int i = 0; i < VECTOR; ++i) v[0][i] = activate(p, v[0][i], has_up ? v[PRODUCTS<STAGE> - 1][i] : 1.0f);
     } else if (STAGE == MOE_OUTPUT) {
         add_to_products<T>(p, e.down, pair, col, cols, nullptr, v[0]);
     }
@@ -161,18 +162,15 @@ __device__ __forceinline__ void store_products(const MoeGemmParams& p, const Moe
     store_vector(static_cast<T*>(p.out) + pair * p.ld_out + col, v[0]);
 }
 
-// All kernels of one family: moe_<stage>_<tile>_<type>. BLOCKS[stage] are the resident blocks that registers allow.
-#define MOE_GEMM_KERNELS(TILE, SUFFIX, TYPE, FAMILY, BLOCKS)                                                          \
-    MOE_KERNEL(moe_project_in_##TILE##_##SUFFIX, MoeGemmParams, (FAMILY<TYPE, MOE_PROJECT_IN>::THREADS), BLOCKS) {    \
-        FAMILY<TYPE, MOE_PROJECT_IN>::run(p);                                                                         \
-    }                                                                                                                 \
-    MOE_KERNEL(moe_hidden_##TILE##_##SUFFIX, MoeGemmParams, (FAMILY<TYPE, MOE_HIDDEN>::THREADS), 1) {                 \
-        FAMILY<TYPE, MOE_HIDDEN>::run(p);                                                                             \
-    }                                                                                                                 \
-    MOE_KERNEL(moe_project_hidden_##TILE##_##SUFFIX, MoeGemmParams, (FAMILY<TYPE, MOE_PROJECT_HIDDEN>::THREADS),      \
-               BLOCKS) {                                                                                              \
-        FAMILY<TYPE, MOE_PROJECT_HIDDEN>::run(p);                                                                     \
-    }                                                                                                                 \
-    MOE_KERNEL(moe_output_##TILE##_##SUFFIX, MoeGemmParams, (FAMILY<TYPE, MOE_OUTPUT>::THREADS), BLOCKS) {            \
-        FAMILY<TYPE, MOE_OUTPUT>::run(p);                                                                             \
-    }
+#define MOE_GEMM_KERNEL(NAME, FAMILY, ROWS, IS_HIDDEN) \
+    MOE_KERNEL(NAME, MoeGemmParams, FAMILY::THREADS, moe_gemm_blocks(ROWS, IS_HIDDEN)) { FAMILY::run(p); }
+// All kernels of one family: moe_<stage>_t<rows>_<type>.
+#define MOE_GEMM_KERNELS(ROWS, SUFFIX, TYPE, FAMILY)                                                                   \
+    using ProjectIn##ROWS##SUFFIX = FAMILY<TYPE, MOE_PROJECT_IN>;                                                      \
+    using Hidden##ROWS##SUFFIX = FAMILY<TYPE, MOE_HIDDEN>;                                                             \
+    using ProjectHidden##ROWS##SUFFIX = FAMILY<TYPE, MOE_PROJECT_HIDDEN>;                                              \
+    using Output##ROWS##SUFFIX = FAMILY<TYPE, MOE_OUTPUT>;                                                             \
+    MOE_GEMM_KERNEL(moe_project_in_t##ROWS##_##SUFFIX, ProjectIn##ROWS##SUFFIX, ROWS, false)                           \
+    MOE_GEMM_KERNEL(moe_hidden_t##ROWS##_##SUFFIX, Hidden##ROWS##SUFFIX, ROWS, true)                                   \
+    MOE_GEMM_KERNEL(moe_project_hidden_t##ROWS##_##SUFFIX, ProjectHidden##ROWS##SUFFIX, ROWS, false)                   \
+    MOE_GEMM_KERNEL(moe_output_t##ROWS##_##SUFFIX, Output##ROWS##SUFFIX, ROWS, false)

@@ -72,4 +72,4 @@ struct Plain {
 
 }  // namespace
 
-MOE_GEMM_KERNELS(t64, f32, float, Plain, 1)
+MOE_GEMM_KERNELS(64, f32, float, Plain)

@@ -199,5 +199,5 @@ struct Large {
 
 }  // namespace
 
-MOE_GEMM_KERNELS(t128, bf16, Bf16, Large, 2)
-MOE_GEMM_KERNELS(t128, f16, F16, Large, 2)
+MOE_GEMM_KERNELS(128, bf16, Bf16, Large)
+MOE_GEMM_KERNELS(128, f16, F16, Large)

@@ -64,6 +64,8 @@ constexpr int MOE_GEMM_SHARED = 96 * 1024;
 constexpr int MOE_LOGITS_TILE = 64;  // tokens and rows per block
 constexpr int MOE_LOGITS_SHARED = 2 * 32 * (MOE_LOGITS_TILE + 4) * 4;
 constexpr int moe_gemm_threads(int tile_rows, bool is_hidden) { return tile_rows == 128 && !is_hidden ? 128 : 256; }
+// Blocks of a GEMM stage that registers let share a multiprocessor; shared memory may let fewer.
+constexpr int moe_gemm_blocks(int tile_rows, bool is_hidden) { return tile_rows == 128 && is_hidden ? 1 : 2; }
 constexpr int moe_gemm_tile_cols(int tile_rows) { return tile_rows == 8 ? 16 : tile_rows == 16 ? 32 : 128; }
 constexpr int moe_route_shared(int experts) { return 4 * MOE_ROUTE_TOKENS * (2 * experts + MOE_MAX_GROUPS); }
 constexpr int moe_sort_shared(int experts) { return 4 * (MOE_SORT_THREADS / 32 * experts + 64); }
@@ -71,13 +73,14 @@ constexpr int moe_sort_shared(int experts) { return 4 * (MOE_SORT_THREADS / 32 *
 // What an expert is. An alias has no descriptor of its own: `canonical` leads to another slot.
 enum MoeForm : int32_t {
     MOE_NONE = 0,      // never chosen; computes nothing
-    MOE_MLP = 1,       // down(act(gate(x), up(x)))
+    MOE_MLP = 1,       // down(act(gate(x), up(x))); down(act(gate(x), 1)) without an up matrix
     MOE_CONSTANT = 2,  // a vector
 };
 
 // Bits of MoeMatrix::flags.
 constexpr uint32_t MOE_LOW_RANK = 1;  // `weight` is U and multiplies the projection z
 constexpr uint32_t MOE_BASE = 2;      // plus the layer's base of this matrix
+constexpr uint32_t MOE_ABSENT = 4;    // of up: there is none (k = 0), its factor is 1
 
 // One linear map [out, in] of an expert: weight · input (+ sparse rows) (+ base) (+ bias).
 struct MoeMatrix {

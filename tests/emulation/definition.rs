@@ -140,11 +140,14 @@ pub(crate) struct Layer {
     /// Gate, up, down.
     pub(crate) base: Option<[Weight; 3]>,
     pub(crate) activation: Activation,
+    /// Whether experts have two matrices: what up maps to is 1.
+    pub(crate) without_up: bool,
 }
 
 impl Layer {
     pub(crate) fn new(dtype: Dtype, hidden: usize) -> Self {
-        Layer { dtype, hidden, experts: Vec::new(), base: None, activation: Activation::SwiGlu }
+        let (experts, activation) = (Vec::new(), Activation::SwiGlu);
+        Layer { dtype, hidden, experts, base: None, activation, without_up: false }
     }
 
     /// Adds an expert of this width whose matrices have these forms.

@@ -5,9 +5,10 @@ use bytemuck::{Zeroable, bytes_of};
 use crate::definition::{Activation, Expert, Layer, Map, Product, Routes, Weight};
 use crate::emulator::{Buffer, Dtype, Emulator};
 use crate::params::{
-    BASE, FORM_CONSTANT, FORM_MLP, GEMM_SHARED, HIDDEN, LOW_RANK, MoeBaseHiddenParams, MoeBasePlanParams,
-    MoeCombineParams, MoeExpert, MoeGemmParams, MoeMatrix, MoeSortParams, OUTPUT, PROJECT_HIDDEN, PROJECT_IN,
-    ROW_THREADS, SORT_CHUNK, SORT_THREADS, STAGES, gemm_threads, gemm_tile_cols, sort_shared,
+    ABSENT, BASE, FORM_CONSTANT, FORM_MLP, GEMM_SHARED, HIDDEN, LOW_RANK, MoeBaseHiddenParams,
+    MoeBasePlanParams, MoeCombineParams, MoeExpert, MoeGemmParams, MoeMatrix, MoeSortParams, OUTPUT,
+    PROJECT_HIDDEN, PROJECT_IN, ROW_THREADS, SORT_CHUNK, SORT_THREADS, STAGES, gemm_threads, gemm_tile_cols,
+    sort_shared,
 };
 
 /// A prepared layer.
@@ -81,6 +82,7 @@ pub(crate) fn pitched(dtype: Dtype, rows: usize, cols: usize, ld: usize, values:
 struct Uploader<'a> {
     emulator: &'a Emulator,
     dtype: Dtype,
+    without_up: bool,
     kept: Vec<Buffer>,
 }
 
@@ -145,7 +147,11 @@ impl Uploader<'_> {
         e.width = width as i32;
         let mut v = Vec::new();
         e.gate = self.map(&maps[0], width, &mut v);
-        e.up = self.map(&maps[1], width, &mut v);
+        if self.without_up {
+            e.up.flags = ABSENT;
+        } else {
+            e.up = self.map(&maps[1], width, &mut v);
+        }
         (e.v_in, e.v_in_rows, e.v_in_ld) = self.stack(&v, hidden);
         v.clear();
         e.down = self.map(&maps[2], hidden, &mut v);
@@ -156,7 +162,8 @@ impl Uploader<'_> {
 
 impl<'a> Prepared<'a> {
     pub(crate) fn new(emulator: Emulator, layer: &'a Layer) -> Self {
-        let mut up = Uploader { emulator: &emulator, dtype: layer.dtype, kept: Vec::new() };
+        let Layer { dtype, without_up, .. } = *layer;
+        let mut up = Uploader { emulator: &emulator, dtype, without_up, kept: Vec::new() };
         let mut table = Vec::new();
         for expert in &layer.experts {
             table.push(match expert {

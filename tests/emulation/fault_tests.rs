@@ -172,6 +172,8 @@ const FAULTS: &[Fault] = &[
     ),
     fault("a duplicate runs twice", "sort.cu", Probe::Sort, "== expert) return result;", "== expert) break;"),
     fault("NaN first", "routing.cu", Probe::Route, "if (value != value) value = NEGATIVE_INFINITY;", ""),
+    fault("NaN in, NaN out", "routing.cu", Probe::Route, "fminf(fmaxf(logit, -LARGEST), LARGEST)", "logit"),
+    fault("sums of 0", "routing.cu", Probe::Route, "if (divisor != 0.0f) weight", "weight"),
     fault(
         "lanes end before a reduction",
         "routing.cu",
@@ -198,7 +200,7 @@ fn build(fault: &Fault, folder: &Path) -> Option<emulator::Kernels> {
             text = text.replace(fault.from, fault.to);
         }
         if let Probe::Layer(tile_rows) | Probe::Far(tile_rows) = fault.probe {
-            let wanted = format!("MOE_GEMM_KERNELS(t{tile_rows}, bf16");
+            let wanted = format!("MOE_GEMM_KERNELS({tile_rows}, bf16");
             let keep = |line: &&str| !line.starts_with("MOE_GEMM_KERNELS(") || line.starts_with(&wanted);
             text = text.lines().filter(keep).collect::<Vec<_>>().join("\n") + "\n";
         }

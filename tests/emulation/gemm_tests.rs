@@ -112,10 +112,13 @@ fn element_types_and_activations() {
         Activation::Relu,
     ];
     let mut random = Random::new(2);
-    for (i, activation) in activations.into_iter().enumerate() {
+    let two_matrices = [Activation::GeluTanh, Activation::Relu, Activation::GeluErf].map(|a| (a, true));
+    let cases = activations.map(|a| (a, false)).into_iter().chain(two_matrices);
+    for (i, (activation, without_up)) in cases.enumerate() {
         let dtype = [Dtype::F32, Dtype::F16, Dtype::Bf16][i % 3];
         let mut layer = mixed_layer(&mut random, dtype, 72, 40);
         layer.activation = activation;
+        layer.without_up = without_up;
         layer.add_biases(&mut random);
         let routes = Routes::random(&mut random, 70, 3, &live(&layer));
         let x = random.values(dtype, 70 * layer.hidden, 1.0);

@@ -152,7 +152,11 @@ pub(crate) fn forward(layer: &Layer, x: &[f32], routes: &Routes) -> Vec<Bounded>
                 Expert::Mlp { maps, .. } => {
                     let base_of = |i: usize| base.as_ref().filter(|_| maps[i].base).map(|b| &b[i][..]);
                     let gate = apply(&maps[0], &x, base_of(0), dtype);
-                    let up = apply(&maps[1], &x, base_of(1), dtype);
+                    let up = if layer.without_up {
+                        vec![Bounded::exact(1.0); gate.len()]
+                    } else {
+                        apply(&maps[1], &x, base_of(1), dtype)
+                    };
                     let hidden: Vec<_> =
                         gate.into_iter().zip(up).map(|(g, u)| activate(layer.activation, g, u)).collect();
                     let hidden = stored(hidden, dtype);

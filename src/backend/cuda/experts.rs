@@ -137,10 +137,10 @@ where
     LayerVector<'a>: From<&'a V>,
 {
     let Common { hidden, element, base } = common;
-    let Some(up) = &mlp.up else {
-        let expected = "a gated activation; experts of two matrices run on the CPU";
+    if mlp.up.is_some() != mlp.activation.is_gated() {
+        let expected = if mlp.up.is_some() { "a gated activation with up" } else { "up" };
         return Err(Error::argument(name, format!("{:?}", mlp.activation), expected));
-    };
+    }
     let width = parts(&mlp.gate.weight).weight.rows();
     found.form = params::FORM_MLP;
     found.width = size(width, name)?;
@@ -149,7 +149,10 @@ where
         describe_map(&format!("{name}, {what}"), map, shape, stack, base, element, arena)
     };
     found.gate = describe("gate", &mlp.gate, [width, hidden], &mut of_x, base[0])?;
-    found.up = describe("up", up, [width, hidden], &mut of_x, base[1])?;
+    match &mlp.up {
+        Some(up) => found.up = describe("up", up, [width, hidden], &mut of_x, base[1])?,
+        None => found.up.flags = params::ABSENT,
+    }
     found.down = describe("down", &mlp.down, [hidden, width], &mut of_h, base[2])?;
     let v_in = stack(&of_x.parts, hidden, element, &format!("{name}, V of gate and up"), arena)?;
     let v_down = stack(&of_h.parts, width, element, &format!("{name}, V of down"), arena)?;

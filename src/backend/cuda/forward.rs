@@ -9,7 +9,7 @@ use super::params::{
     self, GEMM_SHARED, HIDDEN, LOGITS_SHARED, LOGITS_THREADS, LOGITS_TILE, MoeBaseHiddenParams,
     MoeBasePlanParams, MoeCombineParams, MoeGemmParams, MoeLogitsParams, MoeRouteParams, MoeScaleInputParams,
     MoeSortParams, OUTPUT, PROJECT_HIDDEN, PROJECT_IN, ROUTE_THREADS, ROUTE_TOKENS, ROW_THREADS, SORT_CHUNK,
-    SORT_THREADS, STAGES, gemm_threads, gemm_tile_cols,
+    SORT_THREADS, STAGES, gemm_blocks, gemm_threads, gemm_tile_cols,
 };
 use super::weights::check_rows;
 use super::workspace::{Workspace, chunks, stride};
@@ -399,7 +399,8 @@ impl<L: Launch + ?Sized> Pass<'_, L> {
         let (activation, limit, slope) = match self.tables.activation {
             Activation::SwiGlu => (0, 0.0, 0.0),
             Activation::ClampedSwiGlu { limit, slope } => (1, limit, slope),
-            Activation::Relu | Activation::GeluTanh => unreachable!("refused when the layer was prepared"),
+            Activation::GeluTanh => (2, 0.0, 0.0),
+            Activation::Relu => (4, 0.0, 0.0),
         };
         let ld_input = match self.tables.target {
             WeightTarget::Output => self.args.x.stride,
@@ -435,7 +436,8 @@ impl<L: Launch + ?Sized> Pass<'_, L> {
             ld_out: ld_out as i32,
             ..params
         };
-        let resident = (self.launch.shared_per_multiprocessor() / (GEMM_SHARED + 1024)).max(1);
+        let room = self.launch.shared_per_multiprocessor() / (GEMM_SHARED + 1024);
+        let resident = room.clamp(1, gemm_blocks(work.tile_rows, stage == HIDDEN));
         let grid = [(self.launch.multiprocessors() * resident) as usize, 1];
         let kernel = kernels::GEMMS[stage].of(self.tables.element, work.tile_rows);
         let threads = gemm_threads(work.tile_rows, stage == HIDDEN);

@@ -31,6 +31,10 @@ pub(super) fn gemm_threads(tile_rows: u32, is_hidden: bool) -> u32 {
     if tile_rows == 128 && !is_hidden { 128 } else { 256 }
 }
 
+pub(super) fn gemm_blocks(tile_rows: u32, is_hidden: bool) -> u32 {
+    if tile_rows == 128 && is_hidden { 1 } else { 2 }
+}
+
 pub(super) fn gemm_tile_cols(tile_rows: u32) -> u32 {
     match tile_rows {
         8 => 16,
@@ -45,6 +49,7 @@ pub(super) const FORM_CONSTANT: i32 = 2;
 
 pub(super) const LOW_RANK: u32 = 1;
 pub(super) const BASE: u32 = 2;
+pub(super) const ABSENT: u32 = 4;
 
 /// The four GEMM stages, as indices of tile lists.
 pub(super) const PROJECT_IN: usize = 0;
@@ -272,6 +277,7 @@ mod tests {
             ("MOE_CONSTANT", FORM_CONSTANT as usize),
             ("MOE_LOW_RANK", LOW_RANK as usize),
             ("MOE_BASE", BASE as usize),
+            ("MOE_ABSENT", ABSENT as usize),
             ("MOE_PROJECT_IN", PROJECT_IN),
             ("MOE_HIDDEN", HIDDEN),
             ("MOE_PROJECT_HIDDEN", PROJECT_HIDDEN),
@@ -286,8 +292,10 @@ mod tests {
         }
         for rows in [8, 16, 32, 64, 128] {
             claim(format!("moe_gemm_tile_cols({rows})"), gemm_tile_cols(rows) as usize);
-            claim(format!("moe_gemm_threads({rows}, true)"), gemm_threads(rows, true) as usize);
-            claim(format!("moe_gemm_threads({rows}, false)"), gemm_threads(rows, false) as usize);
+            for hidden in [true, false] {
+                claim(format!("moe_gemm_threads({rows}, {hidden})"), gemm_threads(rows, hidden) as usize);
+                claim(format!("moe_gemm_blocks({rows}, {hidden})"), gemm_blocks(rows, hidden) as usize);
+            }
         }
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("claims.cpp");

@@ -157,6 +157,10 @@ fn check(rule: &RouterRule, sizes: Sizes, target: WeightTarget) -> Result<()> {
         let found = format!("live {}, group_of {}", rule.live.len(), rule.group_of.len());
         return wrong("rows", found, experts.to_string());
     }
+    if let Some(skip) = rule.spec.skip.filter(|skip| skip.check(top_k).is_err()) {
+        let found = format!("{:?} with top_k {top_k}", skip.threshold);
+        return wrong("skip", found, "a tail of 0 to 1, or with top_k 2 a ratio; top_k 2 or more".into());
+    }
     let live = rule.live.iter().filter(|&&live| live).count();
     if live < top_k {
         return wrong("live rows", live.to_string(), format!("{top_k} or more"));

@@ -4,7 +4,9 @@
 use std::cell::RefCell;
 
 use super::*;
-use crate::architecture::{Activation, GroupLimit, GroupScore, RouterSpec, WeightRule, WeightTarget};
+use crate::architecture::{
+    Activation, GroupLimit, GroupScore, RouterSpec, Skip, SkipThreshold, WeightRule, WeightTarget,
+};
 use crate::backend::{Expert, Linear, Matrix, Mlp, RouterRule};
 use crate::checkpoint::{Dtype, Tensor, Weight};
 
@@ -178,7 +180,7 @@ fn a_layer_with_everything() {
         ("moe_sort_scan", [1, 1, 1]),
         ("moe_sort_scatter", [2, 1, 1]),
         ("moe_project_in_t128_bf16", [20, 1, 1]),
-        ("moe_hidden_t128_bf16", [20, 1, 1]),
+        ("moe_hidden_t128_bf16", [10, 1, 1]),
         ("moe_project_hidden_t128_bf16", [20, 1, 1]),
         ("moe_output_t128_bf16", [20, 1, 1]),
         ("moe_combine_bf16", [2000, 1, 1]),
@@ -282,6 +284,19 @@ fn layers_that_cannot_be() {
         &LayerSpec { experts: &[expert(None), other], ..good() },
         "expert 1: ClampedSwiGlu { limit: 7.0, slope: 1.0 }, expected the same activation in all experts of a layer",
     );
+    let mut half = expert(None);
+    if let Expert::Mlp(mlp) = &mut half {
+        mlp.up = None;
+    }
+    no_layer(&LayerSpec { experts: &[expert(None), half], ..good() }, "expert 1: SwiGlu, expected up");
+    let mut relu = expert(None);
+    if let Expert::Mlp(mlp) = &mut relu {
+        mlp.activation = Activation::Relu;
+    }
+    no_layer(
+        &LayerSpec { experts: &[relu, expert(None)], ..good() },
+        "expert 0: Relu, expected a gated activation with up",
+    );
     no_layer(
         &LayerSpec { expert_map: Some(&[Some(0), None, Some(5)]), ..good() },
         "expert_map of expert 2: 5, expected an index below 2",
@@ -306,6 +321,12 @@ fn routers_that_cannot_be() {
     let mut biased = rule(4);
     biased.spec.bias = true;
     refused(&biased, "router bias: none, expected one, by the rule");
+    let mut skipping = rule(4);
+    skipping.spec.skip = Some(Skip { threshold: SkipThreshold::Tail(1.5), rescale: true });
+    refused(
+        &skipping,
+        "router, skip: Tail(1.5) with top_k 2, expected a tail of 0 to 1, or with top_k 2 a ratio; top_k 2 or more",
+    );
 }
 
 /// Factors on the device have to be rows of one matrix where they multiply the same input.
