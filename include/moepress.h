@@ -37,7 +37,10 @@ typedef enum moepress_location { MOEPRESS_HOST = 0, MOEPRESS_DEVICE = 1 } moepre
 
 typedef enum moepress_activation {
     MOEPRESS_SWIGLU = 0,        /* silu(gate) * up */
-    MOEPRESS_CLAMPED_SWIGLU = 1 /* gpt-oss: min(g, limit) sigmoid(slope min(g, limit)) (clamp(u, limit) + 1) */
+    MOEPRESS_CLAMPED_SWIGLU = 1, /* gpt-oss: min(g, limit) sigmoid(slope min(g, limit)) (clamp(u, limit) + 1) */
+    /* Of experts of two matrices (Switch Transformers): down(act(gate(x))). Their up is not looked at. */
+    MOEPRESS_RELU = 2,
+    MOEPRESS_GELU_TANH = 3
 } moepress_activation;
 
 typedef enum moepress_expert_form {
@@ -92,7 +95,8 @@ typedef enum moepress_choice {
     MOEPRESS_BY_LOGIT = 2         /* gpt-oss, Llama 4 */
 } moepress_choice;
 
-/* From logits to experts and weights. All memory is the host's. */
+/* From logits to experts and weights. All memory is the host's. Whatever the logits, the ids of a token are distinct and its
+ * weights finite: NaN and -inf count as the least finite number, +inf as the largest. */
 typedef struct moepress_router {
     size_t struct_size;
     int32_t scoring;          /* moepress_scoring */
@@ -110,6 +114,10 @@ typedef struct moepress_router {
     const float *choice_bias; /* [experts], or null */
     const int32_t *group_of;  /* [experts]; null: consecutive experts in groups of equal size */
     const uint8_t *live;      /* [experts], 0 where the row must not be chosen; null: all may */
+    /* Dynamic skipping (NAEE, arXiv 2402.14800): the chosen experts of least weight whose weights sum to less than this share
+     * of the sum of all are left out. 0: none. A rule "second weight < b * first" of top-2 routers is b / (1 + b). */
+    float skip_tail;
+    int32_t skip_keeps_weights; /* 0: the other weights grow to the old sum; 1: they stay as they are */
 } moepress_router;
 
 typedef struct moepress_layer_spec {

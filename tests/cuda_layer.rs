@@ -9,7 +9,8 @@ use gpu::Gpu;
 use gpu::emulator::{Emulator, Mode};
 use half::{bf16, f16};
 use moepress::architecture::{
-    Activation, Choice, GroupLimit, GroupScore, RouterSpec, Scoring, WeightRule, WeightTarget,
+    Activation, Choice, GroupLimit, GroupScore, RouterSpec, Scoring, Skip, SkipThreshold, WeightRule,
+    WeightTarget,
 };
 use moepress::backend::cpu::Cpu;
 use moepress::backend::cuda::{
@@ -103,7 +104,7 @@ fn expert(element: Element, made: Made, activation: Activation, seed: u64) -> St
     };
     Expert::Mlp(Mlp {
         gate: map(0, made.width, HIDDEN),
-        up: Some(map(1, made.width, HIDDEN)),
+        up: activation.is_gated().then(|| map(1, made.width, HIDDEN)),
         down: map(2, HIDDEN, made.width),
         activation,
     })
@@ -330,10 +331,37 @@ fn clamped_activation_against_the_cpu(gpu: &impl Gpu) {
     close(&bench.run(&x, &By::Router, None), &expected, 1e-5, "clamped");
 }
 
+/// Switch Transformers and others: experts without up, in every form.
+fn two_matrices_against_the_cpu(gpu: &impl Gpu) {
+    let rule = rule(RouterSpec::softmax(TOP_K, WeightRule::RENORMALISED));
+    let weights = router_weights(&rule);
+    let cases = [
+        (Element::F32, Activation::Relu, &[20][..]),
+        (Element::Bf16, Activation::Relu, &[1, 20, 50, 150]),
+        (Element::F16, Activation::GeluTanh, &[3, 150]),
+    ];
+    for (element, activation, batches) in cases {
+        let experts = experts(element, activation);
+        let bench = Bench::new(gpu, &with_router(spec(element, &experts), &rule, &weights));
+        for &tokens in batches {
+            let x = round(element, noise(tokens * HIDDEN, 16, 1.7));
+            let (expected, _) = reference(&experts, &[None, None, None], &rule, &weights, &x);
+            let found = bench.run(&x, &By::Router, None);
+            close(
+                &found,
+                &expected,
+                tolerance(element),
+                &format!("{element:?} {activation:?}, {tokens} tokens"),
+            );
+        }
+    }
+}
+
 /// Every rule of a family routes as on the CPU; logits of the caller and ids of the caller give the same bits.
 fn routers_against_the_cpu(gpu: &impl Gpu) {
     let softmax = RouterSpec::softmax(TOP_K, WeightRule::RENORMALISED);
     let sum = WeightRule::Renormalised { added: 1e-20, least: 0.0, scale: 2.5 };
+    let skip = |tail, rescale| Some(Skip { threshold: SkipThreshold::Tail(tail), rescale });
     let limit = |score| Some(GroupLimit { count: 3, kept: 2, score });
     let sigmoid = RouterSpec { scoring: Scoring::Sigmoid, weights: sum, ..softmax.clone() };
     let rules = [
@@ -345,6 +373,8 @@ fn routers_against_the_cpu(gpu: &impl Gpu) {
         RouterSpec { choice: Choice::BiasedScore, groups: limit(GroupScore::TwoLargest), ..sigmoid.clone() },
         RouterSpec { choice: Choice::BiasedScore, ..softmax.clone() },
         RouterSpec { choice: Choice::Logit, target: WeightTarget::Input, ..sigmoid },
+        RouterSpec { skip: skip(0.35, true), ..softmax.clone() },
+        RouterSpec { skip: skip(0.5, false), ..softmax.clone() },
         RouterSpec { scoring: Scoring::SparseMixer { threshold: 0.02 }, ..softmax },
     ];
     let experts = experts(Element::F32, Activation::SwiGlu);
@@ -356,6 +386,7 @@ fn routers_against_the_cpu(gpu: &impl Gpu) {
         let bench = Bench::new(gpu, &spec);
         let (expected, routes) = reference(&experts, &[None, None, None], &rule, &weights, &x);
         let what = format!("{:?}", rule.spec);
+        assert_eq!(routes.ids.contains(&Routes::SKIPPED), rule.spec.skip.is_some(), "{what}");
         let found = bench.run(&x, &By::Router, None);
         close(&found, &expected, 1e-5, &what);
         let ids: Vec<i32> = routes.ids.iter().map(|&id| id as i32).collect();
@@ -479,28 +510,8 @@ fn repeats(gpu: &impl Gpu) {
 
 /// The tests of a real GPU, through the real code for drivers, with a stand-in for the driver whose kernels are emulated.
 #[test]
-#[cfg(target_os = "linux")]
 fn through_a_driver() {
-    use std::process::Command;
-
-    use moepress::backend::cuda::{Unavailable, availability};
-
-    if availability() == Err(Unavailable::NoKernels) {
-        eprintln!("skipped: built without nvcc");
-        return;
-    }
-    let Some(kernels) = gpu::emulator::kernels() else { return };
-    let folder = tempfile::tempdir().unwrap();
-    let source = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/emulation/driver.cpp");
-    let mut compiler = Command::new(std::env::var("CXX").unwrap_or_else(|_| "c++".into()));
-    compiler.args(["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]).arg(source);
-    let output = compiler.arg("-o").arg(folder.path().join("libcuda.so.1")).arg("-ldl").output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let mut tests = Command::new(std::env::current_exe().unwrap());
-    tests.arg("device::").env("LD_LIBRARY_PATH", folder.path()).env("MOEPRESS_EMULATOR", &kernels.path);
-    let output = tests.env("MOEPRESS_REQUIRE_GPU", "1").output().unwrap();
-    let [out, err] = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-    assert!(output.status.success() && !out.contains(" 0 passed"), "{out}\n{err}");
+    gpu::through_a_driver("device::");
 }
 
 /// Weights that lie on the device already are used where they lie.
@@ -531,6 +542,7 @@ on_every_gpu! {
     every_form_against_the_cpu
     deltas_against_the_cpu
     clamped_activation_against_the_cpu
+    two_matrices_against_the_cpu
     routers_against_the_cpu
     given_ids_and_a_residual
     a_shared_expert

@@ -54,6 +54,8 @@ pub(super) fn activation(spec: &types::LayerSpec) -> Result<Activation> {
     match spec.activation {
         0 => Ok(Activation::SwiGlu),
         1 => Ok(Activation::ClampedSwiGlu { limit: spec.limit, slope: spec.slope }),
+        2 => Ok(Activation::Relu),
+        3 => Ok(Activation::GeluTanh),
         other => Err(wrong("activation", other.to_string(), "a moepress_activation")),
     }
 }
@@ -179,7 +181,7 @@ pub(super) unsafe fn expert<S: Source>(
                 |map, name, shape| unsafe { linear::<S>(map, shape, element, &format!("{what}.{name}")) };
             Ok(Expert::Mlp(Mlp {
                 gate: map(&expert.gate, "gate", [width, hidden])?,
-                up: Some(map(&expert.up, "up", [width, hidden])?),
+                up: activation.is_gated().then(|| map(&expert.up, "up", [width, hidden])).transpose()?,
                 down: map(&expert.down, "down", [hidden, width])?,
                 activation,
             }))

@@ -2,7 +2,9 @@
 
 use super::convert::{count, list, tensor, wrong};
 use super::types;
-use crate::architecture::{Choice, GroupLimit, GroupScore, RouterSpec, Scoring, WeightRule, WeightTarget};
+use crate::architecture::{
+    Choice, GroupLimit, GroupScore, RouterSpec, Scoring, Skip, SkipThreshold, WeightRule, WeightTarget,
+};
 use crate::backend::RouterRule;
 use crate::backend::cuda::{LayerRouter, Result};
 use crate::checkpoint::Tensor;
@@ -92,7 +94,10 @@ fn spec(
             _ => WeightRule::Renormalised { added: router.added, least: router.least, scale: router.scale },
         },
         target,
-        skip: None,
+        skip: (router.skip_tail != 0.0).then_some(Skip {
+            threshold: SkipThreshold::Tail(f64::from(router.skip_tail)),
+            rescale: router.skip_keeps_weights == 0,
+        }),
     })
 }
 

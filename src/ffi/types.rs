@@ -65,6 +65,8 @@ mirror! {
         choice_bias: *const f32,
         group_of: *const i32,
         live: *const u8,
+        skip_tail: f32,
+        skip_keeps_weights: i32,
     }
     LayerSpec = "moepress_layer_spec" {
         struct_size: usize,

@@ -17,6 +17,11 @@ struct api {
     void (*layer_destroy)(moepress_layer *);
     moepress_status (*workspace_bytes)(const moepress_layer *, int64_t, size_t *);
     moepress_status (*forward)(const moepress_layer *, const moepress_forward_args *, void *);
+    /* The device's memory, its content, and a stream of it that `download` waits for. */
+    void *(*allocate)(size_t);
+    void (*upload)(void *to, const void *from, size_t);
+    void (*download)(void *to, const void *from, size_t);
+    void *stream;
 };
 
 /* The pointers above have the types of the header. */
@@ -102,91 +107,144 @@ int check_refusals(const struct api *api, const moepress_device *device, char *m
     experts[1].gate.sparse_count = 1;
     EXPECT(api->layer_create(device, &spec, &layer) == MOEPRESS_INVALID_ARGUMENT);
     EXPECT(strcmp(api->last_error(), "experts[1].gate.sparse_count: 1, expected 0: not low rank") == 0);
+    moepress_router router = {.struct_size = sizeof router, .skip_tail = -1, .live = NULL};
+    spec.router = &router;
+    experts[1].form = MOEPRESS_EXPERT_NONE;
+    EXPECT(api->layer_create(device, &spec, &layer) == MOEPRESS_INVALID_ARGUMENT);
+    EXPECT(strstr(api->last_error(), "router, skip: Tail(-1.0) with top_k 2, expected a tail of 0 to 1") == api->last_error());
     EXPECT(layer == NULL);
     return 0;
 }
 
 enum { SPARSE_ROW = 3 };
 
-/* out += weight * expert(x), the textbook way; where v is not null, gate is U V, and s is added to one of its rows. */
-static void reference(const float *gate, const float *v, const float *s, const float *up, const float *down,
-                      const float *x, float weight, float *out) {
-    float z[RANK] = {0}, h[WIDTH];
-    if (v)
-        for (int r = 0; r < RANK; r++)
-            for (int i = 0; i < HIDDEN; i++) z[r] += v[r * HIDDEN + i] * x[i];
-    for (int w = 0; w < WIDTH; w++) {
-        float g = 0, u = 0;
-        if (v)
-            for (int r = 0; r < RANK; r++) g += gate[w * RANK + r] * z[r];
-        for (int i = 0; i < HIDDEN; i++) {
-            if (!v) g += gate[w * HIDDEN + i] * x[i];
-            if (v && w == SPARSE_ROW) g += s[i] * x[i];
-            u += up[w * HIDDEN + i] * x[i];
-        }
-        h[w] = g / (1 + expf(-g)) * u;
-    }
-    for (int i = 0; i < HIDDEN; i++) {
-        float y = 0;
-        for (int w = 0; w < WIDTH; w++) y += down[i * WIDTH + w] * h[w];
-        out[i] += weight * y;
-    }
-}
+/* The weights of three experts: a dense one, one whose gate is low rank with a sparse row, and an alias of it. */
+static float gate[2][WIDTH * HIDDEN], v[RANK * HIDDEN], s[HIDDEN], up[2][WIDTH * HIDDEN], down[2][HIDDEN * WIDTH];
+static const int32_t sparse_row = SPARSE_ROW;
 
-/* A layer of a dense expert, one whose gate is low rank with a sparse row, and an alias, in f32, against the textbook. Device memory is host
- * memory here. */
-int check_layer(const struct api *api, const moepress_device *device, char *message, size_t length) {
-    static float gate[2][WIDTH * HIDDEN], v[RANK * HIDDEN], s[HIDDEN], up[2][WIDTH * HIDDEN], down[2][HIDDEN * WIDTH];
+static void make_experts(moepress_expert experts[EXPERTS]) {
     for (int e = 0; e < 2; e++) {
         fill(gate[e], WIDTH * HIDDEN, 10 + e);
         fill(up[e], WIDTH * HIDDEN, 20 + e);
         fill(down[e], HIDDEN * WIDTH, 30 + e);
-    }
-    fill(v, RANK * HIDDEN, 40);
-    fill(s, HIDDEN, 41);
-    const int32_t sparse_row = SPARSE_ROW;
-    moepress_expert experts[EXPERTS] = {{0}};
-    for (int e = 0; e < 2; e++) {
         experts[e] = (moepress_expert){.form = MOEPRESS_EXPERT_MLP, .width = WIDTH, .gate = {.weight = gate[e]},
                                        .up = {.weight = up[e]}, .down = {.weight = down[e]}};
     }
-    experts[1].gate =
-        (moepress_matrix){.form = MOEPRESS_MATRIX_LOW_RANK, .rank = RANK, .weight = gate[1], .v = v,
-                          .sparse_count = 1, .sparse_rows = &sparse_row, .sparse = s};
+    fill(v, RANK * HIDDEN, 40);
+    fill(s, HIDDEN, 41);
+    experts[1].gate = (moepress_matrix){.form = MOEPRESS_MATRIX_LOW_RANK, .rank = RANK, .weight = gate[1], .v = v,
+                                        .sparse_count = 1, .sparse_rows = &sparse_row, .sparse = s};
     experts[2] = (moepress_expert){.form = MOEPRESS_EXPERT_ALIAS, .alias_of = 1};
-    moepress_layer_spec spec = {.struct_size = sizeof spec, .hidden = HIDDEN, .dtype = MOEPRESS_F32, .top_k = TOP_K,
-                                .experts_count = EXPERTS, .experts = experts};
-    moepress_layer *layer = NULL;
-    EXPECT(api->layer_create(device, &spec, &layer) == MOEPRESS_OK);
+}
 
+/* out += weight * expert(x), the textbook way: SwiGLU, or relu(gate x) without up. */
+static void reference(int e, int has_up, const float *x, float weight, float *out) {
+    float z[RANK] = {0}, h[WIDTH];
+    for (int r = 0; r < RANK; r++)
+        for (int i = 0; i < HIDDEN; i++) z[r] += v[r * HIDDEN + i] * x[i];
+    for (int w = 0; w < WIDTH; w++) {
+        float g = 0, u = 0;
+        for (int r = 0; e && r < RANK; r++) g += gate[e][w * RANK + r] * z[r];
+        for (int i = 0; i < HIDDEN; i++) {
+            if (!e) g += gate[e][w * HIDDEN + i] * x[i];
+            if (e && w == SPARSE_ROW) g += s[i] * x[i];
+            u += up[e][w * HIDDEN + i] * x[i];
+        }
+        h[w] = has_up ? g / (1 + expf(-g)) * u : g > 0 ? g : 0;
+    }
+    for (int i = 0; i < HIDDEN; i++) {
+        float y = 0;
+        for (int w = 0; w < WIDTH; w++) y += down[e][i * WIDTH + w] * h[w];
+        out[i] += weight * y;
+    }
+}
+
+static void *on_device(const struct api *api, const void *data, size_t bytes) {
+    void *memory = api->allocate(bytes);
+    api->upload(memory, data, bytes);
+    return memory;
+}
+
+/* One pass of a layer whose arguments are there but for tokens, workspace and result; against the textbook with these
+ * experts and weights. */
+static int check_pass(const struct api *api, moepress_layer *layer, moepress_forward_args args, int has_up,
+                      const int32_t *ids, const float *weights, const float *x, char *message, size_t length) {
     size_t bytes = 0;
     EXPECT(api->workspace_bytes(layer, TOKENS, &bytes) == MOEPRESS_OK && bytes > 0);
-    float *workspace = aligned_alloc(256, (bytes + 255) / 256 * 256);
-    float *x = aligned_alloc(256, 1024), *out = aligned_alloc(256, 1024);
-    int32_t *ids = aligned_alloc(256, 256);
-    float *weights = aligned_alloc(256, 256);
-    memset(workspace, 0xff, bytes);
-    fill(x, TOKENS * HIDDEN, 50);
-    fill(weights, TOKENS * TOP_K, 60);
-    /* The last token chooses an expert and its alias, the one before leaves a slot empty. */
-    const int32_t chosen[TOKENS * TOP_K] = {0, 1, 2, 0, 1, 0, -1, 1, 1, 2};
-    memcpy(ids, chosen, sizeof chosen);
-    moepress_forward_args args = {.struct_size = sizeof args, .tokens = TOKENS, .x = x, .out = out, .ids = ids,
-                                  .weights = weights, .workspace = workspace, .workspace_bytes = bytes};
-    EXPECT(api->forward(layer, &args, NULL) == MOEPRESS_OK);
+    float out[TOKENS * HIDDEN];
+    args.struct_size = sizeof args;
+    args.tokens = TOKENS;
+    args.x = on_device(api, x, sizeof out);
+    args.out = api->allocate(sizeof out);
+    args.workspace = api->allocate(bytes);
+    args.workspace_bytes = bytes;
+    EXPECT(api->forward(layer, &args, api->stream) == MOEPRESS_OK);
+    api->download(out, args.out, sizeof out);
     for (int t = 0; t < TOKENS; t++) {
         float expected[HIDDEN] = {0};
         for (int k = 0; k < TOP_K; k++) {
-            int e = chosen[t * TOP_K + k] == 2 ? 1 : chosen[t * TOP_K + k];
-            if (e < 0) continue;
-            reference(gate[e], e ? v : NULL, s, up[e], down[e], x + t * HIDDEN, weights[t * TOP_K + k], expected);
+            int e = ids[t * TOP_K + k] == 2 ? 1 : ids[t * TOP_K + k];
+            if (e >= 0) reference(e, has_up, x + t * HIDDEN, weights[t * TOP_K + k], expected);
         }
         for (int i = 0; i < HIDDEN; i++) EXPECT(fabsf(out[t * HIDDEN + i] - expected[i]) < 1e-5f);
     }
     args.workspace_bytes = bytes - 1;
-    EXPECT(api->forward(layer, &args, NULL) == MOEPRESS_INVALID_ARGUMENT);
+    EXPECT(api->forward(layer, &args, api->stream) == MOEPRESS_INVALID_ARGUMENT);
     EXPECT(strstr(api->last_error(), "workspace_bytes: ") == api->last_error());
+    return 0;
+}
+
+/* Layers in f32, gated and of two matrices, routed by the caller and by their rule, which skips. */
+int check_layer(const struct api *api, const moepress_device *device, char *message, size_t length) {
+    moepress_expert experts[EXPERTS] = {{0}};
+    make_experts(experts);
+    moepress_layer_spec spec = {.struct_size = sizeof spec, .hidden = HIDDEN, .dtype = MOEPRESS_F32, .top_k = TOP_K,
+                                .experts_count = EXPERTS, .experts = experts};
+    float x[TOKENS * HIDDEN], weights[TOKENS * TOP_K];
+    fill(x, TOKENS * HIDDEN, 50);
+    fill(weights, TOKENS * TOP_K, 60);
+    /* The last token chooses an expert and its alias, the one before leaves a slot empty. */
+    const int32_t ids[TOKENS * TOP_K] = {0, 1, 2, 0, 1, 0, -1, 1, 1, 2};
+    const moepress_forward_args given = {.ids = on_device(api, ids, sizeof ids),
+                                         .weights = on_device(api, weights, sizeof weights)};
+    moepress_layer *layer = NULL;
+    EXPECT(api->layer_create(device, &spec, &layer) == MOEPRESS_OK);
+    if (check_pass(api, layer, given, 1, ids, weights, x, message, length)) return 1;
     api->layer_destroy(layer);
-    free(workspace), free(x), free(out), free(ids), free(weights);
+
+    for (int e = 0; e < 2; e++) experts[e].up.weight = NULL;
+    spec.activation = MOEPRESS_RELU;
+    EXPECT(api->layer_create(device, &spec, &layer) == MOEPRESS_OK);
+    if (check_pass(api, layer, given, 0, ids, weights, x, message, length)) return 1;
+    api->layer_destroy(layer);
+
+    /* Softmax over three logits: the second expert stays where it has 0.45 of the two weights or more. */
+    float logits[TOKENS * EXPERTS];
+    int32_t chosen[TOKENS * TOP_K];
+    int skipped = 0;
+    fill(logits, TOKENS * EXPERTS, 70);
+    for (int t = 0; t < TOKENS; t++) {
+        const float *row = logits + t * EXPERTS;
+        int first = row[1] > row[0] ? 1 : 0;
+        if (row[2] > row[first]) first = 2;
+        int second = first == 0 ? 1 : 0;
+        for (int e = second + 1; e < EXPERTS; e++)
+            if (e != first && row[e] > row[second]) second = e;
+        const float share = 1 / (1 + expf(row[first] - row[second]));
+        const int left_out = share < 0.45f;
+        skipped += left_out;
+        chosen[t * TOP_K] = first;
+        chosen[t * TOP_K + 1] = left_out ? -1 : second;
+        weights[t * TOP_K] = left_out ? 1 : 1 - share;
+        weights[t * TOP_K + 1] = left_out ? 0 : share;
+    }
+    EXPECT(skipped > 0 && skipped < TOKENS);
+    const moepress_router router = {.struct_size = sizeof router, .renormalise = 1, .scale = 1, .skip_tail = 0.45f};
+    spec.router = &router;
+    const moepress_forward_args routed = {.routing = MOEPRESS_ROUTE_LOGITS,
+                                          .logits = on_device(api, logits, sizeof logits)};
+    EXPECT(api->layer_create(device, &spec, &layer) == MOEPRESS_OK);
+    if (check_pass(api, layer, routed, 0, chosen, weights, x, message, length)) return 1;
+    api->layer_destroy(layer);
     return 0;
 }

@@ -5,10 +5,14 @@
 #[path = "../emulation/emulator.rs"]
 pub mod emulator;
 
+use std::path::Path;
+use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use emulator::{Buffer, Emulator};
-use moepress::backend::cuda::{Block, Device, DeviceBlock, Launch, Memory, Result, availability};
+use moepress::backend::cuda::{
+    Block, Device, DeviceBlock, Launch, Memory, Result, Unavailable, availability,
+};
 
 /// What the tests of layers need of a GPU.
 pub trait Gpu: Memory {
@@ -80,6 +84,49 @@ pub fn device() -> Option<Arc<Device>> {
     let device = known.upgrade().unwrap_or_else(|| Device::new(0).unwrap());
     *known = Arc::downgrade(&device);
     Some(device)
+}
+
+/// The variable that names the library of kernels to the stand-in for the driver.
+const EMULATOR: &str = "MOEPRESS_EMULATOR";
+
+/// Whether [`device`] is the stand-in's: slow, so that tests ask less of it.
+pub fn is_stand_in() -> bool {
+    std::env::var_os(EMULATOR).is_some()
+}
+
+/// A folder with the stand-in for the driver (driver.cpp), and the variables with which a program finds it there; `None`,
+/// with a line on standard error, where it cannot be, which `MOEPRESS_REQUIRE_CUDA=1` makes a failure where nvcc is missing.
+pub fn stand_in() -> Option<(tempfile::TempDir, [(&'static str, std::path::PathBuf); 2])> {
+    if !cfg!(target_os = "linux") || availability() == Err(Unavailable::NoKernels) {
+        let required = std::env::var("MOEPRESS_REQUIRE_CUDA").is_ok_and(|v| v == "1");
+        assert!(!required, "MOEPRESS_REQUIRE_CUDA=1: built without nvcc");
+        eprintln!("skipped: built without nvcc");
+        return None;
+    }
+    let kernels = emulator::kernels()?;
+    let folder = tempfile::tempdir().unwrap();
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/emulation/driver.cpp");
+    let mut compiler = Command::new(std::env::var("CXX").unwrap_or_else(|_| "c++".into()));
+    compiler.args(["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]).arg(source);
+    let output = compiler.arg("-o").arg(folder.path().join("libcuda.so.1")).arg("-ldl").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let variables = [("LD_LIBRARY_PATH", folder.path().to_owned()), (EMULATOR, kernels.path.clone())];
+    Some((folder, variables))
+}
+
+/// Runs the tests of this program whose names contain `name` with the stand-in for the driver: the real code for drivers,
+/// on emulated kernels.
+#[track_caller]
+pub fn through_a_driver(name: &str) {
+    if is_stand_in() {
+        return;
+    }
+    let Some((_folder, variables)) = stand_in() else { return };
+    let mut tests = Command::new(std::env::current_exe().unwrap());
+    tests.arg(name).envs(variables).env("MOEPRESS_REQUIRE_GPU", "1");
+    let output = tests.output().unwrap();
+    let [out, err] = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    assert!(output.status.success() && !out.contains(" 0 passed"), "{out}\n{err}");
 }
 
 /// Tests, functions of a [`Gpu`], that run on the emulated GPU and on a real one.
