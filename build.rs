@@ -7,7 +7,7 @@
 //! (`+`) that the driver of a later GPU translates.
 //!
 //! `OUT_DIR` holds for each source the fat binary, what ptxas said (`.ptxas`, read by the tests) and a key of all that
-//! went into it (`.key`), so that only what changed is compiled again.
+//! went into it (`.key`), so that only what changed is compiled again; and for the tests nvcc's path and the list.
 
 use std::collections::hash_map::DefaultHasher;
 use std::env;
@@ -88,6 +88,7 @@ fn build() -> Result<(), String> {
     compile_all(&nvcc, &generated, &sources, &shared, &out)?;
     // For the tests that look into the machine code with the tools beside nvcc.
     write(&out.join("nvcc"), nvcc.program.to_string_lossy().as_bytes())?;
+    write(&out.join("architectures"), architectures.as_bytes())?;
     write(&out.join("images.rs"), table(&sources, &architectures).as_bytes())
 }
 
