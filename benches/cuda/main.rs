@@ -1,8 +1,8 @@
 //! MoE layers on a GPU: time of a forward pass, replayed as a CUDA graph, for four model shapes, dense and low rank, from
 //! one token to 16384. Does nothing, saying so, where there is no GPU.
 //!
-//! `cargo bench --bench cuda -- [--shape NAME] [--tokens N,N] [--peak TFLOP/s TB/s] [--kernels]`. One line of JSON per
-//! measurement on standard output. With `--peak`, what the device reaches in a large GEMM and in a copy, also the fraction
+//! `cargo bench --bench cuda -- [--shape NAME] [--form NAME] [--tokens N,N] [--runs N] [--peak TFLOP/s TB/s] [--kernels]`. One
+//! line of JSON per measurement on standard output. With `--peak`, what the device reaches in a large GEMM and in a copy, also the fraction
 //! of the floor: the time for the arithmetic, or for reading the visited experts and the tokens once and writing the
 //! results, whichever is longer. With `--kernels`, the time of each kernel instead.
 
@@ -12,7 +12,7 @@ mod timing;
 use std::error::Error;
 use std::io::Write;
 
-use layer::{Case, FORMS, Layer, SHAPES, Shape};
+use layer::{Case, FORMS, Form, Layer, SHAPES, Shape};
 use moepress::backend::cuda::{Device, availability};
 use timing::{Gpu, Timed};
 
@@ -20,19 +20,24 @@ use timing::{Gpu, Timed};
 #[derive(Default)]
 struct Options {
     shape: Option<String>,
+    form: Option<String>,
     tokens: Vec<usize>,
     /// TFLOP/s and TB/s of the device.
     peak: Option<[f64; 2]>,
     kernels: bool,
+    /// Replays of which the median is taken.
+    runs: usize,
 }
 
 fn options() -> Result<Options, Box<dyn Error>> {
-    let mut options = Options::default();
+    let mut options = Options { runs: 60, ..Options::default() };
     let mut arguments = std::env::args().skip(1).filter(|a| a != "--bench");
     let mut next = |what: &str| arguments.next().ok_or_else(|| format!("expected {what}"));
     while let Ok(name) = next("") {
         match name.as_str() {
             "--shape" => options.shape = Some(next("a shape")?),
+            "--form" => options.form = Some(next("a form")?),
+            "--runs" => options.runs = next("a number")?.parse::<usize>()?.max(1),
             "--tokens" => {
                 options.tokens = next("numbers")?.split(',').map(str::parse).collect::<Result<_, _>>()?;
             }
@@ -55,8 +60,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let gpu = Gpu::new(Device::new(0)?)?;
     let chosen = |shape: &&Shape| options.shape.as_ref().is_none_or(|name| name == shape.name);
+    let wanted = |form: &Form| options.form.as_ref().is_none_or(|name| name == form.name);
     for shape in SHAPES.iter().filter(chosen) {
-        for form in FORMS {
+        for form in FORMS.into_iter().filter(wanted) {
             let layer = Layer::new(&gpu.device, shape, form)?;
             for &tokens in &options.tokens {
                 measure(&gpu, &layer, tokens, &options)?;
@@ -68,7 +74,6 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 /// Copies of the inputs, so that neither tokens nor experts of one run are in the cache for the next.
 const COPIES: usize = 3;
-const RUNS: usize = 60;
 
 fn measure(gpu: &Gpu, layer: &Layer, tokens: usize, options: &Options) -> Result<(), Box<dyn Error>> {
     let device = gpu.device.name();
@@ -85,9 +90,11 @@ fn measure(gpu: &Gpu, layer: &Layer, tokens: usize, options: &Options) -> Result
         }
         line["kernels"] = serde_json::json!(timed.microseconds()?);
     } else {
+        // A first run outside of a capture: whatever a driver does at a kernel's first launch is done.
+        gpu.run(|stream| cases[0].enqueue(layer, stream))?;
         let graphs = cases.iter().map(|case| gpu.capture(|stream| case.enqueue(layer, stream)));
         let graphs = graphs.collect::<Result<Vec<_>, _>>()?;
-        let microseconds = gpu.median(&graphs, RUNS)?;
+        let microseconds = gpu.median(&graphs, options.runs)?;
         let flops = cases.iter().map(Case::flops).sum::<f64>() / COPIES as f64;
         let bytes = cases.iter().map(Case::bytes).sum::<f64>() / COPIES as f64;
         line["us"] = microseconds.into();

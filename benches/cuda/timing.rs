@@ -37,6 +37,12 @@ impl Gpu {
         unsafe { self.device.stream(self.stream.cu_stream().cast()) }
     }
 
+    /// Runs what `enqueue` enqueues, and waits for it.
+    pub(crate) fn run(&self, enqueue: impl FnOnce(&Stream) -> Result<()>) -> Result<()> {
+        enqueue(&self.launcher())?;
+        self.stream.synchronize().map_err(failed("waiting"))
+    }
+
     /// Captures what `enqueue` enqueues. Graphs live until the program ends.
     pub(crate) fn capture(&self, enqueue: impl FnOnce(&Stream) -> Result<()>) -> Result<Graph> {
         let mode = CaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;

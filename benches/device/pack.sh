@@ -15,15 +15,17 @@ for line in sys.stdin:
     if message.get("executable"):
         print(message["target"]["name"], message["executable"])'
 }
-executables test --release --no-run --test cuda_layer --test cuda_graph | while read -r name path; do
+executables test --release --no-run --test cuda_layer --test cuda_graph --test ffi | while read -r name path; do
     cp "$path" "$out/test-$name"
 done
 executables bench --no-run --bench cuda | while read -r _ path; do cp "$path" "$out/bench-cuda"; done
 cargo rustc --release --lib --crate-type cdylib
+for file in "$out"/test-* "$out/bench-cuda"; do strip --strip-debug "$file"; done
 cp target/release/libmoepress.so "$out"
 mkdir -p "$out/examples/pytorch" "$out/include"
 cp examples/pytorch/moepress_torch.py "$out/examples/pytorch"
 cp include/moepress.h "$out/include"
 cp benches/peers/gpu.py benches/device/table.py benches/device/run.sh "$out"
 git rev-parse HEAD > "$out/commit"
+du -sh "$out"
 echo "packed into $out: copy it to the GPU machine and start run.sh there"

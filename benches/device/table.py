@@ -1,4 +1,7 @@
-"""Writes the measurements in a folder (layer.jsonl, kernels.jsonl, peers.jsonl) as Markdown tables."""
+"""Writes the measurements in a folder (layer.jsonl, kernels.jsonl, peers.jsonl) as Markdown tables.
+
+    python table.py FOLDER
+"""
 
 import json
 import pathlib
@@ -21,6 +24,9 @@ def main(folder):
     layers, kernels, peers = (lines(folder / f"{name}.jsonl") for name in ("layer", "kernels", "peers"))
     if layers:
         print(f"# MoE layers on {layers[0]['device']}\n")
+    commit = folder.parent / "commit"
+    if layers and commit.exists():
+        print(f"Commit {commit.read_text().strip()}.\n")
     for shape in dict.fromkeys(line["shape"] for line in layers):
         mine = [line for line in layers if line["shape"] == shape]
         print(f"## {shape}\n\nMedian time of a replayed graph in µs.\n")
@@ -28,10 +34,9 @@ def main(folder):
         others = list(dict.fromkeys(line["peer"] for line in peers if line["shape"] == shape))
         rows = []
         for tokens in dict.fromkeys(line["tokens"] for line in mine):
-            ours = [line["us"] for form in forms for line in mine if (line["form"], line["tokens"]) == (form, tokens)]
-            theirs = {line["peer"]: line["us"] for line in peers if (line["shape"], line["tokens"]) == (shape, tokens)}
-            found = [f"{us:.1f}" for us in ours] + [f"{theirs[p]:.1f}" if p in theirs else "" for p in others]
-            rows.append([str(tokens), *found])
+            found = {line["form"]: line["us"] for line in mine if line["tokens"] == tokens}
+            found |= {line["peer"]: line["us"] for line in peers if (line["shape"], line["tokens"]) == (shape, tokens)}
+            rows.append([str(tokens), *(f"{found[name]:.1f}" if name in found else "" for name in [*forms, *others])])
         table(["tokens", *forms, *others], rows)
         head = ["tokens, form", "µs", "TFLOP/s", "GB/s", "of the floor"]
         rows = [[f"{line['tokens']}, {line['form']}", f"{line['us']:.1f}", f"{line['tflops']:.1f}", f"{line['gbs']:.0f}",
