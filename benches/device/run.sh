@@ -23,7 +23,7 @@ step() {
     local limit=$1 log="results/$2.log" started=$SECONDS
     shift 2
     echo "== $*"
-    if timeout "$limit" "$@" >"$log" 2>&1; then
+    if timeout "$limit" "$@" >"$log" 2>&1 && ! grep -q 'test result: ok. 0 passed' "$log"; then
         echo "passed in $((SECONDS - started)) s"
     else
         echo "FAILED with status $? after $((SECONDS - started)) s, see $log"
@@ -59,11 +59,11 @@ has_torch() {
 for what in "$@"; do
     case $what in
         tests)
-            step 150 layer ./test-cuda_layer device:: --test-threads 1
-            step 100 graph ./test-cuda_graph graph --test-threads 1
-            step 60 ffi ./test-ffi layers_of_a_device --test-threads 1
+            step 150 test-layer ./test-cuda_layer device:: --test-threads 1
+            step 100 test-graph ./test-cuda_graph graph --test-threads 1
+            step 60 test-ffi ./test-ffi layers_of_a_device --test-threads 1
             has_torch "the example in examples/pytorch is not run" &&
-                step 120 pytorch python3 examples/pytorch/moepress_torch.py ./libmoepress.so
+                step 120 test-pytorch python3 examples/pytorch/moepress_torch.py ./libmoepress.so
             ;;
         sanitizer)
             if ! command -v compute-sanitizer >/dev/null; then
