@@ -16,7 +16,8 @@ use moepress::calibrate::{Options as CalibrateOptions, calibrate, measure};
 use moepress::checkpoint::Checkpoint;
 use moepress::compress::Options;
 use moepress::eval;
-use moepress::model::Model;
+use moepress::generate::start_token;
+use moepress::model::{Decoder, Model};
 use moepress::plan::Budget;
 use moepress::tokens::{Windows, write_token_file};
 use serde_json::{Value, json};
@@ -231,15 +232,153 @@ fn what_does_not_fit_is_said_in_one_line() {
             assert!(!Path::new(&out).exists());
         }
     }
-    let tokenizer = json!({"version": "1.0", "pre_tokenizer": {"type": "Whitespace"},
-        "model": {"type": "WordLevel", "vocab": {"a": 3}, "unk_token": "a"}});
-    let model = common::Mutant::of("switch_transformers");
-    std::fs::write(model.file("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let model = with_tokenizer("switch_transformers");
+    std::fs::write(model.file("text"), "w3 w4 w5").unwrap();
     let dir = model.path().to_string_lossy().into_owned();
-    let message = moepress(["generate", &dir, "--prompt", "a", "--quiet"]).error(1);
-    assert!(message.contains("has an encoder: it does not continue texts"), "{message}");
-    std::fs::write(path("text"), "a a a a a a").unwrap();
-    let message =
-        moepress(["eval", &dir, "--text", &path("text"), "--window-length", "4", "--quiet"]).error(1);
-    assert!(message.contains(needs), "{message}");
+    let text = model.file("text").to_string_lossy().into_owned();
+    let message = moepress(["generate", &dir, "--prompt", "", "--quiet"]).error(1);
+    assert!(message.contains("gives no tokens"), "{message}");
+    model.set_config("decoder_start_token_id", json!([0]));
+    assert_eq!(start_token(model.path()).unwrap(), 0);
+    model.set_config("decoder_start_token_id", json!("0"));
+    assert!(start_token(model.path()).unwrap_err().to_string().contains("expected a token id"));
+    model.set_config("decoder_start_token_id", Value::Null);
+    for arguments in [
+        vec!["generate", &dir, "--prompt", "w3"],
+        vec!["eval", &dir, "--text", &text, "--window-length", "2"],
+    ] {
+        let message = moepress([&arguments[..], &["--quiet"]].concat()).error(1);
+        assert!(message.contains("config.json: decoder_start_token_id is missing"), "{message}");
+    }
+    let checkpoint = Checkpoint::open(data("mixtral")).unwrap();
+    let model = Model::new(&checkpoint, &Cpu, 8).unwrap();
+    let message = Decoder::new(&model, &mut ()).unwrap().sequence_behind(&[3]).err().unwrap().to_string();
+    assert_eq!(message, "mixtral has no encoder: its texts begin without one to read");
+    let checkpoint = Checkpoint::open(data("switch_transformers")).unwrap();
+    let model = Model::new(&checkpoint, &Cpu, 8).unwrap();
+    let decoder = Decoder::new(&model, &mut ()).unwrap();
+    assert!(decoder.sequence().err().unwrap().to_string().contains("has an encoder"));
+    assert!(decoder.sequence_behind(&[]).is_err());
+    assert!(decoder.sequence_behind(&[3, 64]).err().unwrap().to_string().contains("token id 64"));
+}
+
+/// A copy of a model whose 64 tokens are the words w0 to w63.
+fn with_tokenizer(name: &str) -> common::Mutant {
+    let words: serde_json::Map<String, Value> = (0..64).map(|i| (format!("w{i}"), json!(i))).collect();
+    let tokenizer = json!({"version": "1.0", "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "w2"}});
+    let model = common::Mutant::of(name);
+    std::fs::write(model.file("tokenizer.json"), tokenizer.to_string()).unwrap();
+    model
+}
+
+fn words(ids: &[u32]) -> String {
+    ids.iter().map(|id| format!("w{id}")).collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn token_by_token_is_the_whole_pass() {
+    for name in MODELS {
+        let golden = data(name).join("golden.safetensors");
+        let windows = inputs(name);
+        // The first window has no padding.
+        let source = &windows.ids[..windows.length];
+        let decoder_ids = &windows.predicted().ids[..windows.predicted().length];
+        let expected = read(&golden, "logits");
+        let expected = &expected[..expected.len() / windows.count];
+        let checkpoint = Checkpoint::open(data(name)).unwrap();
+        let model = Model::new(&checkpoint, &Cpu, decoder_ids.len()).unwrap();
+        let decoder = Decoder::new(&model, &mut ()).unwrap();
+        for piece in [1, 5, decoder_ids.len()] {
+            let mut sequence = decoder.sequence_behind(source).unwrap();
+            let mut logits = Vec::new();
+            for ids in decoder_ids.chunks(piece) {
+                logits.extend_from_slice(sequence.extend_all(ids).unwrap());
+            }
+            let difference = max_difference(&logits, expected);
+            assert!(difference < 1e-4, "{name} in pieces of {piece}: off by {difference:.1e}");
+        }
+    }
+}
+
+#[test]
+fn greedy_answers_are_those_of_transformers() {
+    for name in MODELS {
+        let golden = data(name).join("golden.safetensors");
+        let expected: Vec<u32> = read(&golden, "generated").into_iter().map(|id| id as u32).collect();
+        let windows = inputs(name);
+        let model = with_tokenizer(name);
+        let dir = model.path().to_string_lossy().into_owned();
+        let prompt = words(&windows.ids[..windows.length]);
+        let arguments = ["generate", &dir, "--prompt", &prompt, "--max-tokens", "12", "--json", "--quiet"];
+        let found = moepress(arguments).json();
+        assert_eq!(found["ids"], json!(expected[1..]), "{name}");
+        assert_eq!(found["text"].as_str().unwrap().trim(), words(&expected[1..]));
+        assert_eq!((&found["prompt_tokens"], &found["stop"]), (&json!(windows.length), &json!("max_tokens")));
+        // Where the answer's second token ends texts, the first is all.
+        model.set_config("eos_token_id", json!(expected[2]));
+        let found = moepress(arguments).json();
+        assert_eq!((&found["ids"], &found["stop"]), (&json!(expected[1..2]), &json!("end_token")));
+    }
+}
+
+#[test]
+fn half_of_a_text_is_read_and_half_predicted() {
+    let model = with_tokenizer("switch_transformers");
+    let ids: Vec<u32> = (0..21).map(|i| 3 + (i * 7) % 50).collect();
+    std::fs::write(model.file("text"), words(&ids)).unwrap();
+    let windows = |ids: Vec<u32>, length: usize| {
+        let files = vec![moepress::tokens::SourceFile { name: "text".into(), windows: 3 }];
+        Windows { ids, mask: None, count: 3, length, files, decoder: None }
+    };
+    let (mut read_by_encoder, mut behind_start) = (Vec::new(), Vec::new());
+    for window in ids.chunks(7) {
+        read_by_encoder.extend_from_slice(&window[..4]);
+        behind_start.push(0);
+        behind_start.extend_from_slice(&window[4..]);
+    }
+    let decoder = Some(Box::new(windows(behind_start, 4)));
+    let halves = Windows { decoder, ..windows(read_by_encoder, 4) };
+    assert_eq!(windows(ids, 7).split(0), halves);
+    write_token_file(&model.file("tokens"), &halves).unwrap();
+    let dir = model.path().to_string_lossy().into_owned();
+    let [text, tokens] = ["text", "tokens"].map(|name| model.file(name).to_string_lossy().into_owned());
+    let by_text = moepress(["eval", &dir, "--text", &text, "--window-length", "7", "--json"]).json();
+    let by_tokens = moepress(["eval", &dir, "--tokens", &tokens, "--json"]).json();
+    assert_eq!(by_text["overall"], by_tokens["overall"]);
+    assert_eq!(by_text["overall"]["tokens"], json!(9));
+}
+
+#[test]
+fn choices_are_answers_to_what_the_encoder_reads() {
+    let model = with_tokenizer("switch_transformers_untied");
+    let context = [5, 9, 33, 12, 8];
+    let choices: [&[u32]; 3] = [&[40, 3], &[7], &[9, 9, 21, 50]];
+    let lines = [&context[..], &context[..3]].map(|context| {
+        json!({"context": words(context), "choices": choices.map(words), "answer": 1}).to_string()
+    });
+    std::fs::write(model.file("questions"), lines.join("\n")).unwrap();
+    let questions = eval::Questions::read(&model.file("questions")).unwrap();
+    let tokenizer = moepress::tokens::Tokenizer::open(model.path(), moepress::tokens::Bos::Auto).unwrap();
+    let checkpoint = Checkpoint::open(model.path()).unwrap();
+    let network = Model::new(&checkpoint, &Cpu, 1).unwrap();
+    let found = eval::multiple_choice(&network, &tokenizer, &questions, &mut ()).unwrap();
+    for (prediction, context) in found.predictions.iter().zip([&context[..], &context[..3]]) {
+        for (choice, log_likelihood) in choices.iter().zip(&prediction.log_likelihoods) {
+            // Each on its own, without padding.
+            let mut alone = common::windows(&context.iter().map(|&id| f64::from(id)).collect::<Vec<_>>(), 1);
+            let behind: Vec<f64> = std::iter::once(0).chain(choice.iter().copied()).map(f64::from).collect();
+            alone.decoder = Some(Box::new(common::windows(&behind, 1)));
+            let logits = run(model.path(), &alone).logits;
+            let expected: f64 = choice
+                .iter()
+                .zip(logits.chunks_exact(64))
+                .map(|(&id, row)| {
+                    let sum: f64 = row.iter().map(|&l| f64::from(l).exp()).sum();
+                    f64::from(row[id as usize]) - sum.ln()
+                })
+                .sum();
+            assert!((log_likelihood - expected).abs() < 1e-4, "{log_likelihood} and {expected}");
+        }
+    }
 }

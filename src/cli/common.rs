@@ -7,6 +7,7 @@ use clap::ValueEnum;
 use moepress::architecture::Architecture;
 use moepress::backend::cpu::{Cpu, Isa};
 use moepress::checkpoint::AtomicFile;
+use moepress::generate::start_token;
 use moepress::tokens::{Bos, Error as TokensError, Tokenizer, Windows, read_token_file};
 
 use super::failure::Failure;
@@ -246,7 +247,10 @@ impl TextInput {
         if length > max_positions {
             return Err(TokensError::TooLong { length, max_positions }.into());
         }
-        let windows = self.tokenizer(model_dir)?.windows(&self.text, length)?;
+        let mut windows = self.tokenizer(model_dir)?.windows(&self.text, length)?;
+        if architecture.encoder_layers > 0 {
+            windows = windows.split(start_token(model_dir)?);
+        }
         let fits = windows.check(architecture.vocabulary, max_positions);
         fits.map_err(|e| at(&model_dir.join("tokenizer.json"), &e))?;
         Ok(windows)

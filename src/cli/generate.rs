@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use moepress::backend::Backend;
 use moepress::checkpoint::Checkpoint;
 use moepress::generate::{
-    Detokeniser, Generation, Options, Sampler, Sampling, Stop, end_tokens, generate, positions,
+    Detokeniser, Generation, Options, Sampler, Sampling, Stop, end_tokens, generate, positions, start_token,
 };
 use moepress::model::{Decoder, Model, open_architecture};
 use moepress::tokens::Tokenizer;
@@ -24,7 +24,7 @@ use super::units::{counted, parse_at_least, rate, seconds};
 pub(crate) struct Args {
     /// Checkpoint folder
     model: PathBuf,
-    /// The text to continue
+    /// The text to continue; the encoder's, in models that have one
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: Option<String>,
     /// A UTF-8 file with the text to continue; - for standard input
@@ -85,18 +85,27 @@ impl Args {
         let checkpoint = Checkpoint::open(&self.model)?;
         let architecture = open_architecture(&checkpoint)?;
         let tokenizer = Tokenizer::open(&self.model, self.bos.mode())?;
-        let prompt = tokenizer.encode_document(&self.text()?)?;
+        let start_token = match architecture.encoder_layers {
+            0 => None,
+            _ => Some(start_token(&self.model)?),
+        };
+        let text = self.text()?;
+        let prompt = match start_token {
+            None => tokenizer.encode_document(&text)?,
+            Some(_) => tokenizer.encode_source(&text)?,
+        };
         if prompt.is_empty() {
             let what =
                 "gives no tokens, and the tokenizer has no beginning-of-sequence token; write something";
             return Err(Failure::Work(format!("{}: {what}", self.input())));
         }
-        let length = positions(prompt.len(), self.max_tokens, architecture.max_positions)?;
+        let held = if start_token.is_some() { 1 } else { prompt.len() };
+        let length = positions(held, self.max_tokens, architecture.max_positions)?;
         let model = Model::new(&checkpoint, backend, length)?;
         let mut report = self.output.report();
         let decoder = Decoder::new(&model, &mut report)?;
         let end_tokens = end_tokens(&self.model)?;
-        let options = Options { max_tokens: self.max_tokens, sampling, end_tokens };
+        let options = Options { max_tokens: self.max_tokens, sampling, end_tokens, start_token };
         let (generation, text) = self.stream(&decoder, &tokenizer, &prompt, &options)?;
         let summary = Summary::new(&generation, text, prompt.len(), backend.device());
         report.note(&summary.speed());
@@ -112,7 +121,8 @@ impl Args {
         options: &Options,
     ) -> Result<(Generation, String), Failure> {
         let mut text = String::new();
-        let mut detokeniser = Detokeniser::new(tokenizer, prompt)?;
+        let before = options.start_token.as_ref().map_or(prompt, std::slice::from_ref);
+        let mut detokeniser = Detokeniser::new(tokenizer, before)?;
         let mut show = |piece: &str| {
             text.push_str(piece);
             if self.output.json || piece.is_empty() { Ok(()) } else { output::text(piece) }

@@ -4,6 +4,9 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// The token that a decoder begins with.
+    #[error(transparent)]
+    Start(#[from] crate::generate::Error),
     /// The model.
     #[error(transparent)]
     Model(#[from] crate::model::Error),

@@ -8,6 +8,7 @@ use super::softmax::Softmax;
 use super::wave::{Place, Wave};
 use super::{Error, Questions, Result, Skipping};
 use crate::backend::Backend;
+use crate::generate::start_token;
 use crate::model::Model;
 use crate::progress::Progress;
 use crate::tokens::Tokenizer;
@@ -54,6 +55,9 @@ pub struct Prediction {
 /// are kept: as many as the model has positions, and the final one, which is only predicted. The choices of all
 /// questions pass the model together, sorted by length; memory does not grow with their number, but for the token ids.
 ///
+/// Behind an encoder, the context is what that reads, with the special tokens that the tokeniser puts around it, and the
+/// decoder scores the tokens of the choice alone behind its start token.
+///
 /// Steps of progress: layers × waves of [`super::TOKENS_PER_WAVE`]. Warns where sequences were cut.
 ///
 /// # Errors
@@ -67,9 +71,11 @@ pub fn multiple_choice<B: Backend>(
     progress: &mut dyn Progress,
 ) -> Result<MultipleChoice> {
     let architecture = model.architecture();
-    let sequences =
-        sequences::encode(questions, tokenizer, architecture.vocabulary, architecture.max_positions)?;
-    let lengths: Vec<usize> = sequences.iter().map(|s| s.input().len()).collect();
+    let has_encoder = architecture.encoder_layers > 0;
+    let start = has_encoder.then(|| start_token(model.checkpoint().dir())).transpose()?;
+    let (vocabulary, max_positions) = (architecture.vocabulary, architecture.max_positions);
+    let sequences = sequences::encode(questions, tokenizer, vocabulary, max_positions, start)?;
+    let lengths: Vec<usize> = sequences.iter().map(Sequence::length).collect();
     let waves = sequences::group(&lengths);
     progress.begin("evaluate: layer", architecture.layers.len() * waves.len());
     let truncated = sequences.iter().filter(|s| s.truncated).count();

@@ -12,7 +12,10 @@ pub(super) struct Sequence {
     pub(super) line: usize,
     /// Index of the choice.
     pub(super) choice: usize,
-    /// Context and choice, cut from the left where they are too long.
+    /// What an encoder reads; empty in a decoder-only model.
+    pub(super) source: Vec<u32>,
+    /// Context and choice, cut from the left where they are too long; behind an encoder, the decoder's start token and the
+    /// choice.
     pub(super) ids: Vec<u32>,
     /// Tokens of the choice, at the end of `ids`; at least one, and at least one token is before them.
     pub(super) choice_tokens: usize,
@@ -25,6 +28,11 @@ impl Sequence {
     pub(super) fn input(&self) -> &[u32] {
         &self.ids[..self.ids.len() - 1]
     }
+
+    /// Tokens that a window has to hold.
+    pub(super) fn length(&self) -> usize {
+        self.source.len().max(self.input().len())
+    }
 }
 
 /// Sequences of every choice of every question, in order.
@@ -32,7 +40,8 @@ impl Sequence {
 /// Tokens are found as lm-eval finds them (`_encode_pair`): white space at the end of the context moves to the choice;
 /// both are encoded together and the context alone; the tokens of the choice are those of both beyond as many as the
 /// context has. Documents begin with BOS where the tokeniser has one; an empty context is BOS alone. At most
-/// `max_positions` tokens pass the model, the last ones.
+/// `max_positions` tokens pass the model, the last ones. With a `start` token the context is the encoder's, with the special
+/// tokens that the tokeniser puts around it, and the choice alone follows the start token.
 ///
 /// # Errors
 /// Names the question and the choice that cannot be scored.
@@ -41,6 +50,7 @@ pub(super) fn encode(
     tokenizer: &Tokenizer,
     vocabulary: usize,
     max_positions: usize,
+    start: Option<u32>,
 ) -> Result<Vec<Sequence>> {
     let mut sequences = Vec::new();
     for question in &questions.questions {
@@ -50,9 +60,24 @@ pub(super) fn encode(
                 line: question.line,
                 what: format!("choice {i} {what}"),
             };
-            let (mut ids, choice_tokens) = pair(question, choice, tokenizer)?;
+            let (source, mut ids, choice_tokens) = match start {
+                None => {
+                    let (ids, choice_tokens) = pair(question, choice, tokenizer)?;
+                    (Vec::new(), ids, choice_tokens)
+                }
+                Some(start) => {
+                    let own = tokenizer.encode(choice)?;
+                    let source = tokenizer.encode_source(&question.context)?;
+                    if source.is_empty() {
+                        return Err(invalid("follows an empty context; expected one for the encoder".into()));
+                    }
+                    (source, [&[start], &own[..]].concat(), own.len())
+                }
+            };
             if choice_tokens == 0 {
-                return Err(invalid("merges with the context and has no token of its own".into()));
+                return Err(invalid(
+                    "gives no token, or merges with the context and has no token of its own".into(),
+                ));
             }
             if choice_tokens == ids.len() {
                 return Err(invalid(
@@ -66,7 +91,7 @@ pub(super) fn encode(
                     "has {choice_tokens} tokens, more than the model's {max_positions} positions"
                 )));
             }
-            if let Some(id) = ids.iter().find(|id| **id as usize >= vocabulary) {
+            if let Some(id) = ids.iter().chain(&source).find(|id| **id as usize >= vocabulary) {
                 return Err(invalid(format!("gives token id {id}, outside the vocabulary of {vocabulary}")));
             }
             let cut = ids.len().saturating_sub(max_positions + 1);
@@ -74,6 +99,7 @@ pub(super) fn encode(
             sequences.push(Sequence {
                 line: question.line,
                 choice: i,
+                source,
                 ids,
                 choice_tokens,
                 truncated: cut > 0,
@@ -126,13 +152,20 @@ pub(super) fn group(lengths: &[usize]) -> Vec<Vec<Part>> {
     waves
 }
 
-/// The sequences of a part as windows padded on the right, which attention, being causal, never sees.
+/// The sequences of a part as windows padded on the right, which attention, being causal, never sees; in an encoder the
+/// mask hides it.
 pub(super) fn windows(sequences: &[Sequence], part: &[usize]) -> Windows {
-    let length = part.iter().map(|&s| sequences[s].input().len()).max().unwrap_or(0);
+    let own = padded(part, |s| sequences[s].input());
+    let source = padded(part, |s| &sequences[s].source);
+    if source.length == 0 { own } else { Windows { decoder: Some(Box::new(own)), ..source } }
+}
+
+fn padded<'s>(part: &[usize], tokens: impl Fn(usize) -> &'s [u32]) -> Windows {
+    let length = part.iter().map(|&s| tokens(s).len()).max().unwrap_or(0);
     let mut ids = Vec::with_capacity(part.len() * length);
     let mut mask = Vec::with_capacity(part.len() * length);
     for &s in part {
-        let input = sequences[s].input();
+        let input = tokens(s);
         let padding = length - input.len();
         ids.extend_from_slice(input);
         ids.extend(std::iter::repeat_n(0, padding));
@@ -201,6 +234,7 @@ mod tests {
         let sequence = |ids: &[u32], choice_tokens| Sequence {
             line: 1,
             choice: 0,
+            source: Vec::new(),
             ids: ids.into(),
             choice_tokens,
             truncated: false,

@@ -8,7 +8,7 @@ mod stop;
 pub use detokenise::Detokeniser;
 pub use error::Error;
 pub use sample::{Sampler, Sampling};
-pub use stop::end_tokens;
+pub use stop::{end_tokens, start_token};
 
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
@@ -28,6 +28,9 @@ pub struct Options {
     pub sampling: Sampling,
     /// Tokens that end the text: see [`end_tokens`].
     pub end_tokens: Vec<u32>,
+    /// Where an encoder reads the prompt: the token that the decoder begins with, see [`start_token`]. `None` in a
+    /// decoder-only model, which continues the prompt.
+    pub start_token: Option<u32>,
 }
 
 /// Why generation ended.
@@ -67,7 +70,8 @@ pub fn positions(prompt: usize, max_tokens: usize, most: usize) -> Result<usize>
     }
 }
 
-/// Continues `prompt`: the prompt as one batch, then token by token. `receive` gets each new token as it is chosen.
+/// Continues `prompt`, or has an encoder read it and the decoder answer: the prompt as one batch, then token by token.
+/// `receive` gets each new token as it is chosen.
 ///
 /// # Errors
 /// A prompt without tokens or with ids outside the vocabulary; more tokens than the model was made for; logits that are
@@ -78,11 +82,14 @@ pub fn generate<B: Backend>(
     options: &Options,
     mut receive: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Generation> {
-    positions(prompt.len(), options.max_tokens, decoder.model().length())?;
     let mut sampler = Sampler::new(options.sampling)?;
-    let mut sequence = decoder.sequence()?;
     let start = Instant::now();
-    let mut logits = sequence.extend(prompt)?;
+    let (mut sequence, first) = match options.start_token {
+        None => (decoder.sequence()?, prompt),
+        Some(ref token) => (decoder.sequence_behind(prompt)?, std::slice::from_ref(token)),
+    };
+    positions(first.len(), options.max_tokens, decoder.model().length())?;
+    let mut logits = sequence.extend(first)?;
     let prefill = start.elapsed();
     let start = Instant::now();
     let mut generation =
@@ -90,7 +97,7 @@ pub fn generate<B: Backend>(
     while generation.ids.len() < options.max_tokens {
         let Some(id) = sampler.choose(logits) else {
             decoder.check_finite()?;
-            return Err(Error::NotFinite { position: prompt.len() + generation.ids.len() });
+            return Err(Error::NotFinite { position: first.len() + generation.ids.len() });
         };
         if options.end_tokens.contains(&id) {
             generation.stop = Stop::EndToken;

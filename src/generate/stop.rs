@@ -1,4 +1,4 @@
-//! Which tokens end a text.
+//! Which tokens begin and end a text.
 
 use std::path::Path;
 
@@ -12,6 +12,26 @@ use super::{Error, Result};
 /// # Errors
 /// Names the file whose `eos_token_id` is something else.
 pub fn end_tokens(dir: &Path) -> Result<Vec<u32>> {
+    Ok(tokens(dir, "eos_token_id")?.unwrap_or_default())
+}
+
+/// The token that the decoder behind an encoder begins with, as the checkpoint in `dir` says: `decoder_start_token_id`,
+/// or else `bos_token_id`, as in transformers.
+///
+/// # Errors
+/// Names the file whose key is something else than a token id, and the key where neither is there.
+pub fn start_token(dir: &Path) -> Result<u32> {
+    for key in ["decoder_start_token_id", "bos_token_id"] {
+        if let Some(&[id]) = tokens(dir, key)?.as_deref() {
+            return Ok(id);
+        }
+    }
+    let what = "decoder_start_token_id is missing: the decoder needs a token to begin with".into();
+    Err(Error::Config { path: dir.join("config.json"), what })
+}
+
+/// What `generation_config.json`, or else `config.json`, has under `key`.
+fn tokens(dir: &Path, key: &str) -> Result<Option<Vec<u32>>> {
     for name in ["generation_config.json", "config.json"] {
         let path = dir.join(name);
         if !path.exists() {
@@ -21,15 +41,16 @@ pub fn end_tokens(dir: &Path) -> Result<Vec<u32>> {
         let text = std::fs::read(&path).map_err(|e| invalid(e.to_string()))?;
         let config: Value =
             serde_json::from_slice(&text).map_err(|e| invalid(format!("not valid JSON: {e}")))?;
-        let inner = &config["text_config"]["eos_token_id"];
-        let value = [&config["eos_token_id"], inner].into_iter().find(|v| !v.is_null());
+        let inner = &config["text_config"][key];
+        let value = [&config[key], inner].into_iter().find(|v| !v.is_null());
         let id = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
-        let ids = match value {
+        let ids: Option<Vec<u32>> = match value {
             None => continue,
             Some(Value::Array(list)) => list.iter().map(id).collect(),
             Some(value) => id(value).map(|id| vec![id]),
         };
-        return ids.ok_or_else(|| invalid("eos_token_id: expected a token id or a list of them".into()));
+        let ids = ids.ok_or_else(|| invalid(format!("{key}: expected a token id or a list of them")))?;
+        return Ok(Some(ids));
     }
-    Ok(Vec::new())
+    Ok(None)
 }

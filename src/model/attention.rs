@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::cache::{LayerCache, Rows};
+use super::cache::{CrossCache, LayerCache, Rows};
 use super::layer::{Linear, Scratch};
 use super::source::{AttentionSource, LinearSource};
 use super::stream::Memory;
@@ -136,6 +136,39 @@ impl<B: Backend> Attention<B> {
             Attention::Latent(_) => unreachable!("no family has a latent attention to an encoder"),
         }
     }
+
+    /// Keys and values of the encoder's output `memory` of `tokens` tokens, for [`Attention::apply_cached_cross`].
+    pub(super) fn cross_cache(
+        &self,
+        backend: &B,
+        memory: &B::Buffer,
+        tokens: usize,
+    ) -> Result<CrossCache<B>> {
+        let Attention::Grouped(Grouped { qkv: [_, k, v], .. }) = self else {
+            unreachable!("no family has a latent attention to an encoder")
+        };
+        let mut cache = CrossCache { keys: backend.buffer(), values: backend.buffer(), tokens };
+        k.apply(backend, memory, &mut cache.keys)?;
+        v.apply(backend, memory, &mut cache.values)?;
+        Ok(cache)
+    }
+
+    /// As [`Attention::apply_cross`] for one text, with the keys and values at hand.
+    pub(super) fn apply_cached_cross(
+        &self,
+        backend: &B,
+        batch: &Batch,
+        cache: &CrossCache<B>,
+        s: &mut Scratch<B>,
+    ) -> Result<()> {
+        let Attention::Grouped(grouped) = self else {
+            unreachable!("no family has a latent attention to an encoder")
+        };
+        grouped.qkv[0].apply(backend, &s.normed, &mut s.query)?;
+        let keys = [&cache.keys, &cache.values];
+        grouped.attend_cross(backend, batch, &s.query, keys, cache.tokens, None, &mut s.attended)?;
+        grouped.output.apply(backend, &s.attended, &mut s.out)
+    }
 }
 
 /// `[heads, 2 · reach + 1]` from the stored `[buckets, heads]`; beyond the reach all distances are in one class.
@@ -227,16 +260,32 @@ impl<B: Backend> Grouped<B> {
 
     /// Attention of `scratch.normed` to all tokens of `memory`, into `scratch.out`.
     fn apply_cross(&self, backend: &B, batch: &Batch, memory: &Memory<B>, s: &mut Scratch<B>) -> Result<()> {
-        let Grouped { spec, qkv: [q, k, v], output, .. } = self;
+        let Grouped { qkv: [q, k, v], output, .. } = self;
         q.apply(backend, &s.normed, &mut s.query)?;
         k.apply(backend, &memory.x, &mut s.key)?;
         v.apply(backend, &memory.x, &mut s.value)?;
-        let (span, end_key) = (Span::Bidirectional, memory.batch.length);
-        let shape = AttentionShape { span, end_key, ..Self::shape(spec) };
-        let keys = Keys::Grouped { key: &s.key, value: &s.value, kv_heads: spec.kv_heads };
-        let terms = AttentionTerms { sinks: None, bias: None, mask: memory.batch.mask.as_deref() };
-        backend.attend(&s.query, keys, terms, shape, batch, &mut s.attended)?;
+        let (length, mask) = (memory.batch.length, memory.batch.mask.as_deref());
+        self.attend_cross(backend, batch, &s.query, [&s.key, &s.value], length, mask, &mut s.attended)?;
         output.apply(backend, &s.attended, &mut s.out)
+    }
+
+    /// Attention of `query` to `length` tokens of the encoder's output in every window, whose keys and values are given.
+    #[expect(clippy::too_many_arguments, reason = "two sides with their sizes")]
+    fn attend_cross(
+        &self,
+        backend: &B,
+        batch: &Batch,
+        query: &B::Buffer,
+        [key, value]: [&B::Buffer; 2],
+        length: usize,
+        mask: Option<&[bool]>,
+        out: &mut B::Buffer,
+    ) -> Result<()> {
+        let spec = &self.spec;
+        let shape = AttentionShape { span: Span::Bidirectional, end_key: length, ..Self::shape(spec) };
+        let keys = Keys::Grouped { key, value, kv_heads: spec.kv_heads };
+        let terms = AttentionTerms { sinks: None, bias: None, mask };
+        backend.attend(query, keys, terms, shape, batch, out)
     }
 }
 

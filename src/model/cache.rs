@@ -18,6 +18,13 @@ pub struct LayerCache<B: Backend> {
     held: usize,
 }
 
+/// Keys and values of the encoder's output in one layer of a decoder, computed once: `[tokens, kv_heads · head_dim]` each.
+pub struct CrossCache<B: Backend> {
+    pub(super) keys: B::Buffer,
+    pub(super) values: B::Buffer,
+    pub(super) tokens: usize,
+}
+
 /// One row per token.
 pub(super) enum Rows<B: Backend> {
     /// `[tokens, kv_heads · head_dim]` each.

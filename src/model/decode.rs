@@ -1,6 +1,6 @@
 //! A model with all layers at hand, and texts that grow token by token.
 
-use super::cache::LayerCache;
+use super::cache::{CrossCache, LayerCache};
 use super::{Error, Head, HeadScratch, Layer, LayerSource, Model, Result, Scratch, TOKENS_PER_CHUNK};
 use crate::backend::{Backend, Batch};
 use crate::progress::Progress;
@@ -11,6 +11,9 @@ use crate::tokens;
 pub struct Decoder<'m, B: Backend> {
     model: &'m Model<'m, B>,
     embedding: B::Weight,
+    /// Of an encoder, where there is one.
+    encoder_embedding: Option<B::Weight>,
+    /// Those of the encoder first.
     layers: Vec<Layer<B>>,
     head: Head<B>,
 }
@@ -20,13 +23,14 @@ impl<'m, B: Backend> Decoder<'m, B> {
     /// finite is not, for that would read them all: see [`Decoder::check_finite`].
     ///
     /// # Errors
-    /// Names the layer and tensor that do not fit; a model with an encoder.
+    /// Names the layer and tensor that do not fit.
     pub fn new(model: &'m Model<'m, B>, progress: &mut dyn Progress) -> Result<Self> {
         let architecture = model.architecture();
-        if architecture.encoder_layers > 0 {
-            return Err(Error::HasEncoder { family: architecture.family });
-        }
-        let embedding = model.backend().weight(&model.embedding()?)?;
+        let has_encoder = architecture.encoder_layers > 0;
+        let stored = if has_encoder { model.own_embedding(false)? } else { model.embedding()? };
+        let embedding = model.backend().weight(&stored)?;
+        let own = has_encoder.then(|| model.own_embedding(true)).transpose()?;
+        let encoder_embedding = own.map(|stored| model.backend().weight(&stored)).transpose()?;
         let head = model.head()?;
         progress.begin("load: layer", architecture.layers.len());
         let layers = (0..architecture.layers.len()).map(|l| {
@@ -36,7 +40,7 @@ impl<'m, B: Backend> Decoder<'m, B> {
         });
         let layers = layers.collect::<Result<_>>()?;
         progress.end();
-        Ok(Decoder { model, embedding, layers, head })
+        Ok(Decoder { model, embedding, encoder_embedding, layers, head })
     }
 
     /// The model.
@@ -56,17 +60,74 @@ impl<'m, B: Backend> Decoder<'m, B> {
     }
 
     /// An empty text.
+    ///
+    /// # Errors
+    /// A model with an encoder: see [`Decoder::sequence_behind`].
     pub fn sequence(&self) -> Result<Sequence<'_, B>> {
+        let architecture = self.model.architecture();
+        if architecture.encoder_layers > 0 {
+            return Err(Error::Encoder { family: architecture.family, has: true });
+        }
+        self.empty(Vec::new())
+    }
+
+    /// An empty text behind an encoder that has read `source`. Its first token is to be the decoder's start token.
+    ///
+    /// # Errors
+    /// A model without an encoder; no tokens, or ids outside the vocabulary.
+    pub fn sequence_behind(&self, source: &[u32]) -> Result<Sequence<'_, B>> {
+        let architecture = self.model.architecture();
+        let Some(embedding) = &self.encoder_embedding else {
+            return Err(Error::Encoder { family: architecture.family, has: false });
+        };
+        if source.is_empty() {
+            return Err(tokens::Error::NoTokens.into());
+        }
+        check_ids(source, 0, architecture.vocabulary)?;
+        let (encoder, decoder) = self.layers.split_at(architecture.encoder_layers);
+        let backend = self.model.backend();
+        let (mut x, mut memory, mut scratch) = (backend.buffer(), backend.buffer(), Scratch::new(backend));
+        let batch = Batch::piece(0, source.len(), source.len());
+        backend.embed(embedding, source, &mut x)?;
+        for layer in encoder {
+            layer.attend_with(backend, &mut x, &batch, &mut scratch, None)?;
+            layer.feed(backend, &mut x, &batch, &mut scratch, None)?;
+        }
+        if let Some(layer) = decoder.first() {
+            layer.finish_encoder(backend, &x, &mut memory)?;
+        }
+        let caches = decoder.iter().map(|layer| layer.cross_cache(backend, &memory, source.len()));
+        self.empty(caches.collect::<Result<_>>()?)
+    }
+
+    fn empty(&self, cross: Vec<Option<CrossCache<B>>>) -> Result<Sequence<'_, B>> {
         let backend = self.model.backend();
         Ok(Sequence {
             decoder: self,
             ids: Vec::new(),
-            caches: self.layers.iter().map(|layer| layer.cache(backend)).collect::<Result<_>>()?,
+            caches: self.own_layers().iter().map(|layer| layer.cache(backend)).collect::<Result<_>>()?,
+            cross,
             x: backend.buffer(),
             scratch: Scratch::new(backend),
             head_scratch: HeadScratch::new(backend),
             logits: Vec::new(),
         })
+    }
+
+    /// The layers that texts pass: those of the decoder.
+    fn own_layers(&self) -> &[Layer<B>] {
+        &self.layers[self.model.architecture().encoder_layers..]
+    }
+}
+
+/// Errors at the first of `ids`, which stand from position `start` on, that is outside the vocabulary.
+fn check_ids(ids: &[u32], start: usize, vocabulary: usize) -> Result<()> {
+    match ids.iter().position(|&id| id as usize >= vocabulary) {
+        None => Ok(()),
+        Some(i) => {
+            let (id, position) = (i64::from(ids[i]), start + i);
+            Err(tokens::Error::IdOutOfRange { id, window: 0, position, vocabulary }.into())
+        }
     }
 }
 
@@ -76,6 +137,8 @@ pub struct Sequence<'d, B: Backend> {
     decoder: &'d Decoder<'d, B>,
     ids: Vec<u32>,
     caches: Vec<LayerCache<B>>,
+    /// Behind an encoder, one for each layer.
+    cross: Vec<Option<CrossCache<B>>>,
     x: B::Buffer,
     scratch: Scratch<B>,
     head_scratch: HeadScratch<B>,
@@ -137,24 +200,18 @@ impl<B: Backend> Sequence<'_, B> {
         if length > model.length() {
             return Err(tokens::Error::TextTooLong { length, most: model.length() }.into());
         }
-        let vocabulary = model.architecture().vocabulary;
-        match ids.iter().position(|&id| id as usize >= vocabulary) {
-            None => Ok(()),
-            Some(i) => {
-                let (id, position) = (i64::from(ids[i]), self.ids.len() + i);
-                Err(tokens::Error::IdOutOfRange { id, window: 0, position, vocabulary }.into())
-            }
-        }
+        check_ids(ids, self.ids.len(), model.architecture().vocabulary)
     }
 
     /// Advances tokens `start .. end` through all layers.
     fn run(&mut self, start: usize, end: usize, total: usize) -> Result<()> {
-        let Decoder { model, embedding, layers, .. } = self.decoder;
+        let Decoder { model, embedding, .. } = self.decoder;
         let backend = model.backend();
         let batch = Batch::piece(start, end - start, total);
         backend.embed(embedding, &self.ids[start..end], &mut self.x)?;
-        for (layer, cache) in layers.iter().zip(&mut self.caches) {
-            layer.extend(backend, &mut self.x, &batch, &mut self.scratch, cache)?;
+        let cross = self.cross.iter().map(Option::as_ref).chain(std::iter::repeat(None));
+        for ((layer, cache), cross) in self.decoder.own_layers().iter().zip(&mut self.caches).zip(cross) {
+            layer.extend(backend, &mut self.x, &batch, &mut self.scratch, cache, cross)?;
         }
         Ok(())
     }

@@ -39,11 +39,13 @@ pub enum Error {
         /// What is wrong and what would be right.
         what: String,
     },
-    /// A model with an encoder, where only a decoder can be used.
-    #[error("{family} has an encoder: it does not continue texts; `run` and `eval` take ids and decoder_ids")]
-    HasEncoder {
+    /// A model with an encoder that has nothing to read, or one without an encoder that has.
+    #[error("{family} has {} encoder: its texts begin {} one to read", a(*.has), if *.has { "behind" } else { "without" })]
+    Encoder {
         /// Its family.
         family: &'static str,
+        /// Whether it has an encoder.
+        has: bool,
     },
     /// The token windows.
     #[error(transparent)]
@@ -51,4 +53,8 @@ pub enum Error {
     /// The device.
     #[error(transparent)]
     Backend(#[from] crate::backend::Error),
+}
+
+fn a(has: bool) -> &'static str {
+    if has { "an" } else { "no" }
 }

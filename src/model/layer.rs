@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::Result;
 use super::attention::Attention;
-use super::cache::LayerCache;
+use super::cache::{CrossCache, LayerCache};
 use super::feed_forward::FeedForward;
 use super::source::{LayerSource, LinearSource, MoeSource, NormSource};
 use super::stream::Chunk;
@@ -185,8 +185,8 @@ impl<B: Backend> Layer<B> {
         Ok(())
     }
 
-    /// As [`Layer::forward`] in a decoder-only model for the next tokens of one text, of which `cache` holds the earlier ones; adds these to it.
-    /// Enqueues only.
+    /// As [`Layer::forward`] for the next tokens of one text, of which `cache` holds the earlier ones; adds these to it.
+    /// Behind an encoder, `cross` has what [`Layer::cross_cache`] gave. Enqueues only.
     pub fn extend(
         &self,
         backend: &B,
@@ -194,9 +194,34 @@ impl<B: Backend> Layer<B> {
         batch: &Batch,
         scratch: &mut Scratch<B>,
         cache: &mut LayerCache<B>,
+        cross: Option<&CrossCache<B>>,
     ) -> Result<()> {
         self.attend_with(backend, x, batch, scratch, Some(cache))?;
+        if let (Some((norm, attention)), Some(cache)) = (&self.cross, cross) {
+            norm.apply(backend, x, self.eps, &mut scratch.normed)?;
+            attention.apply_cached_cross(backend, batch, cache, scratch)?;
+            backend.add(x, &scratch.out)?;
+        }
         self.feed(backend, x, batch, scratch, None)
+    }
+
+    /// Keys and values of an encoder's output `[tokens, hidden]`, where the layer attends to one.
+    pub fn cross_cache(
+        &self,
+        backend: &B,
+        memory: &B::Buffer,
+        tokens: usize,
+    ) -> Result<Option<CrossCache<B>>> {
+        let cache = self.cross.as_ref().map(|(_, attention)| attention.cross_cache(backend, memory, tokens));
+        Ok(cache.transpose()?)
+    }
+
+    /// The norm behind the encoder, which the first layer of a decoder has.
+    pub(super) fn finish_encoder(&self, backend: &B, x: &B::Buffer, out: &mut B::Buffer) -> Result<()> {
+        if let Some(norm) = &self.encoder_norm {
+            norm.apply(backend, x, self.eps, out)?;
+        }
+        Ok(())
     }
 
     /// An empty cache for this layer.
@@ -204,7 +229,7 @@ impl<B: Backend> Layer<B> {
         Ok(self.attention.cache(backend)?)
     }
 
-    /// The attention half of a decoder-only model, on any residual stream `x`; with a cache, for the next tokens.
+    /// The self-attention on any residual stream `x`; with a cache, for the next tokens.
     pub(crate) fn attend_with(
         &self,
         backend: &B,

@@ -14,7 +14,7 @@ mod run;
 mod source;
 mod stream;
 
-pub use cache::LayerCache;
+pub use cache::{CrossCache, LayerCache};
 pub use decode::{Decoder, Sequence};
 pub use error::Error;
 pub use inspect::{

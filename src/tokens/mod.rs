@@ -88,6 +88,36 @@ impl Windows {
         }
     }
 
+    /// For a model with an encoder: the first half of every window, the longer one where they differ, becomes the
+    /// encoder's, and the second half the decoder's target, behind the decoder's start token. Windows need 2 tokens.
+    #[must_use]
+    pub fn split(&self, start: u32) -> Windows {
+        let first = self.length.div_ceil(2);
+        let mut halves = [first, self.length - first + 1].map(|length| Windows {
+            ids: Vec::with_capacity(self.count * length),
+            mask: self.mask.as_ref().map(|_| Vec::with_capacity(self.count * length)),
+            count: self.count,
+            length,
+            files: self.files.clone(),
+            decoder: None,
+        });
+        for w in 0..self.count {
+            let [begin, middle, end] = [0, first, self.length].map(|offset| w * self.length + offset);
+            halves[1].ids.push(start);
+            halves[0].ids.extend_from_slice(&self.ids[begin..middle]);
+            halves[1].ids.extend_from_slice(&self.ids[middle..end]);
+            if let (Some(from), [Some(encoder), Some(decoder)]) =
+                (&self.mask, halves.each_mut().map(|h| h.mask.as_mut()))
+            {
+                encoder.extend_from_slice(&from[begin..middle]);
+                decoder.push(true);
+                decoder.extend_from_slice(&from[middle..end]);
+            }
+        }
+        let [encoder, decoder] = halves;
+        Windows { decoder: Some(Box::new(decoder)), ..encoder }
+    }
+
     /// The windows whose tokens the model predicts: the decoder's, where there are any.
     pub fn predicted(&self) -> &Windows {
         self.decoder.as_deref().unwrap_or(self)

@@ -72,7 +72,11 @@ impl Tokenizer {
     /// # Errors
     /// What the tokeniser says.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, false).map_err(|e| Error::File {
+        self.encode_as(text, false)
+    }
+
+    fn encode_as(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, special).map_err(|e| Error::File {
             path: PathBuf::from("tokenizer.json"),
             what: format!("cannot encode the text: {e}"),
         })?;
@@ -84,6 +88,14 @@ impl Tokenizer {
         let mut ids: Vec<u32> = self.bos.into_iter().collect();
         ids.extend(self.encode(text)?);
         Ok(ids)
+    }
+
+    /// Token ids of `text` with the special tokens that the tokeniser puts around it: what an encoder reads.
+    ///
+    /// # Errors
+    /// What the tokeniser says.
+    pub fn encode_source(&self, text: &str) -> Result<Vec<u32>> {
+        self.encode_as(text, true)
     }
 
     /// Text of `ids`, special tokens left out.

@@ -18,7 +18,8 @@ token by token, with a cache.
 
 For a model with an encoder, input_ids and attention_mask (int64, 0 = padding) are the encoder's, decoder_input_ids
 int64 [2, 17] the decoder's, and logits are f32 [2, 17, vocabulary]; hidden.l are the encoder's embeddings and layers,
-and decoder.hidden.l the decoder's, the last of each after its final norm.
+and decoder.hidden.l the decoder's, the last of each after its final norm.  generated int64 [1, 13] is what greedy
+decoding gives behind the first window, from the start token on.
 
 The outputs come from the folder as written (not from the model in memory), in float32 with eager
 attention; weights stored in bfloat16 or packed are widened first.  Every tensor is drawn from its own generator,
@@ -669,16 +670,29 @@ def encoder_outputs(model, ids):
         "decoder_input_ids": decoder_ids,
         "logits": out.logits.contiguous(),
     }
+    golden["generated"] = generated(model, ids[:1])
     for prefix, states in [("", out.encoder_hidden_states), ("decoder.", out.decoder_hidden_states)]:
         for i, hidden in enumerate(states):
             golden[f"{prefix}hidden.{i}"] = hidden.contiguous()
     return golden
 
 
+def generated(model, ids):
+    """The decoder's tokens, its start token first, of greedy decoding, each of which wins clearly."""
+    model.generation_config.eos_token_id = None
+    out = model.generate(
+        ids, do_sample=False, max_new_tokens=12, output_scores=True, return_dict_in_generate=True
+    )
+    best = torch.stack(out.scores).topk(2, dim=-1).values
+    if (best[..., 0] - best[..., 1]).min() < 1e-3:
+        raise SystemExit("two tokens are about as probable")
+    return out.sequences
+
+
 def difference(a, b, relative=False):
     """Largest difference between two goldens; relative: in units of each tensor's spread, if that is above 1."""
     worst = 0.0
-    for name in a.keys() - {"input_ids", "attention_mask", "decoder_input_ids"}:
+    for name in a.keys() - {"input_ids", "attention_mask", "decoder_input_ids", "generated"}:
         unit = max(1.0, a[name].std().item()) if relative else 1.0
         worst = max(worst, (a[name].double() - b[name].double()).abs().max().item() / unit)
     return worst
