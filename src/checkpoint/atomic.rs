@@ -1,7 +1,7 @@
 //! Files that appear whole or not at all.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, BufWriter, Seek as _, SeekFrom, Write};
+use std::io::{self, BufWriter, Read as _, Seek as _, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -136,6 +136,23 @@ fn is_at(file: &File, path: &Path) -> bool {
 #[cfg(not(unix))]
 fn is_at(_: &File, path: &Path) -> bool {
     path.exists()
+}
+
+/// Copies a file; the copy appears whole or not at all, and can be written whatever the rights of the original.
+///
+/// # Errors
+/// Names the file that cannot be read or the one that cannot be written.
+pub(crate) fn copy_atomic(from: &Path, to: &Path) -> Result<()> {
+    let io = |source| Error::Io { path: from.into(), source };
+    let mut source = File::open(from).map_err(io)?;
+    let mut copy = AtomicFile::create(to)?;
+    let mut block = vec![0; 1 << 20];
+    loop {
+        match source.read(&mut block).map_err(io)? {
+            0 => return copy.commit(),
+            count => copy.write_all(&block[..count])?,
+        }
+    }
 }
 
 /// Writes a whole file atomically.

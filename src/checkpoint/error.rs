@@ -12,6 +12,12 @@ pub enum Error {
         /// What it said.
         source: std::io::Error,
     },
+    /// There is nothing at the model path.
+    #[error("{}: does not exist; expected a checkpoint folder with config.json and safetensors", path.display())]
+    NoFolder {
+        /// The path.
+        path: PathBuf,
+    },
     /// The model path is no folder.
     #[error("{}: not a folder; expected a checkpoint folder with config.json and safetensors", path.display())]
     NotAFolder {

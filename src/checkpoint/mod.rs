@@ -11,8 +11,8 @@ mod tensor;
 mod weight;
 mod writer;
 
-pub(crate) use atomic::open_locked;
 pub use atomic::{AtomicFile, write_atomic};
+pub(crate) use atomic::{copy_atomic, open_locked};
 pub use error::Error;
 pub use fault::signals_become_messages;
 pub use manifest::{ExpertEntry, ExpertForm, LayerEntry, Manifest, MatrixRanks};
@@ -57,6 +57,9 @@ impl Checkpoint {
     /// Names the file that is missing, unreadable, truncated or inconsistent with the index.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref().to_path_buf();
+        if !is_listed(&dir) {
+            return Err(Error::NoFolder { path: dir });
+        }
         if !dir.is_dir() {
             return Err(Error::NotAFolder { path: dir });
         }
@@ -195,9 +198,23 @@ fn check_regular(path: &Path) -> Result<()> {
     }
 }
 
+/// The contents of a regular file.
+///
+/// # Errors
+/// What the operating system says, and anything that is no regular file: reading a pipe or a device may never end.
+pub fn read_file(path: &Path) -> std::io::Result<Vec<u8>> {
+    match check_regular(path) {
+        Ok(()) => std::fs::read(path),
+        Err(Error::Io { source, .. }) => Err(source),
+        Err(Error::NotAFile { found, .. }) => {
+            Err(std::io::Error::other(format!("is {found}, expected a file")))
+        }
+        Err(other) => Err(std::io::Error::other(other)),
+    }
+}
+
 fn read_text(path: &Path) -> Result<String> {
-    check_regular(path)?;
-    let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
+    let bytes = read_file(path).map_err(|source| Error::Io { path: path.into(), source })?;
     String::from_utf8(bytes).map_err(|_| Error::NotUtf8 { path: path.into() })
 }
 

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use moepress::backend::Backend;
-use moepress::checkpoint::Checkpoint;
+use moepress::checkpoint::{Checkpoint, read_file};
 use moepress::generate::{
     Detokeniser, Generation, Options, Sampler, Sampling, Stop, end_tokens, generate, positions, start_token,
 };
@@ -17,6 +17,9 @@ use super::common::{BosArg, Device, DeviceArgs, OutputArgs};
 use super::failure::Failure;
 use super::output;
 use super::units::{counted, parse_at_least, rate, seconds};
+
+/// Bytes of the longest text that is taken for a prompt: far beyond the positions of any model.
+const LARGEST_PROMPT: u64 = 64 << 20;
 
 /// Arguments of `generate`.
 #[derive(Debug, clap::Args)]
@@ -151,12 +154,15 @@ impl Args {
         let Some(path) = &self.prompt_file else { return Ok(self.prompt.clone().unwrap_or_default()) };
         let bytes = if path == Path::new("-") {
             let mut bytes = Vec::new();
-            std::io::stdin().lock().read_to_end(&mut bytes).map(|_| bytes)
+            std::io::stdin().lock().take(LARGEST_PROMPT + 1).read_to_end(&mut bytes).map(|_| bytes)
         } else {
-            std::fs::read(path)
+            read_file(path)
         };
         let invalid = |what: String| Failure::Work(format!("{}: {what}", self.input()));
         let bytes = bytes.map_err(|e| invalid(e.to_string()))?;
+        if bytes.len() as u64 > LARGEST_PROMPT {
+            return Err(invalid(format!("more than {LARGEST_PROMPT} bytes are no prompt")));
+        }
         String::from_utf8(bytes)
             .map_err(|e| invalid(format!("not UTF-8 text (byte {})", e.utf8_error().valid_up_to())))
     }

@@ -11,7 +11,7 @@ use super::{Error, Layout, Result};
 use crate::architecture::Architecture;
 use crate::checkpoint::{
     Checkpoint, Entry, Error as FileError, INDEX_FILE, MANIFEST_FILE, SINGLE_FILE, Shard, Tensor,
-    write_atomic, write_safetensors,
+    copy_atomic, write_atomic, write_safetensors,
 };
 use crate::model::LayerSource;
 
@@ -60,7 +60,9 @@ impl Output {
     /// Errors unless `target` can be the name of a folder.
     pub(crate) fn check_name(target: &Path) -> Result<()> {
         let refuse = |what: &str| Err(Error::Output { path: target.into(), what: what.into() });
-        if target.file_name().is_none() {
+        // `folder/.` is called `folder`, but cannot be replaced.
+        let ends_in_dot = target.as_os_str().as_encoded_bytes().ends_with(b"/.");
+        if target.file_name().is_none() || ends_in_dot {
             return refuse("not the name of a folder");
         }
         let parent = parent(target);
@@ -183,7 +185,7 @@ impl Output {
                 || WEIGHT_EXTENSIONS.contains(&extension)
                 || name.ends_with(".index.json");
             if path.is_file() && !replaced {
-                fs::copy(&path, self.partial.join(name)).map_err(io(&path))?;
+                copy_atomic(&path, &self.partial.join(name))?;
             }
         }
         Ok(())

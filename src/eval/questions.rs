@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::{Error, Result};
+use crate::checkpoint::read_file;
 
 /// A question with several choices, one of them right.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,7 +38,7 @@ impl Questions {
     /// choices, an empty choice, an answer that is not among them.
     pub fn read(path: &Path) -> Result<Self> {
         let invalid = |what: String| Error::Questions { path: path.into(), what };
-        let bytes = std::fs::read(path).map_err(|e| invalid(e.to_string()))?;
+        let bytes = read_file(path).map_err(|e| invalid(e.to_string()))?;
         let mut questions = Vec::new();
         for (i, bytes) in bytes.split(|&b| b == b'\n').enumerate() {
             if bytes.trim_ascii().is_empty() {

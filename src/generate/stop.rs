@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::{Error, Result};
+use crate::checkpoint::read_file;
 
 /// The tokens that end a text, as the checkpoint in `dir` says: `eos_token_id`, a number or a list of them, of
 /// `generation_config.json`, or else of `config.json`. None where neither has it.
@@ -38,7 +39,7 @@ fn tokens(dir: &Path, key: &str) -> Result<Option<Vec<u32>>> {
             continue;
         }
         let invalid = |what: String| Error::Config { path: path.clone(), what };
-        let text = std::fs::read(&path).map_err(|e| invalid(e.to_string()))?;
+        let text = read_file(&path).map_err(|e| invalid(e.to_string()))?;
         let config: Value =
             serde_json::from_slice(&text).map_err(|e| invalid(format!("not valid JSON: {e}")))?;
         let inner = &config["text_config"][key];

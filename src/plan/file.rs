@@ -1,7 +1,6 @@
 //! The plan and its file.
 
-use std::fs::{self, File};
-use std::io::{self, Write as _};
+use std::io;
 use std::path::Path;
 
 use serde::Serialize;
@@ -12,6 +11,7 @@ use super::check;
 use super::costs::Costs;
 use super::{Action, Error, Expected, FactorDtype, Options, Result};
 use crate::architecture::{Profile, Skip};
+use crate::checkpoint::{Error as FileError, read_file, write_atomic};
 
 /// Version of the plan file that this module reads and writes.
 pub const VERSION: u64 = 1;
@@ -195,7 +195,10 @@ impl Plan {
     /// [`Error::Io`]; [`Error::File`] around the first contradiction, which names layer, expert and field.
     pub fn read(path: impl AsRef<Path>) -> Result<Plan> {
         let path = path.as_ref();
-        let text = fs::read_to_string(path).map_err(|source| Error::Io { path: path.into(), source })?;
+        let failed = |source| Error::Io { path: path.into(), source };
+        let text = String::from_utf8(read_file(path).map_err(failed)?).map_err(|e| {
+            failed(io::Error::other(format!("not UTF-8 text (byte {})", e.utf8_error().valid_up_to())))
+        })?;
         let plan = Plan::from_json(&text);
         plan.map_err(|problem| Error::File { path: path.into(), problem: Box::new(problem) })
     }
@@ -259,30 +262,15 @@ impl Plan {
         format!("{{\n{}\n}}\n", fields.join(",\n"))
     }
 
-    /// Writes the file under a temporary name beside `path` and renames it when it is complete.
+    /// Writes the file; it appears whole or not at all.
     ///
     /// # Errors
     /// [`Error::Io`]; `path` is then as it was before.
     pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
-        let failed = |source| Error::Io { path: path.into(), source };
-        let Some(name) = path.file_name() else {
-            return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "not the name of a file")));
-        };
-        let mut hidden = std::ffi::OsString::from(".");
-        hidden.push(name);
-        hidden.push(format!(".{}.tmp", std::process::id()));
-        let temporary = path.with_file_name(hidden);
-        let written = File::create(&temporary)
-            .and_then(|mut file| {
-                file.write_all(self.to_json().as_bytes())?;
-                file.sync_all()
-            })
-            .and_then(|()| fs::rename(&temporary, path));
-        written.map_err(|source| {
-            // The write is what failed; that its leftover cannot be removed either adds nothing.
-            let _ = fs::remove_file(&temporary);
-            failed(source)
+        let written = write_atomic(path.as_ref(), self.to_json().as_bytes());
+        written.map_err(|e| match e {
+            FileError::Io { path, source } => Error::Io { path, source },
+            other => Error::Io { path: path.as_ref().into(), source: io::Error::other(other) },
         })
     }
 }

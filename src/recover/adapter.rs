@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::{Error, Result};
-use crate::checkpoint::{Shard, Tensor};
+use crate::checkpoint::{Shard, Tensor, read_file};
 
 const CONFIG_FILE: &str = "adapter_config.json";
 const WEIGHTS_FILE: &str = "adapter_model.safetensors";
@@ -70,10 +70,10 @@ impl Adapter {
     pub(super) fn open(dir: &Path) -> Result<Self> {
         let path = dir.join(CONFIG_FILE);
         let invalid = |what: String| Error::Adapter { path: path.clone(), what };
-        let text = std::fs::read_to_string(&path).map_err(|e| {
+        let text = read_file(&path).map_err(|e| {
             invalid(format!("{e}; expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, as PEFT saves it"))
         })?;
-        let config: Config = serde_json::from_str(&text).map_err(|e| invalid(e.to_string()))?;
+        let config: Config = serde_json::from_slice(&text).map_err(|e| invalid(e.to_string()))?;
         let refuse = |what: &str| Err(invalid(what.into()));
         if config.peft_type != "LORA" {
             return refuse(&format!("peft_type is {}, expected LORA", config.peft_type));

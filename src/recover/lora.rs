@@ -12,7 +12,7 @@ use super::rewrite::own_layout;
 use super::{Error, Result};
 use crate::architecture::{Architecture, ExpertStorage, Projection};
 use crate::calibrate::Residual;
-use crate::checkpoint::{Checkpoint, ExpertForm, Manifest, Tensor, hex};
+use crate::checkpoint::{Checkpoint, ExpertForm, Manifest, Tensor, hex, read_file};
 use crate::compress::{Layout, Output, PLAN_FILE, origin_mark, outside_layers};
 use crate::linalg::{Matrix, truncated_svd};
 use crate::model::{inspect, open_architecture};
@@ -84,7 +84,7 @@ pub fn merge_lora(
     };
 
     Output::check_name(out)?;
-    let weights = std::fs::read(&adapter.path);
+    let weights = read_file(&adapter.path);
     let weights =
         weights.map_err(|source| crate::checkpoint::Error::Io { path: adapter.path.clone(), source })?;
     let digest = hex(&<sha2::Sha256 as sha2::Digest>::digest(&weights));
@@ -120,7 +120,8 @@ pub fn merge_lora(
     output.write_shard(layers, &outside.collect::<Result<Vec<_>>>()?)?;
     let manifest = checkpoint.manifest().map(|m| with_ranks(m, &architecture, &ranks).to_json());
     let manifest = manifest.filter(|_| layout == Layout::Moepress);
-    let plan = std::fs::read_to_string(checkpoint.dir().join(PLAN_FILE)).ok();
+    let plan =
+        read_file(&checkpoint.dir().join(PLAN_FILE)).ok().and_then(|text| String::from_utf8(text).ok());
     checkpoint.check_unchanged()?;
     output.finish(checkpoint, checkpoint.config(), manifest.as_deref(), plan.as_deref(), &mark)?;
     work.finish()?;

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::{Error, LayerLoss, Result};
 use crate::architecture::Architecture;
 use crate::calibrate::Residual;
-use crate::checkpoint::{Checkpoint, LayerEntry, Manifest, write_atomic};
+use crate::checkpoint::{Checkpoint, LayerEntry, Manifest, read_file, write_atomic};
 use crate::compress::{
     Layout, Output, PLAN_FILE, manifest_entry, origin_mark, other_tensors, outside_layers, take_up_finished,
 };
@@ -117,7 +117,8 @@ impl Rewrite<'_> {
             let layers = records.iter().filter_map(|r| r.entry.clone()).collect();
             Manifest { moepress: 1, origin, layers }.to_json()
         });
-        let plan = std::fs::read_to_string(checkpoint.dir().join(PLAN_FILE)).ok();
+        let plan =
+            read_file(&checkpoint.dir().join(PLAN_FILE)).ok().and_then(|text| String::from_utf8(text).ok());
         write_atomic(
             &partial.join(RECORD_FILE),
             json!({ "task": task, "layers": records }).to_string().as_bytes(),

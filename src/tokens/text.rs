@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 use super::{Error, Result, SourceFile, Windows};
+use crate::checkpoint::read_file;
 
 /// Whether a document begins with the tokeniser's beginning-of-sequence token.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,7 +40,8 @@ impl Tokenizer {
             let what = "missing; text needs the checkpoint's tokenizer (token ids do not)";
             return Err(invalid(&path, what.into()));
         }
-        let mut inner = tokenizers::Tokenizer::from_file(&path)
+        let bytes = read_file(&path).map_err(|e| invalid(&path, e.to_string()))?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(bytes)
             .map_err(|e| invalid(&path, format!("cannot be read: {e}")))?;
         // What a training run left behind would cut documents off or fill them up; transformers ignores it as well.
         inner.with_padding(None);
@@ -117,7 +119,7 @@ impl Tokenizer {
             Windows { ids: Vec::new(), mask: None, count: 0, length, files: Vec::new(), decoder: None };
         for path in files {
             let invalid = |what: String| Error::File { path: path.clone(), what };
-            let bytes = std::fs::read(path).map_err(|e| invalid(e.to_string()))?;
+            let bytes = read_file(path).map_err(|e| invalid(e.to_string()))?;
             let text = String::from_utf8(bytes)
                 .map_err(|e| invalid(format!("not UTF-8 text (byte {})", e.utf8_error().valid_up_to())))?;
             let documents: Vec<&str> = text.split('\0').filter(|d| !d.is_empty()).collect();
@@ -152,7 +154,7 @@ fn read_json(path: &Path) -> Result<Value> {
         return Ok(Value::Null);
     }
     let invalid = |what: String| Error::File { path: path.into(), what };
-    let text = std::fs::read(path).map_err(|e| invalid(e.to_string()))?;
+    let text = read_file(path).map_err(|e| invalid(e.to_string()))?;
     serde_json::from_slice(&text).map_err(|e| invalid(format!("not valid JSON: {e}")))
 }
 
