@@ -462,10 +462,10 @@ fn a_missing_folder_is_named() {
     let message = inspect(Path::new("no/such/folder")).error(1);
     assert_eq!(
         message,
-        "no/such/folder: not a folder; expected a checkpoint folder with config.json and safetensors"
+        "no/such/folder: does not exist; expected a checkpoint folder with config.json and safetensors"
     );
     // A line break in a name does not break the line.
-    assert!(inspect(Path::new("no\nsuch")).error(1).starts_with("no such: not a folder"));
+    assert!(inspect(Path::new("no\nsuch")).error(1).starts_with("no such: does not exist"));
 }
 
 #[test]

@@ -207,3 +207,27 @@ fn pipes_and_devices_are_not_read() {
     let message = outcome(endless).error(1);
     assert_eq!(message, "standard input: more than 67108864 bytes are no prompt");
 }
+
+/// Ctrl-C and the like end a command at once, and what it had half written is gone.
+#[test]
+fn interrupted_commands_leave_no_half_of_a_file() {
+    use std::os::unix::process::ExitStatusExt;
+
+    let dir = desk();
+    generate::tokens(&dir.path().join("many"), 512, 256, 512);
+    for (signal, number) in [("INT", 2), ("TERM", 15)] {
+        let mut run =
+            command(["run", "model", "--tokens", "many", "--device", "cpu", "--out", "logits", "--quiet"]);
+        let mut child = run.current_dir(dir.path()).spawn().unwrap();
+        while !dir.path().join("logits.incomplete").exists() {
+            assert!(child.try_wait().unwrap().is_none(), "ended before it was interrupted");
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        let kill = Command::new("kill").args(["-s", signal, &child.id().to_string()]).status().unwrap();
+        assert!(kill.success());
+        assert_eq!(child.wait().unwrap().signal(), Some(number));
+        let left = |name: &str| dir.path().join(name).exists();
+        assert!(!left("logits") && !left("logits.incomplete"), "{signal}");
+    }
+}

@@ -167,7 +167,7 @@ fn bad_input_is_refused_in_one_line() {
         "{message}"
     );
     let message = error(&model, "missing", &[], 1);
-    assert!(message.contains("missing: not a folder"), "{message}");
+    assert!(message.contains("missing: does not exist"), "{message}");
     for (flag, value) in
         [("--lr", "0"), ("--ridge", "-1"), ("--held-out", "1"), ("--batch", "0"), ("--steps", "x")]
     {

@@ -5,6 +5,7 @@ use std::io::{self, BufWriter, Read as _, Seek as _, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::interrupt::Unfinished;
 use super::{Error, Result};
 
 /// A file under construction beside its final place, locked against other processes. Dropped without
@@ -14,6 +15,8 @@ pub struct AtomicFile {
     target: PathBuf,
     temporary: PathBuf,
     writer: Option<BufWriter<File>>,
+    /// Removes the file should the process be interrupted.
+    unfinished: Unfinished,
 }
 
 impl AtomicFile {
@@ -46,7 +49,8 @@ impl AtomicFile {
         // Only what is left of a killed run can be here, once the lock is held.
         let file = open_locked(&temporary).and_then(|file| file.set_len(0).map(|()| file)).map_err(io)?;
         let writer = Some(BufWriter::with_capacity(1 << 20, file));
-        Ok(AtomicFile { target, temporary, writer })
+        let unfinished = Unfinished::new(&temporary);
+        Ok(AtomicFile { target, temporary, writer, unfinished })
     }
 
     /// Appends `bytes`.
@@ -74,6 +78,8 @@ impl AtomicFile {
             fs::rename(temporary, target)
         };
         let Some(writer) = self.writer.take() else { return Ok(()) };
+        // Once it is renamed, the temporary name may be another process's.
+        self.unfinished = Unfinished::none();
         finish(writer, &self.temporary, &self.target).map_err(|source| {
             let _ = fs::remove_file(&self.temporary);
             Error::Io { path: self.target.clone(), source }

@@ -58,7 +58,8 @@ impl Drop for Watch {
 
 /// From now on a file that is cut off while it is mapped ends the process with status 1 and one line on standard error
 /// that names it, and a file that may not grow further (`ulimit -f`) is an error of the write and no signal. For programs,
-/// which own their signals; a library leaves them alone.
+/// which own their signals; a library leaves them alone. Interrupted or terminated, the process removes the files that it has not
+/// finished.
 #[cfg(unix)]
 #[expect(unsafe_code, reason = "a signal handler")]
 pub fn signals_become_messages() {
@@ -72,6 +73,7 @@ pub fn signals_become_messages() {
         libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut());
         libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
     }
+    super::interrupt::watch();
 }
 
 /// Nothing is known of other systems.

@@ -4,6 +4,7 @@
 mod atomic;
 mod error;
 mod fault;
+mod interrupt;
 mod manifest;
 mod packed;
 mod shard;
