@@ -124,7 +124,7 @@ fn text_that_cannot_be_used() {
         ("calibrate . --text empty --out s", "empty: gives 0 tokens, too few for one window of 512"),
         ("calibrate . --text nul --out s", "nul: gives 0 tokens, too few for one window of 512"),
         ("calibrate . --text latin --out s", "latin: not UTF-8 text (byte 3)"),
-        ("calibrate . --text . --out s", ".: Is a directory"),
+        ("calibrate . --text . --out s", ".: is a folder, expected a file"),
         ("calibrate . --text gone --out s", "gone: No such file"),
         ("calibrate . --text text --window-length 600 --out s", "longer than the model's 512 positions"),
         ("calibrate . --tokens . --out s", ".: is a folder, expected a file"),
@@ -145,6 +145,9 @@ fn numbers_that_make_no_sense() {
     let desk = Desk::new();
     for (arguments, expected) in [
         ("calibrate . --text text --out s --windows 0", "expected a whole number, 1 or more"),
+        ("generate . --prompt a --seed -1", "invalid value '-1' for '--seed <S>'"),
+        ("recover . low --tokens tokens --out r --steps -1", "invalid value '-1' for '--steps <N>'"),
+        ("compare . --tokens tokens --eval-tokens tokens --methods reap:rank=1", "reap has no option `rank`"),
         ("calibrate . --text text --out s --windows -1", "expected a whole number, 1 or more"),
         ("calibrate . --text text --out s --window-length 1", "expected a whole number, 2 or more"),
         ("calibrate . --text text --out s --window-length 99999999999999999999", "expected a whole number"),
@@ -187,7 +190,7 @@ fn arguments_that_are_no_text() {
         desk.refuses_command(2, command, "unexpected argument");
         let mut command = desk.command("inspect");
         command.arg(OsStr::from_bytes(b"\xff\x1b[31m\n"));
-        desk.refuses_command(1, command, "\u{fffd}\u{fffd}[31m : not a folder");
+        desk.refuses_command(1, command, "\u{fffd}\u{fffd}[31m : does not exist");
     }
 }
 
@@ -197,7 +200,10 @@ fn more_threads_than_there_can_be() {
     let mut many = desk.command("eval . --tokens tokens");
     many.env("RAYON_NUM_THREADS", "100000");
     desk.refuses_command(2, many, "RAYON_NUM_THREADS is 100000, expected at most 4096");
-    for threads in ["0", "1", "64"] {
+    let mut words = desk.command("eval . --tokens tokens");
+    words.env("RAYON_NUM_THREADS", "two");
+    desk.refuses_command(2, words, "RAYON_NUM_THREADS is two, expected a number of threads");
+    for threads in ["", "0", "1", "64"] {
         let mut command = desk.command("eval . --tokens tokens");
         command.env("RAYON_NUM_THREADS", threads);
         outcome(command).ok();
@@ -328,7 +334,7 @@ fn failed_work_leaves_nothing_or_what_it_can_go_on_from() {
         commands[1..].iter().for_each(|c| desk.refuses(1, c, &format!("{name} holds NaN")));
         std::fs::write(desk.path("model.safetensors"), &before).unwrap();
     }
-    // In the second layer: the first is kept, and is not done again.
+    // In the second layer: the first is kept, but not used once the weights are others.
     spoil(&bad(1));
     let message = desk.run(commands[0]).error(1);
     assert!(message.starts_with(&format!("layer 1: {} holds NaN", bad(1))), "{message}");
@@ -336,7 +342,8 @@ fn failed_work_leaves_nothing_or_what_it_can_go_on_from() {
     std::fs::write(desk.path("model.safetensors"), &before).unwrap();
     let report = command(commands[0].split(' ')).current_dir(desk.model.path()).output().unwrap();
     let report = String::from_utf8(report.stderr).unwrap();
-    assert!(report.starts_with("calibrate: layer 1/2: done before\n"), "{report}");
+    assert!(report.starts_with("warning: s.partial: ") && report.contains("; starting afresh\n"), "{report}");
+    assert!(report.contains("calibrate: layer 1/2: busiest expert"), "{report}");
     assert!(!desk.path("s.partial").exists());
 }
 
@@ -443,7 +450,7 @@ fn plans_edited_into_nonsense() {
     std::fs::write(desk.path("bad"), "[".repeat(100_000)).unwrap();
     desk.refuses(1, compress, "bad: a plan is JSON: recursion limit exceeded");
     desk.refuses(1, "compress . --plan stats --out c", "stats: ");
-    desk.refuses(1, "compress . --plan . --out c", ".: Is a directory");
+    desk.refuses(1, "compress . --plan . --out c", ".: is a folder, expected a file");
 
     let set = |place: &'static str, value: Value| {
         move |plan: &mut Value| *plan.pointer_mut(place).unwrap_or_else(|| panic!("{place}")) = value
@@ -510,7 +517,8 @@ fn compressing_without_what_it_needs() {
     desk.edited("low_rank", "other", |plan| plan["layers"][0]["experts"][0]["rank"]["gate"] = json!(3));
     desk.model.edit_values("model.layers.1.input_layernorm.weight", |values| values[0] = f32::NAN);
     let spoilt = std::fs::read(desk.path("model.safetensors")).unwrap();
-    desk.run("compress . --plan low_rank --stats stats --out c").error(1);
+    desk.run("plan --method low-rank --remove 0.4 --set whiten=false --model . --out spoilt").ok();
+    desk.run("compress . --plan spoilt --out c").error(1);
     assert!(desk.path("c.partial").exists());
     desk.model.edit_values("model.layers.1.input_layernorm.weight", |values| values[0] = 1.0);
     desk.run("compress . --plan other --stats stats --out c").ok();
@@ -620,7 +628,7 @@ fn questions_that_cannot_be_asked() {
     }
     std::fs::write(desk.path("questions"), b"{\"context\": \"\xff\"}").unwrap();
     desk.refuses(1, eval, "questions: line 1: is not JSON");
-    desk.refuses(1, "eval . --multiple-choice .", ".: Is a directory");
+    desk.refuses(1, "eval . --multiple-choice .", ".: is a folder, expected a file");
 }
 
 /// A change to the tensors of two experts.

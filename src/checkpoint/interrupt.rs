@@ -5,13 +5,14 @@
 
 use std::path::Path;
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 /// Files that are under construction at one time; further ones stay when the process ends.
 const SLOTS: usize = 64;
 
 /// Paths, ended by a NUL byte. They are never freed, because a signal may come at any time.
 static FILES: [AtomicPtr<Vec<u8>>; SLOTS] = [const { AtomicPtr::new(ptr::null_mut()) }; SLOTS];
+static WATCHED: AtomicBool = AtomicBool::new(false);
 
 /// The place of a file in the table; gives it back when dropped.
 #[derive(Debug)]
@@ -22,7 +23,9 @@ impl Unfinished {
     #[cfg(unix)]
     pub(super) fn new(path: &Path) -> Self {
         use std::os::unix::ffi::OsStrExt as _;
-        // Relative paths may not be what they were once the working directory changes, which it does not here.
+        if !WATCHED.load(Ordering::Relaxed) {
+            return Unfinished(None);
+        }
         let path = [path.as_os_str().as_bytes(), b"\0"].concat();
         let path = Box::into_raw(Box::new(path));
         let free = |slot: &AtomicPtr<Vec<u8>>| {
@@ -55,6 +58,7 @@ impl Drop for Unfinished {
 #[cfg(unix)]
 #[expect(unsafe_code, reason = "a signal handler")]
 pub(super) fn watch() {
+    WATCHED.store(true, Ordering::Relaxed);
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
         // SAFETY: an all-zero `sigaction` is a valid one; the handler has the signature that is asked for without
         // SA_SIGINFO and does only what is allowed inside a signal.

@@ -70,13 +70,16 @@ pub(crate) enum Device {
     Cpu(Cpu),
 }
 
-/// Errors where `RAYON_NUM_THREADS` asks for more threads than any machine starts.
+/// Errors where `RAYON_NUM_THREADS` is no number of threads that a machine starts.
 fn check_threads() -> Result<(), Failure> {
     const MOST: usize = 4096;
     let Ok(text) = std::env::var("RAYON_NUM_THREADS") else { return Ok(()) };
     match text.parse::<usize>() {
         Ok(threads) if threads > MOST => {
             Err(Failure::Usage(format!("RAYON_NUM_THREADS is {threads}, expected at most {MOST}")))
+        }
+        Err(_) if !text.is_empty() => {
+            Err(Failure::Usage(format!("RAYON_NUM_THREADS is {text}, expected a number of threads")))
         }
         _ => Ok(()),
     }

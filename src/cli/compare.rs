@@ -1,5 +1,6 @@
 //! `moepress compare`: many methods on one model, side by side.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use clap::ArgGroup;
@@ -8,7 +9,7 @@ use moepress::calibrate::Statistics;
 use moepress::checkpoint::{Checkpoint, write_atomic};
 use moepress::compare::{Candidate, Comparison, Request, compare, plot};
 use moepress::model::{Model, open_architecture};
-use moepress::plan::{method, methods};
+use moepress::plan::{Error, method, methods};
 
 use super::common::{Device, DeviceArgs, OutputArgs, TextInput, check_output_file};
 use super::failure::Failure;
@@ -120,7 +121,12 @@ fn candidate(text: &str) -> Result<Candidate, Failure> {
         Some((key, value)) if !key.is_empty() => Ok((key.to_string(), value.to_string())),
         _ => Err(Failure::Usage(format!("--methods {text}: `{part}` is no option, expected KEY=VALUE"))),
     };
-    let options = parts.map(option).collect::<Result<_, _>>()?;
+    let options: BTreeMap<String, String> = parts.map(option).collect::<Result<_, _>>()?;
+    let known = || method.options().iter().map(|spec| spec.name);
+    if let Some(option) = options.keys().find(|key| known().all(|name| name != key.as_str())) {
+        let (method, known) = (method.name().into(), known().collect::<Vec<_>>().join(", "));
+        return Err(Error::UnknownOption { method, option: option.clone(), known }.into());
+    }
     Ok(Candidate { method, options })
 }
 

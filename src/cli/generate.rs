@@ -49,7 +49,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "P", default_value = "1", allow_negative_numbers = true)]
     top_p: f64,
     /// Seed of the choices
-    #[arg(long, value_name = "S", default_value = "0")]
+    #[arg(long, value_name = "S", default_value = "0", allow_negative_numbers = true)]
     seed: u64,
     /// Whether the prompt begins with the beginning-of-sequence token; auto does what the model's tokenizer does
     #[arg(long, value_enum, default_value_t)]

@@ -36,13 +36,13 @@ pub(crate) struct Args {
     #[arg(long, value_name = "F", default_value = "0.1", value_parser = parse_fraction, allow_negative_numbers = true)]
     held_out: f64,
     /// Sweeps of closed-form least squares over the last factor of every expert
-    #[arg(long, value_name = "N", default_value_t = Training::default().sweeps)]
+    #[arg(long, value_name = "N", default_value_t = Training::default().sweeps, allow_negative_numbers = true)]
     sweeps: usize,
     /// Ridge of the least squares, as a share of the mean diagonal entry
     #[arg(long, value_name = "X", default_value_t = Training::default().ridge, value_parser = parse_positive, allow_negative_numbers = true)]
     ridge: f64,
     /// Steps of Adam on all factors
-    #[arg(long, value_name = "N", default_value_t = Training::default().steps)]
+    #[arg(long, value_name = "N", default_value_t = Training::default().steps, allow_negative_numbers = true)]
     steps: usize,
     /// Largest step of a value, as a share of the root mean square of its matrix
     #[arg(long, value_name = "X", default_value_t = Training::default().rate, value_parser = parse_positive, allow_negative_numbers = true)]
@@ -55,7 +55,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "RANK:SHARE", value_parser = parse_losparse, conflicts_with = "lora")]
     losparse: Option<Decomposition>,
     /// Seed of the order of the tokens
-    #[arg(long, value_name = "N", default_value_t = Training::default().seed)]
+    #[arg(long, value_name = "N", default_value_t = Training::default().seed, allow_negative_numbers = true)]
     seed: u64,
     /// Merge this LoRA adapter (a folder as PEFT saves it) in place of training
     #[arg(long, value_name = "ADAPTER")]
