@@ -515,18 +515,17 @@ fn compressing_without_what_it_needs() {
     ]);
     // Another plan to the same place begins anew.
     desk.edited("low_rank", "other", |plan| plan["layers"][0]["experts"][0]["rank"]["gate"] = json!(3));
+    let before = std::fs::read(desk.path("model.safetensors")).unwrap();
     desk.model.edit_values("model.layers.1.input_layernorm.weight", |values| values[0] = f32::NAN);
-    let spoilt = std::fs::read(desk.path("model.safetensors")).unwrap();
     desk.run("plan --method low-rank --remove 0.4 --set whiten=false --model . --out spoilt").ok();
     desk.run("compress . --plan spoilt --out c").error(1);
     assert!(desk.path("c.partial").exists());
-    desk.model.edit_values("model.layers.1.input_layernorm.weight", |values| values[0] = 1.0);
+    std::fs::write(desk.path("model.safetensors"), before).unwrap();
     desk.run("compress . --plan other --stats stats --out c").ok();
     assert!(!desk.path("c.partial").exists());
     let u = std::sync::Arc::new(Shard::open(&desk.path("c/model.safetensors")).unwrap());
     let u = u.tensor("model.layers.0.block_sparse_moe.experts.0.w1.u").unwrap();
     assert_eq!(u.shape(), [16, 3]);
-    assert_ne!(spoilt, std::fs::read(desk.path("model.safetensors")).unwrap());
 }
 
 #[test]
