@@ -83,6 +83,77 @@ fn packed_experts_are_copied_not_packed_anew() {
     }
 }
 
+/// FP8 experts in the fused layout of transformers 5 are the separate ones: the same codes and scales, copied as they are.
+#[test]
+fn fused_fp8_is_separate_fp8() {
+    let separate = data("deepseek_v3_fp8");
+    let fused = Mutant::of("deepseek_v3_fp8");
+    // Blocks of 4 rows in place of 12, so that one ends with the gate's rows.
+    let repeated = |scales: &Tensor, rows: usize| {
+        scales.select_rows(&(0..rows.div_ceil(4)).map(|block| block * 4 / 12).collect::<Vec<_>>())
+    };
+    fused.edit_tensors(|tensors| {
+        let packed: Vec<String> =
+            tensors.keys().filter(|name| name.ends_with("_scale_inv")).cloned().collect();
+        for name in packed {
+            let rows = tensors[name.trim_end_matches("_scale_inv")].shape()[0];
+            let scales = repeated(&tensors[&name], rows);
+            tensors.insert(name, scales);
+        }
+        for (l, part) in [(1, ""), (1, "_scale_inv")] {
+            let prefix = format!("model.layers.{l}.mlp.experts.");
+            for (fused, matrices) in
+                [("gate_up_proj", &["gate_proj", "up_proj"][..]), ("down_proj", &["down_proj"])]
+            {
+                let mut bytes = Vec::new();
+                let (mut shape, mut dtype) = (vec![6, 0], Dtype::F32);
+                for e in 0..6 {
+                    for matrix in matrices {
+                        let tensor = tensors.remove(&format!("{prefix}{e}.{matrix}.weight{part}")).unwrap();
+                        bytes.extend_from_slice(tensor.bytes());
+                        shape[1] = matrices.len() * tensor.shape()[0];
+                        shape.truncate(2);
+                        shape.push(tensor.shape()[1]);
+                        dtype = tensor.dtype();
+                    }
+                }
+                let name = format!("{prefix}{fused}{part}");
+                tensors.insert(name.clone(), Tensor::owned(name, dtype, shape, bytes));
+            }
+        }
+    });
+    let block = |rows: usize| json!({ "quant_method": "fp8", "weight_block_size": [rows, 20] });
+    fused.set_config("quantization_config", block(4));
+    let windows = common::windows(&common::read(&separate.join("golden.safetensors"), "input_ids"), 2);
+    assert_eq!(bits(&run(fused.path(), &windows).logits), bits(&run(&separate, &windows).logits));
+    let plan = plan(fused.path(), "reap", Some(Budget::Experts(4)), &[]);
+    let out = tempfile::tempdir().unwrap();
+    let dir = out.path().join("fp8");
+    apply(fused.path(), &plan, &STOCK, &dir).unwrap();
+    for (l, experts) in kept(&plan) {
+        for (new, old) in experts.iter().enumerate() {
+            for matrix in ["gate_proj", "up_proj", "down_proj"] {
+                let name = |e: usize| format!("model.layers.{l}.mlp.experts.{e}.{matrix}.weight");
+                let (found, expected) = (tensor(&dir, &name(new)), tensor(&separate, &name(*old)));
+                assert_eq!((found.dtype(), found.bytes()), (expected.dtype(), expected.bytes()), "{matrix}");
+                let scales = |name: &str| format!("{name}_scale_inv");
+                let stored = tensor(&separate, &scales(&name(*old)));
+                let expected = repeated(&stored, expected.shape()[0]);
+                assert_eq!(tensor(&dir, &scales(&name(new))).bytes(), expected.bytes(), "{matrix}");
+            }
+        }
+    }
+    fused.set_config("quantization_config", block(12));
+    fused.edit_tensors(|tensors| {
+        let others = |name: &&String| name.ends_with("_scale_inv") && !name.contains(".experts.");
+        let others: Vec<String> = tensors.keys().filter(others).cloned().collect();
+        tensors.extend(others.into_iter().map(|name| (name.clone(), tensor(&separate, &name))));
+    });
+    let checkpoint = Checkpoint::open(fused.path()).unwrap();
+    let message = Model::new(&checkpoint, &Cpu, 8).unwrap().layer(1).err().unwrap().to_string();
+    assert!(message.contains("gate and up of 16 rows share a block of scales"), "{message}");
+}
+
 /// Every parameter once, whatever the storage: biases count, scales do not.
 #[test]
 fn sizes_of_packed_experts() {

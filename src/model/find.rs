@@ -51,11 +51,7 @@ impl Finder<'_> {
             let tensor = self.tensor(&named(""), &[out, input])?;
             if tensor.dtype() == Dtype::F8_E4M3 {
                 let scales = self.checkpoint.tensor(&named("_scale_inv")).map_err(|e| self.error(e))?;
-                let block = match self.architecture.packing {
-                    Some(Packing::Fp8 { block }) => block,
-                    _ => Packing::USUAL_FP8_BLOCK,
-                };
-                Weight::fp8(tensor, scales, block)
+                Weight::fp8(tensor, scales, self.fp8_block())
             } else {
                 Weight::plain(tensor)
             }
@@ -63,6 +59,14 @@ impl Finder<'_> {
         let weight = weight.map_err(|e| self.error(e))?;
         weight.check_shape(out, input).map_err(|e| self.error(e))?;
         Ok(weight)
+    }
+
+    /// Rows and columns that share a scale in FP8.
+    pub(super) fn fp8_block(&self) -> [usize; 2] {
+        match self.architecture.packing {
+            Some(Packing::Fp8 { block }) => block,
+            _ => Packing::USUAL_FP8_BLOCK,
+        }
     }
 
     /// `{prefix}.weight` and, where there is one, `{prefix}.bias`.

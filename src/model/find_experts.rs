@@ -5,7 +5,7 @@ use super::source::MoeSource;
 use super::{Error, Result};
 use crate::architecture::{Choice, ExpertStorage, MoeSpec, Projection};
 use crate::backend::{Base, Expert, Linear, Matrix, Mlp, RouterWeights, StoredExpert};
-use crate::checkpoint::{ExpertEntry, ExpertForm, LayerEntry, Stride, Tensor, Weight};
+use crate::checkpoint::{Dtype, ExpertEntry, ExpertForm, LayerEntry, Stride, Tensor, Weight};
 
 impl Finder<'_> {
     pub(super) fn moe(&self, moe: &MoeSpec) -> Result<MoeSource> {
@@ -90,21 +90,42 @@ impl Finder<'_> {
     /// Experts that transformers 5 fused: gate rows, then up rows.
     fn rewritten(&self, moe: &MoeSpec, gate_up: &str, down: &str) -> Result<Vec<StoredExpert>> {
         let (d, width) = (self.architecture.hidden_size, moe.width);
-        let gate_up = self.tensor(gate_up, &[moe.experts, 2 * width, d])?;
-        let down = self.tensor(down, &[moe.experts, d, width])?;
+        let gate_up = self.output_major(gate_up, [moe.experts, 2 * width, d], width)?;
+        let down = self.output_major(down, [moe.experts, d, width], d)?;
         let experts = (0..moe.experts).map(|e| {
             let map = |p: Projection| {
-                let rows = match p {
-                    Projection::Gate => gate_up.entry(e).rows(0, width),
-                    Projection::Up => gate_up.entry(e).rows(width, width),
-                    Projection::Down => down.entry(e),
+                let weight = match p {
+                    Projection::Gate => gate_up.weight(e, 0, width),
+                    Projection::Up => gate_up.weight(e, width, width),
+                    Projection::Down => down.weight(e, 0, d),
                 };
-                let weight = Weight::plain(rows).map_err(|e| self.error(e))?;
+                let weight = weight.map_err(|e| self.error(e))?;
                 Ok(Linear { weight: Matrix::Dense(weight.renamed(self.weight_name(e, p))), bias: None })
             };
             assemble(moe, map)
         });
         experts.collect()
+    }
+
+    /// The matrices of all experts under one name, `[experts, out, input]`, each made of parts of `part` rows; in FP8 with
+    /// `{name}_scale_inv` `[experts, blocks of rows, blocks of columns]`.
+    fn output_major(&self, name: &str, shape: [usize; 3], part: usize) -> Result<OutputMajor> {
+        let values = self.tensor(name, &shape)?;
+        if values.dtype() != Dtype::F8_E4M3 {
+            return Ok(OutputMajor { values, scales: None });
+        }
+        let [experts, out, input] = shape;
+        let block = self.fp8_block();
+        if part != out && !part.is_multiple_of(block[0]) {
+            let what = format!(
+                "{name}: gate and up of {part} rows share a block of scales; expected a multiple of {}",
+                block[0]
+            );
+            return Err(Error::Inconsistent { layer: self.l, what });
+        }
+        let blocks = [experts, out.div_ceil(block[0]), input.div_ceil(block[1])];
+        let scales = self.numbers(&format!("{name}_scale_inv"), &blocks)?;
+        Ok(OutputMajor { values, scales: Some((scales, block)) })
     }
 
     /// Experts of a family that publishes them fused: input-major, or packed and output-major.
@@ -290,6 +311,28 @@ fn assemble(
         down: map(Projection::Down)?,
         activation: moe.activation,
     }))
+}
+
+/// The matrices of all experts as transformers 5 fuses them.
+struct OutputMajor {
+    /// `[experts, out, in]`.
+    values: Tensor,
+    /// Of FP8, and the rows and columns of a block.
+    scales: Option<(Tensor, [usize; 2])>,
+}
+
+impl OutputMajor {
+    /// `count` rows of expert `e` from `first` on, where a block begins.
+    fn weight(&self, e: usize, first: usize, count: usize) -> crate::checkpoint::Result<Weight> {
+        let values = self.values.entry(e).rows(first, count);
+        match &self.scales {
+            None => Weight::plain(values),
+            Some((scales, block)) => {
+                let scales = scales.entry(e).rows(first / block[0], count.div_ceil(block[0]));
+                Weight::fp8(values, scales, *block)
+            }
+        }
+    }
 }
 
 /// The matrices of all experts in one tensor, or one and its scales.
