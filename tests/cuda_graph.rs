@@ -13,7 +13,7 @@ use cudarc::driver::{CudaContext, CudaStream, result};
 use gpu::Gpu;
 use moepress::architecture::{Activation, RouterSpec, WeightRule, WeightTarget};
 use moepress::backend::cuda::{
-    Block, Device, DeviceBlock, Element, Forward, LayerRouter, LayerSpec, MoeLayer, Routing, Rows,
+    Block, Device, DeviceBlock, Element, Forward, LayerRouter, LayerSpec, Memory, MoeLayer, Routing, Rows,
 };
 use moepress::backend::{Expert, Linear, Matrix, Mlp, RouterRule};
 use moepress::checkpoint::{Dtype, Tensor, Weight, encode_f32};
@@ -178,6 +178,22 @@ fn a_graph_is_replayed_with_other_routing() {
             result::graph::destroy(graph).unwrap();
         }
     }
+}
+
+/// The stand-in can fail: like a driver, it refuses a capture in which something allocates.
+#[test]
+fn a_graph_that_allocates_is_refused() {
+    if !gpu::is_stand_in() {
+        return;
+    }
+    let Some(device) = gpu::device() else { return };
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let pass = Pass::new(device, 1);
+    pass.stream.begin_capture(CaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL).unwrap();
+    let refused = pass.device.allocate(64).is_err();
+    // SAFETY: the stream is capturing.
+    let ended = unsafe { result::stream::end_capture(pass.stream.cu_stream()) };
+    assert!(refused && ended.is_err());
 }
 
 /// Whatever was in the memory before, with a graph or without.

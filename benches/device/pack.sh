@@ -12,7 +12,7 @@ executables() {
 import json, sys
 for line in sys.stdin:
     message = json.loads(line) if line.startswith("{") else {}
-    if message.get("executable"):
+    if message.get("executable") and message["target"]["kind"] != ["bin"]:
         print(message["target"]["name"], message["executable"])'
 }
 executables test --release --no-run --test cuda_layer --test cuda_graph --test ffi | while read -r name path; do

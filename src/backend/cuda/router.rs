@@ -8,7 +8,8 @@ use crate::architecture::{Choice, GroupLimit, GroupScore, Scoring, Skip, WeightR
 use crate::backend::RouterRule;
 use crate::checkpoint::{Tensor, encode_f32};
 
-/// A router: the rule, and what of its tensors the layer is to apply.
+/// A router: the rule, and what of its tensors the layer is to apply. Whatever the logits, a token's ids are distinct and
+/// its weights finite, by the rule of [`RouterRule::decide`].
 #[derive(Clone, Copy, Debug)]
 pub struct LayerRouter<'a> {
     /// From logits to experts and weights.
