@@ -379,7 +379,7 @@ fn files() {
     std::fs::write(&path, "{\"moepress\": 2}").unwrap();
     assert_eq!(message(), format!("{name}: moepress: version 2; this program reads version 1"));
     let plan = Plan::from_json(&changed_nothing()).unwrap();
-    assert_eq!(plan.write("/").unwrap_err().to_string(), "/: not the name of a file");
+    assert_eq!(plan.write("/").unwrap_err().to_string(), "/: is a folder");
 }
 
 fn changed_nothing() -> String {
