@@ -362,7 +362,7 @@ fn from_statistics_to_a_checkpoint() {
     let propagated = ["router=redirect", "group_size=2", "propagate=true"];
     for (method, set) in [
         ("m-smoe", &["grouping=uniform", "capacity=3"][..]),
-        ("mc-smoe", &["rank=2"]),
+        ("mc-smoe", &["rank=2", "dense_rows=0.2"]),
         ("hc-smoe", &["linkage=single"]),
         ("ream", &["group_size=2"]),
         ("ream", &propagated),

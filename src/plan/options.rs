@@ -34,6 +34,8 @@ pub enum OptionKind {
     Integer(u64),
     /// A number above 0 and below 1.
     Fraction,
+    /// 0, or a number above 0 and below 1.
+    Share,
     /// Layer numbers and ranges of them, such as `0,3-5`.
     Layers,
     /// The name of a folder.
@@ -46,7 +48,7 @@ impl std::fmt::Display for OptionKind {
             OptionKind::Flag => write!(f, "true|false"),
             OptionKind::Choice(words) => write!(f, "{}", words.join("|")),
             OptionKind::Integer(_) => write!(f, "N"),
-            OptionKind::Fraction => write!(f, "0..1"),
+            OptionKind::Fraction | OptionKind::Share => write!(f, "0..1"),
             OptionKind::Layers => write!(f, "N,N-N"),
             OptionKind::Folder => write!(f, "DIR"),
         }
@@ -73,6 +75,10 @@ impl OptionKind {
             OptionKind::Fraction => {
                 let number = text.parse::<f64>().ok().filter(|x| *x > 0.0 && *x < 1.0);
                 number.map(Value::from).ok_or_else(|| "expected a number above 0 and below 1".into())
+            }
+            OptionKind::Share => {
+                let number = text.parse::<f64>().ok().filter(|x| *x >= 0.0 && *x < 1.0);
+                number.map(Value::from).ok_or_else(|| "expected 0 or a number below 1".into())
             }
             OptionKind::Layers => {
                 let known = parse_layers(text).is_some();
@@ -142,7 +148,7 @@ pub(super) fn integer(options: &Options, name: &str) -> Option<u64> {
     options.get(name).and_then(Value::as_u64)
 }
 
-/// A resolved fraction.
+/// A resolved fraction or share.
 pub(super) fn fraction(options: &Options, name: &str) -> Option<f64> {
     options.get(name).and_then(Value::as_f64)
 }

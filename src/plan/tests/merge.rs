@@ -167,17 +167,23 @@ fn sizes_are_the_published_ones() {
     assert_eq!(plan.expected.experts, 88 + 32);
     assert_eq!(plan.expected.routed_parameters, 120 * expert);
     assert_eq!(millions(plan.expected.parameters), 733.0);
-    // Two matrices of rank 32 per merged expert, 245 760 values.
-    let mut options = vec!["exclude=1"];
-    let make = |name: &str, options: &[&str]| {
-        super::plan(name, &profile, Some(&statistics), Some(Budget::Experts(8)), options).unwrap()
+    let make = |experts: usize, options: &[&str]| {
+        let options = [&["exclude=1"], options].concat();
+        super::plan("mc-smoe", &profile, Some(&statistics), Some(Budget::Experts(experts)), &options).unwrap()
     };
-    let factors = make("mc-smoe", &options).expected.routed_parameters;
-    assert_eq!(factors, 88 * 245_760 + 32 * expert);
-    // With a tenth of each expert on top, as published.
-    assert_eq!(millions(rest + routers + factors + 88 * expert / 10), 381.0);
-    options.push("rank=500");
-    assert_eq!(make("mc-smoe", &options).expected.routed_parameters, 88 * 500 * 2 * (d + p) + 32 * expert);
+    // Two matrices of rank 32 per merged expert, 245 760 values, and a tenth of their rows, 472 320.
+    let factored = 245_760 + 307 * d + 77 * p;
+    let both = make(8, &[]).expected;
+    assert_eq!(both.routed_parameters, 88 * factored + 32 * expert);
+    assert_eq!(millions(both.parameters), 381.0);
+    // Without merging.
+    let whole = make(32, &[]);
+    assert_eq!(whole.experts_kept(), [32; 12]);
+    assert_eq!(whole.expected.routed_parameters, 11 * 32 * factored + 32 * expert);
+    assert_eq!(millions(whole.expected.parameters), 570.0);
+    let factors = |options: &[&str]| make(8, options).expected.routed_parameters;
+    assert_eq!(factors(&["dense_rows=0"]), 88 * 245_760 + 32 * expert);
+    assert_eq!(factors(&["dense_rows=0", "rank=500"]), 88 * 500 * 2 * (d + p) + 32 * expert);
 }
 
 fn two_layers() -> (Profile, Vec<Moments>) {
@@ -324,6 +330,7 @@ fn messages() {
             &["rank=9"],
             "option rank=9: expected at most 8 for the matrices of layer 1, 12 × 8",
         ),
+        ("mc-smoe", half, &["dense_rows=1"], "option dense_rows=1: expected 0 or a number below 1"),
     ] {
         assert_eq!(message(method, budget, options), expected);
     }

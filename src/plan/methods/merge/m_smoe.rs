@@ -7,7 +7,7 @@ use crate::architecture::MoeProfile;
 use crate::plan::file::LayerPlan;
 use crate::plan::methods::{Method, Needs, Paper, Request};
 use crate::plan::options::{self, OptionKind};
-use crate::plan::{Action, Error, OptionSpec, Plan, Ranks, Result, check};
+use crate::plan::{Action, Budget, Error, OptionSpec, Plan, Projection, Ranks, Result, check};
 
 /// Merging alone.
 pub(in crate::plan) static M_SMOE: MSmoe = MSmoe { compress: false };
@@ -19,7 +19,7 @@ pub(in crate::plan) struct MSmoe {
     compress: bool,
 }
 
-static OPTIONS: [OptionSpec; 9] = [
+static OPTIONS: [OptionSpec; 10] = [
     OptionSpec {
         name: "grouping",
         kind: OptionKind::Choice(&["exact", "strict", "uniform"]),
@@ -42,6 +42,12 @@ static OPTIONS: [OptionSpec; 9] = [
         kind: OptionKind::Integer(1),
         default: Some("32"),
         help: "rank of every matrix of the merged experts",
+    },
+    OptionSpec {
+        name: "dense_rows",
+        kind: OptionKind::Share,
+        default: Some("0.1"),
+        help: "share of the rows of every matrix that stay as they are beside its factors; 0: none",
     },
     OptionSpec {
         name: "whiten",
@@ -72,7 +78,8 @@ impl Method for MSmoe {
 
     fn description(&self) -> &'static str {
         if self.compress {
-            "m-smoe, then every expert of the merged layers becomes low rank; budgets are those of merging"
+            "m-smoe, then low rank and a few dense rows for every expert of its layers; budgets are those of merging \
+             (--experts with all of them: no merging)"
         } else {
             "merges experts into the most used ones, by the similarity of their router logits"
         }
@@ -108,13 +115,14 @@ impl Method for MSmoe {
                 exact(&frequencies, &floors, total)
             };
             let layer = |i: usize| group(layers[i], &frequencies[i], &cosines[i], counts[i], capacity);
-            (0..layers.len()).map(layer).collect()
+            (0..layers.len()).map(layer).collect::<Result<Vec<Groups>>>()
         };
         let mut actions = Vec::new();
         if self.compress {
             let rank = options::integer(&job.options, "rank").unwrap_or(32) as usize;
+            let rows = options::fraction(&job.options, "dense_rows").unwrap_or(0.1);
             for (i, layer) in job.layers() {
-                actions.push((i, decomposed(request.profile.hidden_size, layer, rank)?));
+                actions.push((i, decomposed(request.profile.hidden_size, layer, rank, rows)?));
             }
         }
         let decompose = |plans: &mut [LayerPlan]| {
@@ -123,7 +131,15 @@ impl Method for MSmoe {
                 stored.for_each(|e| e.action = action.clone());
             }
         };
-        let plans = job.meet(groups, &frequencies, decompose)?;
+        let plans = match job.budget {
+            // Nothing is merged, and the second step compresses alone.
+            Budget::Experts(n) if self.compress && layers.iter().all(|l| l.experts == n) => {
+                let mut plans = job.plans(&groups(&vec![n; layers.len()])?, &frequencies);
+                decompose(&mut plans);
+                plans
+            }
+            _ => job.meet(groups, &frequencies, decompose)?,
+        };
         let warnings = job.warnings()?;
         Plan::assemble(request.profile, self.name(), job.options, request.source.cloned(), plans, warnings)
     }
@@ -202,22 +218,25 @@ fn group(
     Ok(groups)
 }
 
-/// What becomes of a merged expert: matrices where factors of this rank save something are factorised.
-fn decomposed(hidden_size: usize, layer: &MoeProfile, rank: usize) -> Result<Action> {
+/// What becomes of a merged expert: factors of this rank and a share of dense rows, rounded to whole ones, for every
+/// matrix where they save something.
+fn decomposed(hidden_size: usize, layer: &MoeProfile, rank: usize, share: f64) -> Result<Action> {
     let (d, p) = (hidden_size, layer.width);
     if rank > d.min(p) {
         let expected =
             format!("expected at most {} for the matrices of layer {}, {p} × {d}", d.min(p), layer.layer);
         return Err(Error::Option { option: "rank".into(), value: rank.to_string(), expected });
     }
-    if rank as u128 * (d as u128 + p as u128) >= d as u128 * p as u128 {
-        return Ok(Action::Keep);
-    }
-    let mut ranks = Ranks::default();
+    let (mut ranks, mut rows) = (Ranks::default(), Ranks::default());
     for &matrix in layer.projections() {
-        *ranks.get_mut(matrix) = Some(rank);
+        let (out, input) = if matrix == Projection::Down { (d, p) } else { (p, d) };
+        let dense = (share * out as f64).round() as usize;
+        if rank as u128 * (d + p) as u128 + dense as u128 * (input as u128) < d as u128 * p as u128 {
+            *ranks.get_mut(matrix) = Some(rank);
+            *rows.get_mut(matrix) = (dense > 0).then_some(dense);
+        }
     }
-    Ok(Action::low_rank(ranks))
+    Ok(if ranks.is_dense() { Action::Keep } else { Action::LowRank { rank: ranks, rows } })
 }
 
 #[cfg(test)]
@@ -233,6 +252,17 @@ mod tests {
         assert_eq!(strict(&frequencies, 6), [2, 1, 3]);
         assert_eq!(exact(&frequencies, &[1; 3], 6), [2, 1, 3]);
         assert_eq!(exact(&frequencies, &[2; 3], 6), [2, 2, 2]);
+    }
+
+    /// The matrices of Switch-base: rank 32 and a tenth of the rows, as published.
+    #[test]
+    fn a_tenth_of_the_rows_stays_dense() {
+        let switch = MoeProfile { width: 3072, ungated: true, ..layer(0, 32, 1) };
+        let rank = Ranks { gate: Some(32), up: None, down: Some(32) };
+        let rows = Ranks { gate: Some(307), up: None, down: Some(77) };
+        assert_eq!(decomposed(768, &switch, 32, 0.1).ok(), Some(Action::LowRank { rank, rows }));
+        assert_eq!(decomposed(768, &switch, 32, 0.0).ok(), Some(Action::low_rank(rank)));
+        assert_eq!(decomposed(768, &switch, 32, 0.96).ok(), Some(Action::Keep));
     }
 
     /// Frequencies equal to the threshold: the published rule drops them all, the exact one fills up.
