@@ -8,9 +8,9 @@
 use rayon::prelude::*;
 
 use crate::architecture::Projection;
-use crate::backend::cpu::Cpu;
-use crate::backend::{Backend, Mlp, Result as BackendResult};
-use crate::checkpoint::{Dtype, Tensor, Weight};
+use crate::backend::Mlp;
+use crate::backend::cpu::{multiply, transpose};
+use crate::checkpoint::Tensor;
 use crate::linalg::{Matrix, assignment};
 use crate::model::LinearSource;
 
@@ -41,7 +41,7 @@ pub fn align(reference: &Mlp<LinearSource>, member: &Mlp<LinearSource>) -> Resul
     let mut costs = vec![0.0; width * width];
     for part in Part::ALL {
         let (Some(a), Some(b)) = (part.of(reference)?, part.of(member)?) else { continue };
-        subtract_products(&a, &b, &mut costs)?;
+        subtract_products(&a, &b, &mut costs);
     }
     let costs = Matrix::new(width, width, costs);
     let permutation = costs.and_then(assignment).map_err(|e| Error::Missing(e.to_string()))?;
@@ -59,8 +59,8 @@ pub fn align(reference: &Mlp<LinearSource>, member: &Mlp<LinearSource>) -> Resul
 
 /// Bytes that [`align`] takes for experts of this size.
 pub(super) fn memory(width: usize, hidden_size: usize) -> usize {
-    // Costs in f64 with one product in f32; two parts in f32, once more as buffer and as tensor.
-    width * (12 * width + 16 * hidden_size)
+    // Costs in f64 with one product in f32; two parts in f32, one of them also before it is transposed.
+    width * (12 * width + 12 * hidden_size)
 }
 
 /// What belongs to hidden neurons.
@@ -98,11 +98,11 @@ impl Part {
         };
         let Some(map) = mlp.map(projection) else { return Ok(None) };
         let weight = &map.weight;
-        let (rows, cols) = (weight.rows(), weight.cols());
+        let cols = weight.cols();
         let values = weight.to_f32();
         Ok(Some(match projection {
             Projection::Gate | Projection::Up => Rows { values, cols },
-            Projection::Down => Rows { values: transposed(&values, rows, cols), cols: rows },
+            Projection::Down => Rows { values: transpose(&values, cols), cols: weight.rows() },
         }))
     }
 }
@@ -122,29 +122,8 @@ impl Rows {
 
 /// costs[i, j] −= ⟨a[i], b[j]⟩. The squared norms that make it half the squared distance do not depend on the
 /// assignment.
-fn subtract_products(a: &Rows, b: &Rows, costs: &mut [f64]) -> BackendResult<()> {
-    let (width, cols) = (a.values.len() / a.cols.max(1), a.cols);
-    let b = Weight::plain(Tensor::from_f32("neurons", Dtype::F32, vec![width, cols], &b.values))?;
-    let (mut x, mut out) = (Cpu.buffer(), Cpu.buffer());
-    Cpu.upload(&a.values, width, cols, &mut x)?;
-    Cpu.linear(&x, &Cpu.weight(&b)?, None, &mut out)?;
-    costs.par_iter_mut().zip(out.data()).with_min_len(1 << 14).for_each(|(c, p)| *c -= f64::from(*p));
-    Ok(())
-}
-
-/// The transposed matrix, a block at a time so that both sides stay in cache.
-fn transposed(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    const BLOCK: usize = 32;
-    let mut out = vec![0.0; values.len()];
-    out.par_chunks_mut(BLOCK * rows).enumerate().for_each(|(block, out)| {
-        let first = block * BLOCK;
-        for start in (0..rows).step_by(BLOCK) {
-            for r in start..rows.min(start + BLOCK) {
-                for (i, line) in out.chunks_exact_mut(rows).enumerate() {
-                    line[r] = values[r * cols + first + i];
-                }
-            }
-        }
-    });
-    out
+fn subtract_products(a: &Rows, b: &Rows, costs: &mut [f64]) {
+    let mut products = vec![0.0; costs.len()];
+    multiply(&a.values, &b.values, a.cols, false, &mut products);
+    costs.par_iter_mut().zip(&products).with_min_len(1 << 14).for_each(|(c, p)| *c -= f64::from(*p));
 }

@@ -3,6 +3,7 @@
 use crate::backend::Matrix as Form;
 use crate::checkpoint::{Dtype, Tensor, Weight};
 use crate::linalg::{self, LowRank, Matrix, Threads, low_rank, refit_left_on, refit_right_on};
+use crate::plan::largest;
 
 /// How experts are merged, and how factors are stored.
 #[derive(Clone, Copy, Debug, Default)]
@@ -137,11 +138,7 @@ fn worst_rows(
             loss = on_data;
         }
     }
-    let mut order: Vec<usize> = (0..w.rows()).collect();
-    order.sort_by(|a, b| loss[*b].total_cmp(&loss[*a]));
-    order.truncate(count);
-    order.sort_unstable();
-    Ok(order)
+    Ok(largest(&loss, count))
 }
 
 fn select_rows(m: &Matrix, rows: &[usize]) -> Matrix {

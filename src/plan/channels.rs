@@ -67,12 +67,3 @@ fn text<'o>(options: &'o Options, name: &str) -> Option<&'o str> {
         Some(value) => Some(value.as_str().unwrap_or("")),
     }
 }
-
-/// The `count` largest of `scores`, ascending by position; ties to the lower one.
-pub fn largest(scores: &[f64], count: usize) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..scores.len()).collect();
-    order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
-    order.truncate(count);
-    order.sort_unstable();
-    order
-}

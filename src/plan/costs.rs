@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::ops::{Add, AddAssign, Mul};
 
 use super::file::LayerPlan;
+use super::options::{self, Options};
 use super::{Action, Projection};
 use crate::architecture::{MoeProfile, Profile};
 
@@ -128,14 +129,16 @@ impl<'a> Costs<'a> {
         Costs { profile, dtype, merged: FactorDtype::Auto, separate, novices: false }
     }
 
+    /// Those of a plan with these resolved options: `factor_dtype` of factors, `merge_dtype` of merged experts; auto where
+    /// there is none.
+    pub(super) fn of_options(profile: &'a Profile, options: &Options) -> Self {
+        let dtype = |name| options::text(options, name).and_then(FactorDtype::from_name).unwrap_or_default();
+        Costs { merged: dtype("merge_dtype"), ..Costs::new(profile, dtype("factor_dtype")) }
+    }
+
     /// The same where [`Costs::dropped`] is about experts that get `action`.
     pub(super) fn replacing(self, action: &Action) -> Self {
         Costs { novices: *action == Action::Constant, ..self }
-    }
-
-    /// The same where merged experts have this type.
-    pub(super) fn merged_as(self, merged: FactorDtype) -> Self {
-        Costs { merged, ..self }
     }
 
     /// Tensors of one dense expert.

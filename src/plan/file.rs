@@ -9,7 +9,7 @@ use serde_json::ser::Formatter;
 
 use super::check;
 use super::costs::Costs;
-use super::{Action, Error, Expected, FactorDtype, Options, Result};
+use super::{Action, Error, Expected, Options, Result};
 use crate::architecture::{Profile, Skip};
 use crate::checkpoint::{Error as FileError, read_file, write_atomic};
 
@@ -232,12 +232,7 @@ impl Plan {
     /// Those of [`Plan::check`].
     pub fn expect(&self, profile: &Profile) -> Result<Expected> {
         self.check(profile)?;
-        let dtype = |name: &str| {
-            let name = self.options.get(name).and_then(Value::as_str);
-            name.and_then(FactorDtype::from_name).unwrap_or_default()
-        };
-        let costs = Costs::new(profile, dtype("factor_dtype")).merged_as(dtype("merge_dtype"));
-        Ok(Expected::of(&costs, &self.layers))
+        Ok(Expected::of(&Costs::of_options(profile, &self.options), &self.layers))
     }
 
     /// Routed experts that remain in each MoE layer, neither dropped nor merged.

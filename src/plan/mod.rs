@@ -38,8 +38,8 @@ mod tests;
 pub use crate::architecture::Projection;
 pub use action::{Action, Channels, Ranks};
 pub use budget::Budget;
+pub use channels::Criterion;
 pub(crate) use channels::refit;
-pub use channels::{Criterion, largest};
 pub use costs::{Expected, FactorDtype};
 pub use coverage::coverage;
 pub use error::{Error, Place, Result};
@@ -50,6 +50,7 @@ pub use methods::{
 };
 pub use options::{OptionKind, OptionSpec, Options};
 pub use owl::OutlierSource;
+pub use score::largest;
 pub use search::{
     Found, Genetic, Loss, LossRule, LossSource, Pass, RankRule, Subsets, Tails, greedy_and_swap,
     inverse_importance, ranks_by_importance,

@@ -116,9 +116,24 @@ fn random(layer: &MoeProfile, seed: u64) -> Vec<f64> {
     (0..layer.experts).map(|_| (generator.next_u64() >> 11) as f64 / (1u64 << 53) as f64).collect()
 }
 
-/// Experts by descending score, ties to the lower index, read from the end: the first of this order go first.
+/// Positions by descending score, ties to the lower one.
+pub(super) fn descending(scores: &[f64]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
+    order
+}
+
+/// The reverse of [`descending`]: the first of this order go first.
 pub(super) fn worst_first(scores: &[f64]) -> Vec<usize> {
-    let mut order = (0..scores.len()).collect::<Vec<_>>();
-    order.sort_by(|a, b| scores[*a].total_cmp(&scores[*b]).then(b.cmp(a)));
+    let mut order = descending(scores);
+    order.reverse();
+    order
+}
+
+/// The `count` largest of `scores`, ascending by position; ties to the lower one.
+pub fn largest(scores: &[f64], count: usize) -> Vec<usize> {
+    let mut order = descending(scores);
+    order.truncate(count);
+    order.sort_unstable();
     order
 }

@@ -9,6 +9,7 @@ use super::layer::TrainedLayer;
 use super::map::{Map, Parameter, Part};
 use crate::backend::cpu::{multiply, transpose};
 use crate::linalg::{self, Factors, Matrix, truncated_svd};
+use crate::plan::largest;
 
 /// Full matrices become U·V + S while they are trained.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -90,10 +91,10 @@ impl LoSparse {
         if kept >= total {
             return;
         }
-        let mut order: Vec<usize> = (0..total).collect();
-        order.sort_by(|&a, &b| self.importance[b].total_cmp(&self.importance[a]));
         let mut keep = vec![false; total];
-        order[..kept].iter().for_each(|&row| keep[row] = true);
+        for row in largest(&self.importance, kept) {
+            keep[row] = true;
+        }
         let mut keep = keep.into_iter();
         for s in sparse_parts(layer) {
             let cols = s.cols;

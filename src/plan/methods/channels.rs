@@ -1,7 +1,7 @@
 //! Channel pruning: every expert stays, with a narrower hidden vector.
 
 use super::low_rank::check_dense;
-use super::{Method, Needs, Paper, Request};
+use super::{Method, Needs, PROPAGATE, Paper, Request};
 use crate::architecture::{MoeProfile, Profile};
 use crate::backend::{Moment, Moments};
 use crate::plan::budget::{self, Budget};
@@ -27,13 +27,6 @@ pub(super) struct Narrow {
 const REFIT_HELP: &str = "what becomes of the down matrix. plain: its kept columns; refit: the least-squares optimum on \
                           the tokens; anchored: the kept columns plus a damped correction. The last two need second \
                           moments when compressing (calibrate --moments gate-hidden, or --tokens)";
-
-const PROPAGATE: OptionSpec = OptionSpec {
-    name: "propagate",
-    kind: OptionKind::Flag,
-    default: Some("false"),
-    help: "while compressing, measure each layer again behind the compressed ones before it",
-};
 
 const fn refit(default: &'static str) -> OptionSpec {
     OptionSpec {
@@ -233,8 +226,8 @@ fn over_all_experts(
     };
     let mut stays = vec![false; scores.len()];
     (0..layer.experts).filter_map(first).for_each(|c| stays[c] = true);
-    let mut rest: Vec<usize> = (0..scores.len()).filter(|c| !stays[*c]).collect();
-    rest.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
+    let mut rest = score::descending(&scores);
+    rest.retain(|c| !stays[*c]);
     rest.iter().take(layer.experts * (width - 1)).for_each(|c| stays[*c] = true);
     Ok(stays.chunks_exact(p).map(|own| own.iter().filter(|stays| **stays).count()).collect())
 }

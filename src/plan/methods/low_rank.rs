@@ -2,11 +2,11 @@
 //!
 //! A matrix of d × p values at rank r takes r·(d + p) values, fewer than before while r < d·p/(d + p).
 
-use super::{Method, Needs, Paper, Request, SpectrumSource};
+use super::{FACTOR_DTYPE, Method, Needs, PROPAGATE, Paper, Request, SpectrumSource};
 use crate::architecture::{MoeProfile, Profile};
 use crate::plan::budget::{self, Budget};
 use crate::plan::check;
-use crate::plan::costs::{Costs, FactorDtype, Sizes};
+use crate::plan::costs::{Costs, Sizes};
 use crate::plan::error::Place;
 use crate::plan::file::LayerPlan;
 use crate::plan::options::{self, OptionKind, Options};
@@ -43,18 +43,8 @@ static OPTIONS: [OptionSpec; 9] = [
         help: "uniform: the same rank for every expert; spectrum: the largest eigenvalues of all experts of \
                a layer are kept, so that ranks differ",
     },
-    OptionSpec {
-        name: "factor_dtype",
-        kind: OptionKind::Choice(&FactorDtype::NAMES),
-        default: Some("auto"),
-        help: "number type of the factors; auto: that of the weights",
-    },
-    OptionSpec {
-        name: "propagate",
-        kind: OptionKind::Flag,
-        default: Some("false"),
-        help: "while compressing, measure each layer again behind the compressed ones before it",
-    },
+    FACTOR_DTYPE,
+    PROPAGATE,
     owl::OPTIONS[0],
     owl::OPTIONS[1],
     owl::OPTIONS[2],
@@ -89,8 +79,7 @@ impl Method for LowRank {
         check::profile(profile)?;
         let options = options::resolve(self.name(), &OPTIONS, request.options)?;
         check_dense(self.name(), profile)?;
-        let dtype = FactorDtype::NAMES.into_iter().find(|n| options::is(&options, "factor_dtype", n));
-        let costs = Costs::new(profile, dtype.and_then(FactorDtype::from_name).unwrap_or_default());
+        let costs = Costs::of_options(profile, &options);
         let layers = match Target::new(request.budget, &options)? {
             Target::Energy(energy) => {
                 let spectra = spectra(request, "energy")?;

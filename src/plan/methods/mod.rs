@@ -15,13 +15,30 @@ use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
 use super::file::StatisticsRef;
-use super::{Budget, Error, LossSource, OptionSpec, OutlierSource, Plan, Projection, Result};
+use super::options::OptionKind;
+use super::{Budget, Error, FactorDtype, LossSource, OptionSpec, OutlierSource, Plan, Projection, Result};
 use crate::architecture::Profile;
 use crate::backend::Moments;
 
 pub use merge::regroup_layer;
 pub use prune::rescore_layer;
 pub use router_norm::RouterSource;
+
+/// The option `factor_dtype`, which [`Costs::of_options`](super::costs::Costs::of_options) reads.
+const FACTOR_DTYPE: OptionSpec = OptionSpec {
+    name: "factor_dtype",
+    kind: OptionKind::Choice(&FactorDtype::NAMES),
+    default: Some("auto"),
+    help: "number type of the factors; auto: that of the weights",
+};
+
+/// The option `propagate` of methods that choose nothing anew on the way.
+const PROPAGATE: OptionSpec = OptionSpec {
+    name: "propagate",
+    kind: OptionKind::Flag,
+    default: Some("false"),
+    help: "while compressing, measure each layer again behind the compressed ones before it",
+};
 
 /// The publication that a method comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,12 +1,11 @@
 //! M-SMoE and MC-SMoE: "Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy".
 
-use super::{
-    EXCLUDE, Groups, Job, MERGE_DTYPE, align_option, counts, descending, logit_cosines, router_option,
-};
+use super::{EXCLUDE, Groups, Job, MERGE_DTYPE, align_option, counts, logit_cosines, router_option};
 use crate::architecture::MoeProfile;
 use crate::plan::file::LayerPlan;
-use crate::plan::methods::{Method, Needs, Paper, Request};
+use crate::plan::methods::{FACTOR_DTYPE, Method, Needs, Paper, Request};
 use crate::plan::options::{self, OptionKind};
+use crate::plan::score::descending;
 use crate::plan::{Action, Budget, Error, OptionSpec, Plan, Projection, Ranks, Result, check};
 
 /// Merging alone.
@@ -56,12 +55,7 @@ static OPTIONS: [OptionSpec; 10] = [
         help: "factorise in the basis of the inputs instead of the published plain SVD. Compressing then needs second \
                moments, in the statistics or measured from --tokens",
     },
-    OptionSpec {
-        name: "factor_dtype",
-        kind: OptionKind::Choice(&crate::plan::FactorDtype::NAMES),
-        default: Some("auto"),
-        help: "number type of the factors; auto: that of the weights",
-    },
+    FACTOR_DTYPE,
 ];
 
 impl Method for MSmoe {

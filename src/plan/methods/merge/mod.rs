@@ -115,11 +115,7 @@ impl<'a> Job<'a> {
     ) -> Result<Vec<LayerPlan>> {
         let rooms: Vec<Room<'_>> =
             self.layers().map(|(_, layer)| Room { layer, most: layer.experts - self.floor(layer) }).collect();
-        let dtype = |name: &str| {
-            let name = self.options.get(name).and_then(|v| v.as_str());
-            name.and_then(FactorDtype::from_name).unwrap_or_default()
-        };
-        let costs = Costs::new(self.profile, dtype("factor_dtype")).merged_as(dtype("merge_dtype"));
+        let costs = Costs::of_options(self.profile, &self.options);
         let plans = |merged: &[usize]| {
             let counts: Vec<usize> =
                 rooms.iter().zip(merged).map(|(room, n)| room.layer.experts - n).collect();
@@ -222,11 +218,4 @@ fn logit_cosines(layer: &MoeProfile, moments: &Moments) -> Result<Vec<f64>> {
         if norm > 0.0 { gram[i] / norm } else { 0.0 }
     };
     Ok((0..n * n).map(cosine).collect())
-}
-
-/// Experts by descending `value`, ties to the lower index.
-fn descending(value: &[f64]) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..value.len()).collect();
-    order.sort_by(|a, b| value[*b].total_cmp(&value[*a]));
-    order
 }

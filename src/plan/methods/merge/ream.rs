@@ -5,15 +5,13 @@
 //! their activations and first reduces the weights to 64 principal components; and each layer is grouped by what was
 //! measured in the original model, unless `propagate=true` asks for the published order.
 
-use super::{
-    EXCLUDE, Groups, Job, MERGE_DTYPE, align_option, descending, logit_cosines, router_option, rows,
-};
+use super::{EXCLUDE, Groups, Job, MERGE_DTYPE, align_option, logit_cosines, router_option, rows};
 use crate::architecture::MoeProfile;
 use crate::backend::{Moment, Moments};
 use crate::plan::file::LayerPlan;
 use crate::plan::methods::{Method, Needs, Paper, Request};
 use crate::plan::options::{self, OptionKind, Options};
-use crate::plan::score::{self, Rule};
+use crate::plan::score::{self, Rule, descending};
 use crate::plan::{Action, Error, OptionSpec, Plan, Result, check};
 
 /// The method.
