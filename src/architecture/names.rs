@@ -232,7 +232,7 @@ impl Names {
 
     /// A matrix that the experts of layer `l` share as their base, without `.weight`; only the moepress layout has it.
     pub fn base(&self, l: usize, projection: Projection) -> String {
-        format!("{}{}.experts.base.{}", self.layer(l), self.moe, self.projections[projection as usize])
+        format!("{}{}.experts.base.{}", self.part(l), self.moe, self.projections[projection as usize])
     }
 
     /// Prefixes of everything that belongs to routed experts: as published, and in the fused layout.

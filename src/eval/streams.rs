@@ -31,7 +31,7 @@ pub struct StreamScore {
 pub fn check_windows<B: Backend>(model: &Model<'_, B>, windows: &Windows) -> Result<()> {
     let architecture = model.architecture();
     windows.check(architecture.vocabulary, architecture.max_positions)?;
-    check_predictions(windows)
+    check_predictions(windows.predicted())
 }
 
 /// Scores `original` and `others`, all streams of `windows` behind the last layer of `model` or of a variant that shares
@@ -46,7 +46,7 @@ pub fn score_streams<'m, B: Backend>(
     others: Vec<Stream<'m, B>>,
 ) -> Result<(StreamScore, Vec<Result<StreamScore>>)> {
     check_windows(model, windows)?;
-    let places = places(windows, 0);
+    let places = places(windows.predicted(), 0);
     let head = Arc::new(model.head()?);
     let scored =
         |stream: Stream<'m, B>| Scored::new(Wave::behind(model, stream.chunks, head.clone()), windows);
@@ -90,7 +90,7 @@ impl Failed {
             Failed::Error(e) => e,
             Failed::NonFinite(place) => Error::NonFinite {
                 dir: model.checkpoint().dir().into(),
-                place: format!("window {}, position {}", place.owner, place.row % windows.length),
+                place: format!("window {}, position {}", place.owner, place.row % windows.predicted().length),
             },
         }
     }
