@@ -4,11 +4,17 @@
 
 mod common;
 
+use std::path::Path;
+
 use common::read;
 use common::reference::Reference;
-use moepress::backend::Moment;
-use moepress::linalg::{Matrix, ridge_leverage};
+use moepress::backend::cpu::Cpu;
+use moepress::backend::{Backend, Expert, Moment};
+use moepress::checkpoint::Checkpoint;
+use moepress::linalg::{Matrix, Refit, refit_columns, ridge_leverage};
+use moepress::model::{FeedForwardSource, LayerSource, Model, Stream};
 use moepress::plan::Criterion;
+use serde_json::Value;
 
 /// Constants from our own statistics in place of the experts that the score of the paper chooses, and others.
 #[test]
@@ -59,6 +65,8 @@ fn channels_and_bases_have_the_reference_perplexity() {
         (&mixtral, "d2-moe", 25, &[("factor_dtype", "f32")], "d2.frequency.plain", 5e-4),
         (&mixtral, "d2-moe", 50, &[("base", "gram")], "d2.gram.plain", 5e-4),
         (&qwen, "d2-moe", 25, &[("base", "mean")], "d2.mean.plain", 5e-4),
+        (&mixtral, "d2-moe", 25, &[("align", "true")], "d2.frequency.aligned", 5e-4),
+        (&qwen, "d2-moe", 50, &[("align", "true"), ("base", "gram")], "d2.gram.aligned", 5e-4),
     ] {
         let key = format!("{key}.{percent}");
         let plan = reference.plan(method, f64::from(percent) / 100.0, set);
@@ -70,7 +78,77 @@ fn channels_and_bases_have_the_reference_perplexity() {
     }
     for reference in [mixtral, qwen] {
         channel_scores(&reference);
+        channel_losses(&reference);
+        channel_layer_error(&reference);
     }
+}
+
+fn results(reference: &Reference, key: &str) -> Value {
+    let text = std::fs::read_to_string(reference.dir.join("channels.json")).unwrap();
+    serde_json::from_str::<Value>(&text).unwrap()["results"][key]["layers"].clone()
+}
+
+/// What every expert of the first layer loses, Σ g² ‖W z − W' z_S‖² = tr((W − W') H (W − W')ᵀ), with the channels that the
+/// reference kept and each of the three down matrices.
+fn channel_losses(reference: &Reference) {
+    let checkpoint = Checkpoint::open(&reference.model).unwrap();
+    let architecture = moepress::model::open_architecture(&checkpoint).unwrap();
+    let source = LayerSource::open(&checkpoint, &architecture, 0).unwrap();
+    let FeedForwardSource::Moe(moe) = &source.feed_forward else { unreachable!("a MoE layer") };
+    let moments = reference.statistics.moments(0, &Moment::ALL).unwrap();
+    let grams = moments.get(Moment::GateHiddenGram).unwrap();
+    let kinds = [
+        ("plain", Refit::Plain, 1e-5),
+        ("refit", Refit::LeastSquares, 1e-3),
+        ("anchored", Refit::Anchored, 1e-3),
+    ];
+    for key in ["camera.50", "leverage_relative.25"] {
+        let kept = read(&reference.dir.join("channels.safetensors"), &format!("keep.{key}"));
+        let results = &results(reference, key)[0];
+        for (e, expert) in moe.experts.iter().enumerate() {
+            let Expert::Mlp(mlp) = expert else { unreachable!("a dense expert") };
+            let w = mlp.down.weight.left();
+            let p = w.cols();
+            let w = Matrix::from_f32(w.rows(), p, &w.to_f32()).unwrap();
+            let h = Matrix::new(p, p, grams[e * p * p..(e + 1) * p * p].to_vec()).unwrap();
+            let own = &kept[e * p..(e + 1) * p];
+            let keep: Vec<usize> = (0..p).filter(|&c| own[c] != 0.0).collect();
+            for (name, kind, bound) in kinds {
+                let fitted = refit_columns(&w, Some(&h), &keep, kind).unwrap();
+                let mut rest = w.clone();
+                for i in 0..w.rows() {
+                    let row = &mut rest.as_mut_slice()[i * p..(i + 1) * p];
+                    keep.iter().zip(fitted.row(i)).for_each(|(&c, v)| row[c] -= v);
+                }
+                let weighted = rest.matmul(&h).unwrap();
+                let pairs = rest.as_slice().iter().zip(weighted.as_slice());
+                let found: f64 = pairs.map(|(a, b)| a * b).sum();
+                let expected = results[format!("expert_loss_{name}")][e].as_f64().unwrap();
+                let name = format!("{key}, {name}, expert {e}");
+                assert!((found - expected).abs() <= bound * expected + 1e-6, "{name}: {found} {expected}");
+            }
+        }
+    }
+}
+
+/// How far the output of the whole first layer moves on the calibration tokens.
+fn channel_layer_error(reference: &Reference) {
+    let set = [("criterion", "energy"), ("allocate", "uniform")];
+    let plan = reference.plan("camera", 0.5, &set);
+    let out = reference.work.path().join("layer error");
+    reference.compress(&plan, &out);
+    let first = |dir: &Path| -> Vec<f32> {
+        let checkpoint = Checkpoint::open(dir).unwrap();
+        let model = Model::new(&checkpoint, &Cpu, reference.calibration.length).unwrap();
+        let mut stream = Stream::new(&model, &reference.calibration).unwrap();
+        stream.advance(&model.layer(0).unwrap(), |_, _| Ok(())).unwrap();
+        stream.chunks.iter().flat_map(|c| Cpu.download(&c.x).unwrap()).collect()
+    };
+    let (original, narrow) = (first(&reference.model), first(&out));
+    let square = |(a, b): (&f32, &f32)| (f64::from(*a) - f64::from(*b)).powi(2);
+    let found = original.iter().zip(&narrow).map(square).sum::<f64>().sqrt();
+    let expected = results(reference, "energy.50")[0]["layer_error_plain"]["single"].as_f64().unwrap();
+    assert!((found / expected - 1.0).abs() < 1e-4, "{found} instead of {expected}");
 }
 
 /// Scores of all channels, relative to the largest of their layer.

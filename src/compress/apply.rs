@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 use super::channels::{self, ChannelOptions, Problem};
-use super::delta::{self, BaseKind};
+use super::delta::{self, BaseKind, BaseOptions};
 use super::factorise::{FactorOptions, Whitening, factorise_on, factorise_with_rows};
 use super::merge::{Merged, merge};
 use super::{Alignment, Error, Result};
@@ -37,7 +37,7 @@ pub struct ApplyOptions {
     /// Of experts that lose channels.
     pub channels: ChannelOptions,
     /// Of experts that become differences from a base.
-    pub base: BaseKind,
+    pub base: BaseOptions,
 }
 
 impl ApplyOptions {
@@ -60,7 +60,7 @@ impl ApplyOptions {
             Some(_) => Err(wrong(name, "auto, f32, bf16 or f16")),
         };
         let (dtype, merge_dtype) = (dtype_of("factor_dtype")?, dtype_of("merge_dtype")?);
-        let base = match option("base") {
+        let kind = match option("base") {
             None | Some("frequency") => BaseKind::Frequency,
             Some("mean") => BaseKind::Mean,
             Some("gram") => BaseKind::Gram,
@@ -77,7 +77,7 @@ impl ApplyOptions {
         Ok(ApplyOptions {
             factors: FactorOptions { dtype, densify, whiten, align, merge_dtype },
             channels: ChannelOptions { criterion, refit },
-            base,
+            base: BaseOptions { kind, align: flag("align", false)? },
         })
     }
 }

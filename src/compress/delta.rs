@@ -1,9 +1,13 @@
 //! Experts as differences from a base that all of them share (D²-MoE, arXiv 2502.17298).
 
+use std::collections::BTreeMap;
+
 use rayon::prelude::*;
 
+use super::align;
 use super::apply::Measured;
 use super::factorise::{FactorOptions, factors, stem, stored};
+use super::merge::{dense_mlp, in_batches};
 use super::{Error, Result};
 use crate::architecture::Projection;
 use crate::backend::{Base, Expert, Linear, Matrix as Form, Mlp, Moment, StoredExpert};
@@ -24,6 +28,16 @@ pub enum BaseKind {
     Gram,
 }
 
+/// What a base is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BaseOptions {
+    /// How experts are averaged.
+    pub kind: BaseKind,
+    /// Whether the hidden neurons of all experts are first brought into the order of the most used one's (ties to the
+    /// lower).
+    pub align: bool,
+}
+
 /// Gate, up and down of one expert.
 type Maps = [Option<Linear<Form<Weight>, Tensor>>; 3];
 
@@ -38,7 +52,7 @@ pub(super) fn deltas(
     plan: &LayerPlan,
     source: &MoeSource,
     measured: Measured<'_>,
-    kind: BaseKind,
+    base_options: BaseOptions,
     options: FactorOptions,
 ) -> Result<Deltas> {
     let ranks: Vec<(usize, usize)> = plan
@@ -59,6 +73,12 @@ pub(super) fn deltas(
             return Err(Error::Action { layer: plan.layer, expert: *slot, what });
         }
     }
+    let orders = if base_options.align {
+        let slots: Vec<usize> = ranks.iter().map(|(slot, _)| *slot).collect();
+        orders(plan.layer, source, measured, &slots)?
+    } else {
+        BTreeMap::new()
+    };
     let mut base = [None, None, None];
     let mut maps: Vec<Maps> = vec![[None, None, None]; ranks.len()];
     let there = |projection: &Projection| match &source.experts[ranks[0].0] {
@@ -66,8 +86,8 @@ pub(super) fn deltas(
         _ => false,
     };
     for projection in Projection::ALL.into_iter().filter(there) {
-        let layer = Matrices { layer: plan.layer, source, measured, projection, options };
-        let shared = layer.base(&ranks, kind)?;
+        let layer = Matrices { layer: plan.layer, source, measured, projection, orders: &orders, options };
+        let shared = layer.base(&ranks, base_options.kind)?;
         let first = layer.map(ranks[0].0);
         let shared = stored("base.weight", first.weight.left().replacement_dtype(), &shared);
         let part = |&(slot, rank): &(usize, usize)| layer.difference(slot, rank, &shared);
@@ -86,12 +106,36 @@ pub(super) fn deltas(
     Ok((base, experts.collect()))
 }
 
+/// For every slot but that of the most used expert the order of its hidden neurons that is nearest to that one's.
+fn orders(
+    layer: usize,
+    source: &MoeSource,
+    measured: Measured<'_>,
+    slots: &[usize],
+) -> Result<BTreeMap<usize, Vec<usize>>> {
+    let refuse = |slot| move |what| Error::Action { layer, expert: slot, what };
+    let Some(count) = measured.get(Moment::Count) else {
+        let what = "the number of its tokens, which decides whose order all experts get, was not measured";
+        return Err(refuse(slots[0])(what.into()));
+    };
+    let first = |best: usize, slot: usize| if count[slot] > count[best] { slot } else { best };
+    let reference = slots.iter().copied().fold(slots[0], first);
+    let mlp = |slot: usize| dense_mlp(source, slot).map_err(refuse(slot));
+    let target = mlp(reference)?;
+    let others = slots.iter().copied().filter(|slot| *slot != reference).collect();
+    let size = |_: &usize| align::memory(target.gate.weight.rows(), target.gate.weight.cols());
+    let order = |slot| Ok((slot, align::align(&target, &mlp(slot)?)?.permutation));
+    Ok(in_batches(others, size, order)?.into_iter().collect())
+}
+
 /// The matrices of one kind of a layer's experts.
 struct Matrices<'a> {
     layer: usize,
     source: &'a MoeSource,
     measured: Measured<'a>,
     projection: Projection,
+    /// The order of the hidden neurons of a slot, where it is not the stored one.
+    orders: &'a BTreeMap<usize, Vec<usize>>,
     options: FactorOptions,
 }
 
@@ -106,7 +150,21 @@ impl<'a> Matrices<'a> {
 
     fn weight(&self, slot: usize) -> std::result::Result<Matrix, linalg::Error> {
         let w = self.map(slot).weight.left();
-        Matrix::from_f32(w.rows(), w.cols(), &w.to_f32())
+        let (rows, cols, values) = (w.rows(), w.cols(), w.to_f32());
+        let Some(order) = self.orders.get(&slot) else { return Matrix::from_f32(rows, cols, &values) };
+        let ordered: Vec<f32> = if self.projection == Projection::Down {
+            values.chunks_exact(cols).flat_map(|row| order.iter().map(|&j| row[j])).collect()
+        } else {
+            order.iter().flat_map(|&i| &values[i * cols..(i + 1) * cols]).copied().collect()
+        };
+        Matrix::from_f32(rows, cols, &ordered)
+    }
+
+    /// The bias of the expert's map, in the order of its hidden neurons.
+    fn bias(&self, slot: usize) -> Option<Tensor> {
+        let bias = self.map(slot).bias.as_ref()?;
+        let order = self.orders.get(&slot).filter(|_| self.projection != Projection::Down);
+        Some(order.map_or_else(|| bias.clone(), |order| bias.select_rows(order)))
     }
 
     /// Second moment of the expert's inputs, where it was measured.
@@ -116,8 +174,19 @@ impl<'a> Matrices<'a> {
             _ => Moment::InputGram,
         };
         let side = self.map(slot).weight.left().cols();
-        let gram = self.measured.gram(moment, slot, side);
-        gram.map(|gram| Matrix::new(side, side, gram.into_owned())).transpose()
+        let Some(gram) = self.measured.gram(moment, slot, side) else { return Ok(None) };
+        let order = self.orders.get(&slot).filter(|_| moment == Moment::HiddenGram);
+        let values = match order {
+            None => gram.into_owned(),
+            Some(order) => {
+                let row = |&i: &usize| {
+                    let row = &gram[i * side..(i + 1) * side];
+                    order.iter().map(move |&j| row[j])
+                };
+                order.iter().flat_map(row).collect()
+            }
+        };
+        Matrix::new(side, side, values).map(Some)
     }
 
     fn failed(&self, slot: usize) -> impl Fn(linalg::Error) -> Error + '_ {
@@ -181,8 +250,7 @@ impl<'a> Matrices<'a> {
 
     /// The matrix of `slot` as its difference from `base`, of rank `rank`.
     fn difference(&self, slot: usize, rank: usize, base: &Weight) -> Result<Linear<Form<Weight>, Tensor>> {
-        let map = self.map(slot);
-        let weight = map.weight.left();
+        let weight = self.map(slot).weight.left();
         let build = || -> std::result::Result<Form<Weight>, linalg::Error> {
             let mut rest = self.weight(slot)?;
             let shared = base.to_f32();
@@ -200,7 +268,7 @@ impl<'a> Matrices<'a> {
             let store = |suffix: &str, m: &Matrix| stored(&format!("{}.{suffix}", stem(weight)), dtype, m);
             Ok(Form::Delta { u: store("u", &u), v: store("v", &v) })
         };
-        Ok(Linear { weight: build().map_err(self.failed(slot))?, bias: map.bias.clone() })
+        Ok(Linear { weight: build().map_err(self.failed(slot))?, bias: self.bias(slot) })
     }
 }
 

@@ -139,7 +139,7 @@ impl Merged {
 }
 
 /// The dense matrices of the expert in `slot`, or why it has none.
-fn dense_mlp(source: &MoeSource, slot: usize) -> std::result::Result<Mlp<LinearSource>, String> {
+pub(super) fn dense_mlp(source: &MoeSource, slot: usize) -> std::result::Result<Mlp<LinearSource>, String> {
     let original = "merge experts of the original checkpoint";
     match &source.experts[slot] {
         Expert::Mlp(mlp) => mlp.try_map(|map| {
@@ -181,7 +181,7 @@ fn check_alike(
 }
 
 /// Applies `work` to all items, as many at a time as there are threads and as fit into [`MEMORY`]; in order.
-fn in_batches<T: Send, R: Send>(
+pub(super) fn in_batches<T: Send, R: Send>(
     mut items: Vec<T>,
     size: impl Fn(&T) -> usize,
     work: impl Fn(T) -> Result<R> + Sync,

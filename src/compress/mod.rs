@@ -22,7 +22,7 @@ mod weights;
 pub use align::{Alignment, align};
 pub use apply::{ApplyOptions, CompressedLayer, apply_layer};
 pub use channels::ChannelOptions;
-pub use delta::BaseKind;
+pub use delta::{BaseKind, BaseOptions};
 pub use error::Error;
 pub use factorise::{FactorOptions, Whitening, factorise, factorise_with_rows};
 pub(crate) use layout::manifest_entry;

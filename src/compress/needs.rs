@@ -29,6 +29,12 @@ const FREQUENCY: Need = Need {
     instead: ", or plan with --set base=mean",
 };
 
+const ORDER: Need = Need {
+    why: "aligns the experts of a layer to the most used one, for which their tokens have to be counted",
+    moments: &[Moment::Count],
+    instead: ", or plan with --set align=false",
+};
+
 const BASE: Need = Need {
     why: "fits the base of a layer to the inputs, which needs second moments",
     moments: &[Moment::InputGram, Moment::HiddenGram],
@@ -70,8 +76,9 @@ impl Need {
         let energy = options.channels.criterion.is_energy();
         let reasons = [
             (WHITEN, options.factors.whiten && (delta || any(|a| matches!(a, Action::LowRank { .. })))),
-            (FREQUENCY, delta && options.base == BaseKind::Frequency),
-            (BASE, delta && options.base == BaseKind::Gram),
+            (FREQUENCY, delta && options.base.kind == BaseKind::Frequency),
+            (ORDER, delta && options.base.align),
+            (BASE, delta && options.base.kind == BaseKind::Gram),
             (ENERGY, counted && energy),
             (LEVERAGE, counted && !energy),
             (REFIT, options.channels.refit != Refit::Plain && any(|a| matches!(a, Action::Channels { .. }))),

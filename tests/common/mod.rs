@@ -45,6 +45,7 @@ pub fn read(path: &Path, name: &str) -> Vec<f64> {
     match tensor.dtype() {
         Dtype::F64 => bytes.as_chunks().0.iter().map(|&b| f64::from_le_bytes(b)).collect(),
         Dtype::I64 => bytes.as_chunks().0.iter().map(|&b| i64::from_le_bytes(b) as f64).collect(),
+        Dtype::U8 => bytes.iter().map(|&b| f64::from(b)).collect(),
         Dtype::I32 => bytes.as_chunks().0.iter().map(|&b| f64::from(i32::from_le_bytes(b))).collect(),
         _ => tensor.to_f32().unwrap().into_iter().map(f64::from).collect(),
     }

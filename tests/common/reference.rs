@@ -65,11 +65,16 @@ impl Reference {
     /// Mean NLL of the compressed model minus that of the reference called `key`.
     pub fn difference(&self, plan: &Plan, key: &str) -> f64 {
         let out = self.work.path().join(key);
+        self.compress(plan, &out);
+        nll(&out, &self.evaluation) - self.expected(key)
+    }
+
+    /// Carries a plan out, with our own statistics.
+    pub fn compress(&self, plan: &Plan, out: &Path) {
         let checkpoint = Checkpoint::open(&self.model).unwrap();
         let model = Model::new(&checkpoint, &Cpu, self.calibration.length).unwrap();
         let options = Options { statistics: Some(&self.statistics), ..Options::default() };
-        compress(&model, plan, &options, &out, &mut ()).unwrap();
-        nll(&out, &self.evaluation) - self.expected(key)
+        compress(&model, plan, &options, out, &mut ()).unwrap();
     }
 
     /// What the reference says about the model called `key`; null where there is none.

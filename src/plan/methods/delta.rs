@@ -1,11 +1,11 @@
 //! A base that all experts of a layer share, and what each differs by, in low rank.
 
 use super::low_rank::check_dense;
-use super::{Method, Needs, Paper, Request};
+use super::{FACTOR_DTYPE, Method, Needs, PROPAGATE, Paper, Request};
 use crate::architecture::{MoeProfile, Profile};
 use crate::plan::budget::{self, Budget};
 use crate::plan::check;
-use crate::plan::costs::{Costs, FactorDtype};
+use crate::plan::costs::Costs;
 use crate::plan::file::LayerPlan;
 use crate::plan::options::{self, OptionKind};
 use crate::plan::owl;
@@ -16,7 +16,7 @@ pub(super) struct Delta;
 
 const NAME: &str = "d2-moe";
 
-static OPTIONS: [OptionSpec; 7] = [
+static OPTIONS: [OptionSpec; 8] = [
     OptionSpec {
         name: "base",
         kind: OptionKind::Choice(&["frequency", "mean", "gram"]),
@@ -25,24 +25,21 @@ static OPTIONS: [OptionSpec; 7] = [
                the inputs of all. The paper weighs every number with its Fisher information, which takes gradients",
     },
     OptionSpec {
+        name: "align",
+        kind: OptionKind::Flag,
+        default: Some("false"),
+        help: "first bring the hidden neurons of all experts of a layer into the order of its most used one, the nearest \
+               by weights. Not in the paper",
+    },
+    OptionSpec {
         name: "whiten",
         kind: OptionKind::Flag,
         default: Some("true"),
         help: "factorise the differences in the basis of the inputs. Compressing then needs second moments (calibrate \
                --moments input,hidden, or --tokens)",
     },
-    OptionSpec {
-        name: "factor_dtype",
-        kind: OptionKind::Choice(&FactorDtype::NAMES),
-        default: Some("auto"),
-        help: "number type of the factors; auto: that of the weights",
-    },
-    OptionSpec {
-        name: "propagate",
-        kind: OptionKind::Flag,
-        default: Some("false"),
-        help: "while compressing, measure each layer again behind the compressed ones before it",
-    },
+    FACTOR_DTYPE,
+    PROPAGATE,
     owl::OPTIONS[0],
     owl::OPTIONS[1],
     owl::OPTIONS[2],
@@ -74,8 +71,7 @@ impl Method for Delta {
         check::profile(profile)?;
         let options = options::resolve(NAME, &OPTIONS, request.options)?;
         check_dense(NAME, profile)?;
-        let dtype = FactorDtype::NAMES.into_iter().find(|n| options::is(&options, "factor_dtype", n));
-        let costs = Costs::new(profile, dtype.and_then(FactorDtype::from_name).unwrap_or_default());
+        let costs = Costs::of_options(profile, &options);
         let ranks = match request.budget {
             Some(budget @ Budget::Remove(fraction)) => {
                 budget.check()?;
