@@ -18,7 +18,8 @@ use moepress::compress::Options;
 use moepress::eval;
 use moepress::generate::start_token;
 use moepress::model::{Decoder, Model};
-use moepress::plan::Budget;
+use moepress::plan::{Budget, LossSource, Pass};
+use moepress::search::Search;
 use moepress::tokens::{Windows, write_token_file};
 use serde_json::{Value, json};
 
@@ -172,6 +173,81 @@ fn experts_are_merged() {
         assert_eq!(found["moe_layers"][2]["layer"], 5);
         assert_eq!(found["parameters"]["routed_experts"], plan.expected.routed_parameters);
         assert!(run(&out, &windows).logits.iter().all(|v| v.is_finite()));
+    }
+}
+
+/// Blocks of layers end where the encoder does: a block that loses nothing changes nothing, one that does changes something.
+#[test]
+fn blocks_of_layers_stay_within_a_stack() {
+    for name in MODELS {
+        let (dir, windows) = (data(name), inputs(name));
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoint = Checkpoint::open(&dir).unwrap();
+        let model = Model::new(&checkpoint, &Cpu, windows.longest()).unwrap();
+        let profile = moepress::model::profile(&checkpoint, model.architecture()).unwrap();
+        let layers: Vec<usize> = profile.moe_layers.iter().map(|l| l.layer).collect();
+        let mut silent = ();
+        let search = Search::new(&model, &windows, &folder.path().join("out"), "", &mut silent).unwrap();
+        search.begin(&Pass { task: "", batch: 8, progressive: false, exact: false }).unwrap();
+        let stacks: Vec<&[usize]> = layers.chunk_by(|_, l| !search.begins_stack(*l)).collect();
+        assert_eq!(stacks.len(), 2, "{layers:?}");
+        assert!(stacks[0].iter().all(|l| *l < model.architecture().encoder_layers));
+        for block in stacks {
+            search.mark().unwrap();
+            for &l in block {
+                search.enter(l).unwrap();
+                search.leave(&[], "").unwrap();
+            }
+            let candidates = vec![vec![vec![], vec![0]]; block.len()];
+            let losses = search.block_losses(&candidates).unwrap();
+            assert_eq!(losses.len(), 1 << block.len());
+            assert_eq!(losses[0].single, 0.0, "{name} {block:?}");
+            assert!(losses[1..].iter().any(|l| l.single > 0.0), "{name} {block:?}");
+        }
+    }
+}
+
+/// Every form in one table, as planning, compressing and evaluating by way of files give it, and trained afterwards.
+#[test]
+fn all_forms_are_compared_and_recovered() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    write_token_file(Path::new(&path("tokens")), &inputs("switch_transformers")).unwrap();
+    let (model, tokens) = (data("switch_transformers").to_string_lossy().into_owned(), path("tokens"));
+    let run = |arguments: &[&str]| moepress(arguments.iter().chain(&["--quiet", "--json"])).json();
+    let methods = "mone,naee,moe-i2:block=2,low-rank,d2-moe,camera,modegpt,m-smoe,mc-smoe:rank=2,hc-smoe";
+    let table = ["compare", &model, "--tokens", &tokens, "--eval-tokens", &tokens, "--remove", "0.4"];
+    let table = run(&[&table[..], &["--methods", methods]].concat());
+    let rows = table["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 10);
+    for row in rows {
+        assert_eq!(row["error"], Value::Null, "{row}");
+    }
+    run(&["calibrate", &model, "--tokens", &tokens, "--out", &path("stats")]);
+    for (method, position) in [("mone", 0), ("d2-moe", 4), ("camera", 5)] {
+        let (plan, out, trained) = (path("plan"), path(method), path(&format!("{method} trained")));
+        let asked =
+            ["plan", "--method", method, "--remove", "0.4", "--stats", &path("stats"), "--out", &plan];
+        run(&asked);
+        run(&["compress", &model, "--plan", &plan, "--tokens", &tokens, "--out", &out]);
+        let evaluate = |dir: &str| run(&["eval", dir, "--tokens", &tokens, "--against", &model]);
+        let found = evaluate(&out);
+        let (nll, row) = (found["overall"]["nll"].as_f64().unwrap(), &rows[position]);
+        assert!((nll - row["nll"].as_f64().unwrap()).abs() < 1e-9, "{method}: {found} {row}");
+        run(&[
+            "recover",
+            &model,
+            &out,
+            "--tokens",
+            &tokens,
+            "--out",
+            &trained,
+            "--steps",
+            "2",
+            "--held-out",
+            "0.5",
+        ]);
+        assert!(evaluate(&trained)["against"]["kl"].as_f64().unwrap().is_finite());
     }
 }
 

@@ -142,7 +142,7 @@ fn dropped(layer: &Value) -> Vec<usize> {
 /// Every loss of every subset, and the chosen subsets, of the float64 reference.
 #[test]
 fn subsets_and_losses_are_those_of_the_reference() {
-    for (name, kept) in [("mixtral", [6, 4]), ("qwen2_moe", [14, 12])] {
+    for (name, kept) in [("mixtral", &[6, 4][..]), ("qwen2_moe", &[14, 12, 8])] {
         let Some(reference) = Reference::open(name, &[]) else { return };
         let experts = if name == "mixtral" { 8 } else { 16 };
         let naee = json(&reference, "naee.json");
@@ -151,17 +151,21 @@ fn subsets_and_losses_are_those_of_the_reference() {
             search.begin(&PASS).unwrap();
             for l in 0..4 {
                 search.enter(l).unwrap();
-                for r in kept {
-                    let sets = combinations(experts, experts - r);
+                for &r in kept {
+                    let all = combinations(experts, experts - r);
+                    let chosen = dropped(&naee["layerwise"][format!("r{r}")]["layers"][l]);
+                    let chosen = all.iter().position(|set| *set == chosen).unwrap();
+                    // Of the 12 870 halves of 16 experts some, and the one that the reference found best.
+                    let some = (0..all.len()).step_by(1 + all.len() / 2000);
+                    let some: Vec<usize> = some.chain([chosen]).collect();
+                    let sets: Vec<Vec<usize>> = some.iter().map(|&i| all[i].clone()).collect();
                     let found = search.losses(&sets).unwrap();
                     let single = read(&losses, &format!("r{r}.layer{l}.single"));
                     let batch_sum = read(&losses, &format!("r{r}.layer{l}.batch_sum"));
-                    let expected: Vec<Loss> = batch_sum
-                        .iter()
-                        .zip(single)
-                        .map(|(b, s)| Loss { batch_sum: *b, single: s })
-                        .collect();
-                    assert_eq!(found.len(), expected.len());
+                    assert_eq!(batch_sum.len(), all.len());
+                    let expected: Vec<Loss> =
+                        some.iter().map(|&i| Loss { batch_sum: batch_sum[i], single: single[i] }).collect();
+                    assert!(found.iter().all(|f| f.batch_sum >= found[found.len() - 1].batch_sum));
                     close(&format!("{name} layer {l} r{r}"), &found, &expected);
                 }
                 search.leave(&[], "").unwrap();
@@ -284,6 +288,7 @@ fn searched_models_have_the_reference_perplexity() {
         let quarter = Some(Budget::Remove(0.25));
         let both = [("block", "2"), ("factor_dtype", "f32")];
         let whitened = [("block", "2"), ("factor_dtype", "f32"), ("whiten", "true")];
+        let even = [("block", "2"), ("factor_dtype", "f32"), ("alpha", "0")];
         let skipped = [("skip", "true")];
         let raw = [("skip", "true"), ("skip_weights", "raw")];
         for (key, method, budget, set, tolerance) in [
@@ -292,6 +297,14 @@ fn searched_models_have_the_reference_perplexity() {
             ("moei2.prune_kt.25".into(), "moe-i2", quarter, &[("block", "2"), ("stage", "prune")], 5e-6),
             ("moei2.prune25_plain_ranks".into(), "moe-i2", Some(Budget::Remove(0.5)), &both, 5e-6),
             ("moei2.prune25_whitened_ranks".into(), "moe-i2", Some(Budget::Remove(0.5)), &whitened, 5e-4),
+            (
+                "moei2.prune_kt.50".into(),
+                "moe-i2",
+                Some(Budget::Remove(0.5)),
+                &[("block", "2"), ("stage", "prune")],
+                5e-6,
+            ),
+            ("moei2.prune25_plain_uniform".into(), "moe-i2", Some(Budget::Remove(0.5)), &even, 5e-6),
             ("skip.last_rescaled".into(), "naee", None, &skipped, 2e-5),
             ("skip.last_raw".into(), "naee", None, &raw, 2e-5),
         ] {
@@ -313,6 +326,40 @@ fn searched_models_have_the_reference_perplexity() {
             }
         }
     }
+}
+
+/// Both stages of MoE-I², and either, meet a size in bytes as closely as a step of theirs allows.
+#[test]
+fn moe_i2_meets_bytes() {
+    let (dir, windows) = (data("qwen2_moe"), tokens());
+    let now = plan(&dir, &windows, "moe-i2", None, &[("stage", "low_rank"), ("rank", "1")]).unwrap();
+    let (least, folder) = (now.expected.bytes, tempfile::tempdir().unwrap());
+    let whole = Checkpoint::open(&dir).unwrap().bytes();
+    for (stage, share) in [("both", 0.6), ("low_rank", 0.6), ("prune", 0.8), ("both", 0.95)] {
+        let size = least + ((whole - least) as f64 * share) as u64;
+        let name = format!("{stage} {share}");
+        let found = plan(&dir, &windows, "moe-i2", Some(Budget::Bytes(size)), &[("stage", stage)]).unwrap();
+        let out = folder.path().join(&name);
+        let report =
+            common::compress::apply(&dir, &found, &moepress::compress::Options::default(), &out).unwrap();
+        assert_eq!(report.bytes_after, found.expected.bytes, "{name}");
+        let files = std::fs::read_dir(&out).unwrap().map(|f| f.unwrap());
+        let weights = files.filter(|f| f.file_name().to_string_lossy().ends_with(".safetensors"));
+        let written: u64 = weights.map(|f| f.metadata().unwrap().len()).sum();
+        assert!(written <= size, "{name}: {written} bytes of {size}");
+        let step = (whole - least) / 10;
+        assert!(written + 2 * step > size, "{name}: {written} bytes of {size} leave much over");
+        let kept: usize = found.experts_kept().iter().sum();
+        assert_eq!(kept < now.experts_kept().iter().sum(), stage != "low_rank", "{name}");
+    }
+    // Less than an expert is left to the second stage.
+    let found = plan(&dir, &windows, "moe-i2", Some(Budget::Remove(0.01)), &[]).unwrap();
+    assert_eq!(found.experts_kept(), now.experts_kept());
+    assert!(found.expected.removed_fraction >= 0.01);
+    let message = plan(&dir, &windows, "moe-i2", Some(Budget::Bytes(1)), &[]).unwrap_err();
+    assert!(message.starts_with("--bytes 1") && message.contains("smallest possible"), "{message}");
+    let message = plan(&dir, &windows, "moe-i2", Some(Budget::Bytes(1 << 40)), &[]).unwrap_err();
+    assert!(message.starts_with("--bytes 1TiB"), "{message}");
 }
 
 /// Where subsets are too many to try, the search ends where no swap helps.
@@ -427,7 +474,7 @@ fn bad_input_is_named() {
         assert!(!out.exists());
         assert!(!folder.path().join("plan.json.partial").exists(), "{expected}");
     }
-    let cases: [(&[&str], &str); 6] = [
+    let cases: [(&[&str], &str); 7] = [
         (
             &["--experts", "3"],
             "--experts 3: keeps the same number in every layer, which moe-i2 does with stage=prune",
@@ -440,6 +487,10 @@ fn bad_input_is_named() {
         (&["--set", "stage=prune"], "moe-i2: no budget; give --remove or --bytes, or the option ratio"),
         (&["--set", "rank=1000"], "option rank=1000: expected at most "),
         (
+            &["--remove", "0.9", "--set", "stage=prune"],
+            "moe-i2: would prune 9 of 10 experts, of which at most 6 can go; the largest possible is 0.6",
+        ),
+        (
             &["--remove", "0.999"],
             "moe-i2: the budget leaves no rank to the matrices of layer 0; the largest --remove",
         ),
@@ -451,6 +502,15 @@ fn bad_input_is_named() {
         assert!(message.starts_with(expected), "{message}");
         assert!(!out.exists());
     }
+    // Statistics of another model beside the one that is searched.
+    let other = folder.path().join("other.stats");
+    let calibrate =
+        ["calibrate", "-q", data("qwen2_moe").to_str().unwrap(), "--tokens", file].map(String::from);
+    moepress(calibrate.into_iter().chain(["--out".into(), other.display().to_string()])).ok();
+    let stats = ["--remove", "0.25", "--stats", other.to_str().unwrap()];
+    let message = run(&[&given[..], &stats].concat()).error(1);
+    let expected = format!("{}: measured on another checkpoint than {model}", other.display());
+    assert_eq!(message, expected);
     let strange = Windows { ids: vec![64; 96], ..tokens() };
     let path = folder.path().join("strange.safetensors");
     write_token_file(&path, &strange).unwrap();

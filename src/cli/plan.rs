@@ -284,7 +284,7 @@ fn kept(plan: &Plan) -> String {
     let (least, most) = (kept.iter().min().unwrap_or(&0), kept.iter().max().unwrap_or(&0));
     let layers = counted(kept.len(), "layer");
     if least == most {
-        format!("{most} experts in each of {layers}")
+        format!("{} in each of {layers}", counted(*most, "expert"))
     } else {
         format!("{least} to {most} experts in {layers}")
     }

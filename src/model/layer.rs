@@ -8,7 +8,7 @@ use super::attention::Attention;
 use super::cache::{CrossCache, LayerCache};
 use super::feed_forward::FeedForward;
 use super::source::{LayerSource, LinearSource, MoeSource, NormSource};
-use super::stream::Chunk;
+use super::stream::{Chunk, Memory};
 use crate::architecture::Architecture;
 use crate::backend::{Backend, Batch, Result as BackendResult, Routes};
 
@@ -176,6 +176,18 @@ impl<B: Backend> Layer<B> {
     pub fn attend(&self, backend: &B, chunk: &mut Chunk<B>, scratch: &mut Scratch<B>) -> Result<()> {
         self.enter(backend, chunk)?;
         let Chunk { x, batch, memory, .. } = chunk;
+        self.attend_behind(backend, x, batch, memory.as_ref(), scratch)
+    }
+
+    /// The attention half on any residual stream `x`; `memory` is what a decoder sees of its encoder.
+    pub(crate) fn attend_behind(
+        &self,
+        backend: &B,
+        x: &mut B::Buffer,
+        batch: &Batch,
+        memory: Option<&Memory<B>>,
+        scratch: &mut Scratch<B>,
+    ) -> Result<()> {
         self.attend_with(backend, x, batch, scratch, None)?;
         if let (Some((norm, attention)), Some(memory)) = (&self.cross, memory) {
             norm.apply(backend, x, self.eps, &mut scratch.normed)?;

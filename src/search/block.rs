@@ -2,9 +2,9 @@
 
 use super::grams::Sums;
 use super::rows::{batches, copy, real, square};
-use super::source::drop_experts;
+use super::state::drop_experts;
 use crate::backend::{Backend, Batch};
-use crate::model::{Chunk, Layer, LayerSource, Model, Result, Scratch};
+use crate::model::{Chunk, Layer, LayerSource, Memory, Model, Result, Scratch};
 use crate::plan::Loss;
 
 /// The residual stream before a block.
@@ -63,7 +63,8 @@ pub(super) fn losses<B: Backend>(
             leaves.push(parts.iter().map(|(_, rows)| square(&output, &target, rows, d)).collect::<Vec<_>>());
             Ok(())
         };
-        descend(backend, &stages, &mut levels, x, &chunk.batch, &mut scratch, &mut leaf)?;
+        let of = (&chunk.batch, chunk.memory.as_ref());
+        descend(backend, &stages, &mut levels, x, of, &mut scratch, &mut leaf)?;
         for (i, (batch, _)) in parts.iter().enumerate() {
             sums.add(*batch, &leaves.iter().map(|leaf| leaf[i]).collect::<Vec<_>>());
         }
@@ -71,13 +72,14 @@ pub(super) fn losses<B: Backend>(
     Ok(sums.finish())
 }
 
-/// Runs the first of `stages` with each of its routers and what follows behind each; `leaf` sees every result.
+/// Runs the first of `stages` with each of its routers and what follows behind each; `leaf` sees every result. With `x`
+/// goes its shape, and in a decoder what it sees of the encoder.
 fn descend<B: Backend>(
     backend: &B,
     stages: &[Stage<B>],
     levels: &mut [[B::Buffer; 2]],
     x: &B::Buffer,
-    batch: &Batch,
+    (batch, memory): (&Batch, Option<&Memory<B>>),
     scratch: &mut Scratch<B>,
     leaf: &mut dyn FnMut(&B::Buffer) -> Result<()>,
 ) -> Result<()> {
@@ -87,7 +89,7 @@ fn descend<B: Backend>(
         return leaf(x);
     };
     backend.copy_rows(x, 0, batch.tokens(), attended)?;
-    stage.layer.attend_with(backend, attended, batch, scratch, None)?;
+    stage.layer.attend_behind(backend, attended, batch, memory, scratch)?;
     let one = [None];
     for router in stage.routers.as_deref().unwrap_or(&one) {
         backend.copy_rows(attended, 0, batch.tokens(), out)?;
@@ -95,7 +97,7 @@ fn descend<B: Backend>(
             Some(router) => stage.layer.feed_with(backend, out, batch, scratch, router)?,
             None => stage.layer.feed(backend, out, batch, scratch, None)?,
         }
-        descend(backend, stages, levels, out, batch, scratch, leaf)?;
+        descend(backend, stages, levels, out, (batch, memory), scratch, leaf)?;
     }
     Ok(())
 }

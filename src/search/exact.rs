@@ -2,7 +2,7 @@
 
 use super::grams::Sums;
 use super::rows::{batches, real, square};
-use super::source::{Entered, drop_experts};
+use super::state::{Entered, drop_experts};
 use crate::backend::Backend;
 use crate::model::{Layer, Result, Stream};
 use crate::plan::Loss;

@@ -7,9 +7,11 @@ mod block;
 mod exact;
 mod grams;
 mod journal;
+mod measure;
 mod rows;
 mod rule;
 mod source;
+mod state;
 mod tails;
 
 pub use source::Search;

@@ -103,6 +103,11 @@ pub trait LossSource {
     /// What cannot be written.
     fn commit(&self) -> Result<(), String>;
 
+    /// Whether `layer` is the first with experts of a decoder behind an encoder: no block extends across its beginning.
+    fn begins_stack(&self, _layer: usize) -> bool {
+        false
+    }
+
     /// Remembers that a block begins with the layer that is entered next.
     ///
     /// # Errors

@@ -15,7 +15,7 @@ pub fn ranks_by_importance(importance: &[f64], average: usize, most: usize, rule
     let powers: Vec<f64> = importance.iter().map(|i| (i + rule.epsilon).powf(rule.alpha)).collect();
     let sum: f64 = powers.iter().sum();
     let all = (average * importance.len()) as f64;
-    powers.iter().map(|p| ((p / sum * all) as usize).clamp(1, most)).collect()
+    powers.iter().map(|p| ((p * all / sum) as usize).clamp(1, most)).collect()
 }
 
 #[cfg(test)]
@@ -29,5 +29,10 @@ mod tests {
         assert_eq!(ranks_by_importance(&[0.5, 1.0, 2.0, 8.0], 100, 1000, PAPER), [82, 91, 101, 124]);
         assert_eq!(ranks_by_importance(&[0.5, 1.0, 2.0, 8.0], 100, 101, PAPER), [82, 91, 101, 101]);
         assert_eq!(ranks_by_importance(&[0.0, 1e9], 1, 10, PAPER), [1, 1]);
+        let even = RankRule { alpha: 0.0, ..PAPER };
+        for experts in 1..20 {
+            let importance: Vec<f64> = (0..experts).map(f64::from).collect();
+            assert!(ranks_by_importance(&importance, 57, 100, even).iter().all(|r| *r == 57));
+        }
     }
 }
