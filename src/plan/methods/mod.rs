@@ -9,6 +9,7 @@ mod mone;
 mod naee;
 mod prune;
 mod router_norm;
+mod selection;
 mod skip;
 
 use std::collections::BTreeMap;
@@ -21,8 +22,8 @@ use crate::architecture::Profile;
 use crate::backend::Moments;
 
 pub use merge::regroup_layer;
-pub use prune::rescore_layer;
 pub use router_norm::RouterSource;
+pub use selection::rescore_layer;
 
 /// The option `factor_dtype`, which [`Costs::of_options`](super::costs::Costs::of_options) reads.
 const FACTOR_DTYPE: OptionSpec = OptionSpec {

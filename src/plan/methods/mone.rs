@@ -3,7 +3,8 @@
 //! "`MoNE`: Replacing Redundant Experts with Lightweight Novices for Structured Pruning of `MoE`" (arXiv 2507.00390). The
 //! router keeps all rows and its weights stay as they are, so that a novice answers with its weight times its constant.
 
-use super::prune::{self, Selection};
+use super::prune;
+use super::selection::Selection;
 use super::{Method, Needs, Paper, Request};
 use crate::backend::Moment;
 use crate::plan::check;

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use super::prune::{self, Selection};
+use super::prune;
+use super::selection::Selection;
 use super::{Method, Needs, Paper, Request};
 use crate::architecture::MoeProfile;
 use crate::plan::check;

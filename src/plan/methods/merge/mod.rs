@@ -72,7 +72,7 @@ type Groups = Vec<Vec<usize>>;
 impl<'a> Job<'a> {
     fn new(method: &str, specs: &[OptionSpec], request: &Request<'a>) -> Result<Self> {
         let options = options::resolve(method, specs, request.options)?;
-        let moments = super::prune::moments(request)?;
+        let moments = super::selection::moments(request)?;
         let Some(budget) = request.budget else {
             return Err(Error::Budget(format!("{method}: no budget; give --remove, --experts or --bytes")));
         };
@@ -153,7 +153,7 @@ impl<'a> Job<'a> {
 
     /// What the person who asked should know: experts without tokens, and packed weights that merging unpacks.
     fn warnings(&self) -> Result<Vec<String>> {
-        let mut warnings = super::prune::unrouted(self.profile, self.moments)?;
+        let mut warnings = super::selection::unrouted(self.profile, self.moments)?;
         let packed = |l: &&MoeProfile| l.expert_bytes < l.expert_parameters * l.factor_bytes;
         if let Some(layer) = self.profile.moe_layers.iter().find(packed) {
             let bytes = layer.factor_bytes;

@@ -110,11 +110,15 @@ impl<'a> Job<'a> {
             (Some(Budget::Remove(fraction)), _, true) => (Prune::None, Target::Share(1.0 - fraction)),
             (Some(Budget::Bytes(size)), _, true) => (Prune::None, Target::Bytes(size)),
             (Some(Budget::Remove(fraction)), ..) => {
-                let own = || match (fraction * experts as f64 + 1e-9) as usize {
-                    // Too little for a whole expert is left to stage 2.
-                    0 => Prune::None,
-                    most if fraction < RATIO && !uniform => Prune::Total(most),
-                    _ => total(RATIO.min(fraction)),
+                let own = || {
+                    // As many whole experts as fit and can go; the rest is left to stage 2.
+                    let fits = (fraction * experts as f64 + 1e-9) as usize;
+                    let quarter = (RATIO * experts as f64).round_ties_even() as usize;
+                    match fits.min(quarter).min(rooms.iter().sum()) {
+                        0 => Prune::None,
+                        _ if uniform => total(RATIO.min(fraction)),
+                        most => Prune::Total(most),
+                    }
                 };
                 (ratio.map_or_else(own, total), Target::Share(1.0 - fraction))
             }
