@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 
 use common::command::{Outcome, command, moepress, outcome};
 use common::{Mutant, data, max_difference, read, shape, windows};
+use moepress::backend::cpu::Isa;
 use moepress::checkpoint::{Dtype, Entry, Tensor, write_safetensors};
 use moepress::tokens::{Windows, write_token_file};
 use serde_json::json;
@@ -417,6 +418,10 @@ fn instructions_can_be_named() {
     let (plain, out) = run("scalar");
     assert!(plain.status.success());
     assert!(out.exists());
+    // Rounds the inputs of bf16 matrices, where the processor can.
+    let (rounded, out) = run("avx512bf16");
+    assert_eq!(rounded.status.success(), Isa::Avx512Bf16.is_available());
+    assert_eq!(out.exists(), Isa::Avx512Bf16.is_available());
     let (wrong, out) = run("mmx");
     let message = String::from_utf8_lossy(&wrong.stderr).into_owned();
     assert_eq!(wrong.status.code(), Some(2));

@@ -3,7 +3,8 @@
     cargo bench --bench layer --no-run
     python benches/peers/compare.py path/to/the/built/layer [--shapes qwen,mixtral] [--threads 2] [--json out.json]
 
-Needs torch in the Python that runs it.
+Needs torch in the Python that runs it. PyTorch multiplies bf16 weights by bf16 activations. moepress keeps activations in f32,
+and where the processor has AVX512-BF16 a second column rounds them too (`MOEPRESS_CPU_ISA=avx512bf16`).
 """
 
 import argparse
@@ -14,8 +15,10 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 
 PEERS = ["eager", "grouped", "batched"]
+ROUNDED = "moepress, bf16 inputs"
 
 
 class Runner:
@@ -26,7 +29,15 @@ class Runner:
         if self.process.stdout.readline().strip() != "ready":
             raise SystemExit(f"{command}: not ready")
 
+    @staticmethod
+    def rounded(command):
+        """Ours with bf16 inputs, or None where the processor has no instructions for that."""
+        probe = subprocess.run([*command, "avx512bf16"], input="", capture_output=True, text=True)
+        return Runner([*command, "avx512bf16"]) if probe.returncode == 0 else None
+
     def __call__(self, tokens, runs):
+        # Threads of the process before this one may still spin in wait of work.
+        time.sleep(0.3)
         self.process.stdin.write(f"{tokens} {runs}\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -48,7 +59,8 @@ def machine():
 def measure(runners, tokens, rounds):
     """Medians of `rounds` runs each, taken in turns; None where a runner cannot do it."""
     times = {name: [] for name in runners}
-    runs = 3 if tokens <= 16 else 1
+    # A processor and its memory need some milliseconds to reach their speed.
+    runs = {1: 30, 16: 5}.get(tokens, 1)
     for round_ in range(rounds + 1):
         for name, runner in runners.items():
             if times[name] is None:
@@ -74,11 +86,15 @@ def main():
     peer = os.path.join(os.path.dirname(__file__), "torch_moe.py")
     cells = []
     print(f"{machine()}, {args.threads} threads\n")
-    print("| layer | tokens | moepress ms | " + " | ".join(f"torch {p} ms" for p in PEERS) + " | best torch / ours |")
-    print("|---|--:|--:|" + "--:|" * (len(PEERS) + 1))
+    print(f"| layer | tokens | moepress ms | {ROUNDED} ms | " + " | ".join(f"torch {p} ms" for p in PEERS)
+          + " | best torch / moepress | / bf16 inputs |")
+    print("|---|--:|--:|--:|" + "--:|" * (len(PEERS) + 2))
     for shape in args.shapes.split(","):
         for dtype in args.dtypes.split(","):
-            runners = {"moepress": Runner([args.ours, shape, dtype, "dense", args.threads])}
+            command = [args.ours, shape, dtype, "dense", args.threads]
+            runners = {"moepress": Runner(command)}
+            if dtype == "bf16" and (rounded := Runner.rounded(command)):
+                runners[ROUNDED] = rounded
             # One torch process at a time holds the weights; all of them would not fit into memory.
             results = {}
             for name in PEERS:
@@ -87,17 +103,23 @@ def main():
                     found = measure(runners, tokens, args.rounds)
                     results.setdefault(tokens, []).append(found)
                 runners.pop(name).close()
-            runners["moepress"].close()
+            ours = list(runners)
+            for name in ours:
+                runners.pop(name).close()
             for tokens, found in results.items():
                 cell = {name: next(f[name] for f in found if name in f) for name in PEERS}
-                cell["moepress"] = statistics.median(f["moepress"] for f in found)
+                cell |= {name: statistics.median(f[name] for f in found) for name in ours}
                 # Every peer against the runs of ours that it was interleaved with.
-                ratio = min(f[name] / f["moepress"] for f in found for name in PEERS if f.get(name))
-                ms = [f"{cell[n] * 1e3:.2f}" if cell[n] else "–" for n in ["moepress", *PEERS]]
-                print(f"| {shape} {dtype} | {tokens} | {' | '.join(ms)} | {ratio:.2f} |", flush=True)
-                cells.append({"shape": shape, "dtype": dtype, "tokens": tokens, "seconds": cell, "ratio": ratio})
-    mean = math.exp(statistics.mean(math.log(cell["ratio"]) for cell in cells))
-    print(f"\nGeometric mean of best torch / ours: {mean:.2f}\n")
+                ratios = {o: min(f[p] / f[o] for f in found for p in PEERS if f.get(p)) for o in ours}
+                ms = [f"{cell[n] * 1e3:.2f}" if cell.get(n) else "–" for n in ["moepress", ROUNDED, *PEERS]]
+                shown = [f"{ratios[n]:.2f}" if n in ratios else "–" for n in ["moepress", ROUNDED]]
+                print(f"| {shape} {dtype} | {tokens} | {' | '.join(ms)} | {' | '.join(shown)} |", flush=True)
+                cells.append({"shape": shape, "dtype": dtype, "tokens": tokens, "seconds": cell, "ratios": ratios})
+    def mean(ratio):
+        return math.exp(statistics.mean(math.log(ratio(cell["ratios"])) for cell in cells))
+
+    print(f"\nGeometric mean of best torch / moepress: {mean(lambda r: r['moepress']):.2f};"
+          f" with bf16 inputs for bf16 weights: {mean(lambda r: r.get(ROUNDED, r['moepress'])):.2f}\n")
     low_rank(args)
     if args.json:
         with open(args.json, "w") as out:

@@ -58,7 +58,7 @@ impl CpuRouter {
         routing.weights.resize(tokens * k, 0.0);
         let out = Columns::new(&mut routing.logits, tokens, e, e);
         let w = Source::new(bytemuck::cast_slice(&self.weight), Dtype::F32, e, x.cols);
-        Product { x: &x.data, stride: x.cols, w, out, accumulate: false }.run(Isa::current());
+        Product { x: &x.data, stride: x.cols, w, out, accumulate: false }.run(Isa::current().exact());
         let logits = routing.logits.par_chunks_exact_mut(e);
         let scores = routing.scores.par_chunks_exact_mut(e);
         let chosen = routing.ids.par_chunks_exact_mut(k).zip(routing.weights.par_chunks_exact_mut(k));

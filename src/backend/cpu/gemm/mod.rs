@@ -7,6 +7,22 @@
 //!
 //! Two kernels share the work. Few tokens: [`stream`] reads W once, transposes blocks in registers and uses them there.
 //! Many tokens: [`panel`] widens and transposes a tile of W into scratch memory and multiplies all tokens by it.
+//!
+//! Where [`Isa::rounds`], two bf16 columns of W are one column of pairs, x is rounded to pairs as well, and products of
+//! pairs take the place of products. All else is the same, except that the result is not the other instructions' one.
+
+/// Runs `$body` for every vector `$j` of a block, unrolled: the blocks must stay in registers.
+macro_rules! for_each_vector {
+    ($lanes:expr, $j:ident, $body:expr) => {
+        for_each_vector!(@ $lanes, $j, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+    };
+    (@ $lanes:expr, $j:ident, $body:expr, $($i:literal)*) => {
+        $(if $i < $lanes {
+            let $j: usize = $i;
+            $body
+        })*
+    };
+}
 
 mod columns;
 mod panel;
@@ -25,9 +41,7 @@ pub(super) use source::Source;
 pub(super) use weighted::WeightedRows;
 
 use super::simd::{Isa, Simd, Task};
-use source::{Bf16, Element, F16, F32};
-
-use crate::checkpoint::Dtype;
+use source::{Bf16, Bf16Pair, Element, F16, F32, Kind};
 
 /// Columns that are summed in one chain: long enough to cost nothing, short enough to keep rounding errors small. Part
 /// of the definition of the result.
@@ -120,6 +134,19 @@ impl Product<'_> {
 
     fn compute(self, isa: Isa, parallel: bool) {
         let Product { x, stride, w, out, accumulate } = self;
+        if let (true, Some(w)) = (isa.rounds(), w.pairs()) {
+            let (n, cols) = (out.rows(), w.cols());
+            let mut pairs = Scratch::take(n * cols);
+            let rows = pairs.par_chunks_exact_mut(cols.max(1)).zip(x.par_chunks(stride));
+            rows.with_min_len(SMALL.div_ceil(cols.max(1)))
+                .for_each(|(to, x)| round_pairs(&x[..2 * cols], to));
+            return Product { x: &pairs, stride: cols, w, out, accumulate }.multiply(isa, parallel);
+        }
+        self.multiply(isa, parallel);
+    }
+
+    fn multiply(self, isa: Isa, parallel: bool) {
+        let Product { x, stride, w, out, accumulate } = self;
         let (n, rows, cols) = (out.rows(), w.rows(), w.cols());
         assert_eq!(out.cols(), rows, "columns of a product");
         if n == 0 || rows == 0 {
@@ -145,13 +172,23 @@ impl Product<'_> {
         };
         let x = Packed { values, cols, groups };
         let tiles = Tiles::new(cut, &w, groups, parallel);
-        let tile =
-            |i: usize| isa.run(Tile { streamed: cut.streamed, x, w, out, accumulate, range: tiles.get(i) });
+        let tile = |i: usize| {
+            let tile = Tile { streamed: cut.streamed, x, w, out, accumulate, range: tiles.get(i) };
+            if w.kind() == Kind::Bf16Pair { isa.run_bf16(PairTile(tile)) } else { isa.run(tile) }
+        };
         if parallel {
             (0..tiles.len()).into_par_iter().for_each(tile);
         } else {
             (0..tiles.len()).for_each(tile);
         }
+    }
+}
+
+/// Every two values rounded to bf16 as the bits of one, the first in the low half.
+fn round_pairs(x: &[f32], to: &mut [f32]) {
+    for (x, to) in x.chunks_exact(2).zip(to) {
+        let [low, high] = [x[0], x[1]].map(|x| u32::from(half::bf16::from_f32(x).to_bits()));
+        *to = f32::from_bits(high << 16 | low);
     }
 }
 
@@ -261,11 +298,24 @@ impl Task for Tile<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        match self.w.dtype() {
-            Dtype::F32 => self.run_as::<S, F32>(s),
-            Dtype::BF16 => self.run_as::<S, Bf16>(s),
-            _ => self.run_as::<S, F16>(s),
+        match self.w.kind() {
+            Kind::F32 => self.run_as::<S, F32>(s),
+            Kind::Bf16 => self.run_as::<S, Bf16>(s),
+            Kind::F16 => self.run_as::<S, F16>(s),
+            Kind::Bf16Pair => unreachable!("another task"),
         }
+    }
+}
+
+/// One tile of a product with pairs of bf16 columns.
+struct PairTile<'a>(Tile<'a>);
+
+impl Task for PairTile<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        self.0.run_as::<S, Bf16Pair>(s);
     }
 }
 

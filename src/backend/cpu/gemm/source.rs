@@ -8,11 +8,21 @@ use crate::checkpoint::Dtype;
 const _: () =
     assert!(cfg!(target_endian = "little"), "the CPU kernels read little-endian weights as they are");
 
+/// What an element of a matrix is to the kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    F32,
+    Bf16,
+    F16,
+    /// Two bf16 columns.
+    Bf16Pair,
+}
+
 /// A row-major matrix W of f32, bf16 or f16 values, in bytes of any alignment.
 #[derive(Clone, Copy, Debug)]
 pub(in super::super) struct Source<'a> {
     bytes: &'a [u8],
-    dtype: Dtype,
+    kind: Kind,
     rows: usize,
     cols: usize,
     /// Bytes from one row to the next.
@@ -33,14 +43,24 @@ impl<'a> Source<'a> {
         cols: usize,
         stride: usize,
     ) -> Self {
-        assert!(matches!(dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16), "{dtype:?} weights");
-        let width = dtype.bitsize() / 8;
+        let (kind, width) = match dtype {
+            Dtype::F32 => (Kind::F32, 4),
+            Dtype::BF16 => (Kind::Bf16, 2),
+            Dtype::F16 => (Kind::F16, 2),
+            _ => panic!("{dtype:?} weights"),
+        };
         assert!(rows == 0 || ((rows - 1) * stride + cols) * width <= bytes.len(), "rows of W");
-        Source { bytes, dtype, rows, cols, stride: stride * width }
+        Source { bytes, kind, rows, cols, stride: stride * width }
     }
 
-    pub(in super::super) fn dtype(&self) -> Dtype {
-        self.dtype
+    /// A bf16 matrix of an even number of columns as one of pairs.
+    pub(super) fn pairs(self) -> Option<Self> {
+        let paired = self.kind == Kind::Bf16 && self.cols.is_multiple_of(2);
+        paired.then_some(Source { kind: Kind::Bf16Pair, cols: self.cols / 2, ..self })
+    }
+
+    pub(super) fn kind(&self) -> Kind {
+        self.kind
     }
 
     pub(in super::super) fn rows(&self) -> usize {
@@ -55,7 +75,7 @@ impl<'a> Source<'a> {
     /// row again.
     #[inline(always)]
     pub(super) fn group<S: Simd, E: Element>(&self, first: usize, cols: Range<usize>) -> Group<'a> {
-        debug_assert_eq!(E::DTYPE, self.dtype);
+        debug_assert_eq!(E::KIND, self.kind);
         assert!(first < self.rows && cols.end <= self.cols);
         let mut offsets = [0; MAX_LANES];
         for (i, offset) in offsets.iter_mut().take(S::LANES).enumerate() {
@@ -128,7 +148,7 @@ impl Group<'_> {
 
 /// A stored element type.
 pub(in super::super) trait Element {
-    const DTYPE: Dtype;
+    const KIND: Kind;
     /// Bytes of an element.
     const WIDTH: usize;
     /// Elements that share a lane of a block.
@@ -141,14 +161,20 @@ pub(in super::super) trait Element {
     unsafe fn load<S: Simd>(s: S, from: *const u8) -> S::F;
     /// Element `i` of every lane, widened.
     fn part<S: Simd>(s: S, lanes: S::F, i: usize) -> S::F;
+    /// sum + x · w, for a widened element and what it is multiplied by.
+    #[inline(always)]
+    fn multiply<S: Simd>(s: S, x: S::F, w: S::F, sum: S::F) -> S::F {
+        s.fma(x, w, sum)
+    }
 }
 
 pub(super) struct F32;
 pub(super) struct Bf16;
 pub(super) struct F16;
+pub(super) struct Bf16Pair;
 
 impl Element for F32 {
-    const DTYPE: Dtype = Dtype::F32;
+    const KIND: Kind = Kind::F32;
     const WIDTH: usize = 4;
     const PER_LANE: usize = 1;
 
@@ -165,7 +191,7 @@ impl Element for F32 {
 }
 
 impl Element for Bf16 {
-    const DTYPE: Dtype = Dtype::BF16;
+    const KIND: Kind = Kind::Bf16;
     const WIDTH: usize = 2;
     const PER_LANE: usize = 2;
 
@@ -182,7 +208,7 @@ impl Element for Bf16 {
 }
 
 impl Element for F16 {
-    const DTYPE: Dtype = Dtype::F16;
+    const KIND: Kind = Kind::F16;
     const WIDTH: usize = 2;
     const PER_LANE: usize = 1;
 
@@ -195,5 +221,27 @@ impl Element for F16 {
     #[inline(always)]
     fn part<S: Simd>(_: S, lanes: S::F, _: usize) -> S::F {
         lanes
+    }
+}
+
+impl Element for Bf16Pair {
+    const KIND: Kind = Kind::Bf16Pair;
+    const WIDTH: usize = 4;
+    const PER_LANE: usize = 1;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const u8) -> S::F {
+        // SAFETY: passed on to the caller.
+        unsafe { s.load_bits(from) }
+    }
+
+    #[inline(always)]
+    fn part<S: Simd>(_: S, lanes: S::F, _: usize) -> S::F {
+        lanes
+    }
+
+    #[inline(always)]
+    fn multiply<S: Simd>(s: S, x: S::F, w: S::F, sum: S::F) -> S::F {
+        s.dot_bf16(x, w, sum)
     }
 }

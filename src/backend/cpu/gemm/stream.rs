@@ -4,19 +4,6 @@ use super::source::{Element, Group, Source};
 use super::{Columns, DEPTH, Tile};
 use crate::backend::cpu::simd::{MAX_LANES, Simd};
 
-/// Runs `$body` for every vector `$j` of a block, unrolled: the blocks must stay in registers.
-macro_rules! for_each_vector {
-    ($lanes:expr, $j:ident, $body:expr) => {
-        for_each_vector!(@ $lanes, $j, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
-    };
-    (@ $lanes:expr, $j:ident, $body:expr, $($i:literal)*) => {
-        $(if $i < $lanes {
-            let $j: usize = $i;
-            $body
-        })*
-    };
-}
-
 /// Computes one tile.
 #[inline(always)]
 pub(super) fn tile<S: Simd, E: Element>(s: S, tile: &Tile<'_>) {
@@ -68,7 +55,7 @@ fn lanes<S: Simd, E: Element, const T: usize>(
                     let w = E::part(s, block.as_ref()[j], i);
                     let x = &x[(j * E::PER_LANE + i) * T..][..T];
                     for t in 0..T {
-                        block_sums[t] = s.fma(s.splat(x[t]), w, block_sums[t]);
+                        block_sums[t] = E::multiply(s, s.splat(x[t]), w, block_sums[t]);
                     }
                 }
             });
@@ -79,7 +66,7 @@ fn lanes<S: Simd, E: Element, const T: usize>(
             for (k, x) in x[whole * T..cols * T].chunks_exact(T).enumerate() {
                 let w = E::part(s, block.as_ref()[k / E::PER_LANE], k % E::PER_LANE);
                 for t in 0..T {
-                    sums[t] = s.fma(s.splat(x[t]), w, sums[t]);
+                    sums[t] = E::multiply(s, s.splat(x[t]), w, sums[t]);
                 }
             }
         }
@@ -95,14 +82,28 @@ fn lanes<S: Simd, E: Element, const T: usize>(
 /// `out` = or += the first lanes of `sum`.
 #[inline(always)]
 pub(super) fn add<S: Simd>(s: S, sum: S::F, replace: bool, out: &mut [f32]) {
-    if out.len() >= S::LANES {
-        let sum = if replace { sum } else { s.add(s.load(out), sum) };
-        s.store(sum, out);
-        return;
+    let sum = if replace { sum } else { s.add(load_part(s, out), sum) };
+    store_part(s, sum, out);
+}
+
+/// As many lanes as `from` has, the others 0.
+#[inline(always)]
+pub(super) fn load_part<S: Simd>(s: S, from: &[f32]) -> S::F {
+    if from.len() >= S::LANES {
+        return s.load(from);
     }
     let mut lanes = [0.0; MAX_LANES];
-    s.store(sum, &mut lanes);
-    for (o, sum) in out.iter_mut().zip(lanes) {
-        *o = if replace { sum } else { *o + sum };
+    lanes[..from.len()].copy_from_slice(from);
+    s.load(&lanes)
+}
+
+/// Writes as many lanes as `to` has.
+#[inline(always)]
+pub(super) fn store_part<S: Simd>(s: S, value: S::F, to: &mut [f32]) {
+    if to.len() >= S::LANES {
+        return s.store(value, to);
     }
+    let mut lanes = [0.0; MAX_LANES];
+    s.store(value, &mut lanes);
+    to.copy_from_slice(&lanes[..to.len()]);
 }

@@ -1,6 +1,8 @@
 //! Sums of rows with weights: what attention does with its values.
 
 use super::panel::kernel;
+use super::source::F32;
+use super::stream::add;
 use super::{Columns, DEPTH, Groups, Scratch, pack_group};
 use crate::backend::cpu::simd::{MAX_LANES, Simd, Task};
 
@@ -71,7 +73,7 @@ fn chains<S: Simd, const T: usize, const V: usize>(
             let out = out.part(0, T, col, width);
             if width == V * S::LANES {
                 let rows = rows[start * stride + col..].chunks(stride).map(|row| &row[..V * S::LANES]);
-                kernel::<S, T, V>(s, rows, weights, start == 0, &out);
+                add_rows(s, kernel::<S, F32, T, V>(s, rows, weights), start == 0, &out);
                 continue;
             }
             for lanes in (0..width).step_by(S::LANES) {
@@ -79,7 +81,7 @@ fn chains<S: Simd, const T: usize, const V: usize>(
                 let (col, out) = (col + lanes, out.part(0, T, lanes, width));
                 if width == S::LANES {
                     let rows = rows[start * stride + col..].chunks(stride).map(|row| &row[..S::LANES]);
-                    kernel::<S, T, 1>(s, rows, weights, start == 0, &out);
+                    add_rows(s, kernel::<S, F32, T, 1>(s, rows, weights), start == 0, &out);
                 } else {
                     narrow::<S, T>(s, &rows[start * stride + col..], stride, weights, start == 0, &out);
                 }
@@ -88,6 +90,22 @@ fn chains<S: Simd, const T: usize, const V: usize>(
         start = end;
         if start >= count {
             return;
+        }
+    }
+}
+
+/// `out` = or += whole vectors of `sums`.
+#[inline(always)]
+fn add_rows<S: Simd, const T: usize, const V: usize>(
+    s: S,
+    sums: [[S::F; V]; T],
+    replace: bool,
+    out: &Columns<'_>,
+) {
+    for (t, sums) in sums.into_iter().enumerate() {
+        for (v, sum) in sums.into_iter().enumerate() {
+            // SAFETY: the caller's part of the result, viewed once.
+            add(s, sum, replace, unsafe { out.row(t, v * S::LANES, S::LANES) });
         }
     }
 }
@@ -114,6 +132,6 @@ fn narrow<S: Simd, const T: usize>(
     }
     for (t, sum) in sums.into_iter().enumerate() {
         // SAFETY: the caller's part of the result, viewed once.
-        super::stream::add(s, sum, replace, unsafe { out.row(t, 0, width) });
+        add(s, sum, replace, unsafe { out.row(t, 0, width) });
     }
 }

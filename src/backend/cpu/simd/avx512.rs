@@ -5,22 +5,28 @@ use std::arch::x86_64::*;
 
 use super::{Simd, Task};
 
-/// Proof that the processor has AVX-512 F, BW, DQ and VL.
+/// Proof that the processor has AVX-512 F, BW, DQ and VL, and with `BF16` that extension.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Avx512(());
+pub(super) struct Avx512<const BF16: bool = false>(());
 
-impl Avx512 {
+impl<const BF16: bool> Avx512<BF16> {
     pub(super) fn detect() -> Option<Self> {
         let found = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl");
+            && is_x86_feature_detected!("avx512vl")
+            && (!BF16 || is_x86_feature_detected!("avx512bf16"));
         found.then_some(Avx512(()))
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn enter<T: Task>(simd: Avx512, task: T) -> T::Output {
+    task.run(simd)
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn enter_bf16<T: Task>(simd: Avx512<true>, task: T) -> T::Output {
     task.run(simd)
 }
 
@@ -57,7 +63,7 @@ macro_rules! quarters {
     }};
 }
 
-impl Simd for Avx512 {
+impl<const BF16: bool> Simd for Avx512<BF16> {
     type F = __m512;
     type Block = [__m512; 16];
     const LANES: usize = 16;
@@ -67,7 +73,7 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn run<T: Task>(self, task: T) -> T::Output {
         // SAFETY: `self` proves that the processor has the instructions.
-        unsafe { enter(self, task) }
+        unsafe { if BF16 { enter_bf16(Avx512(()), task) } else { enter(Avx512(()), task) } }
     }
 
     #[inline(always)]
@@ -207,6 +213,19 @@ impl Simd for Avx512 {
         unsafe {
             let mask = _mm512_set1_epi32(0xffff_0000u32 as i32);
             _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(bits), mask))
+        }
+    }
+
+    #[inline(always)]
+    fn dot_bf16(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        if !BF16 {
+            let high = self.fma(self.bf16_high(a), self.bf16_high(b), c);
+            return self.fma(self.bf16_low(a), self.bf16_low(b), high);
+        }
+        // SAFETY: vectors of as many bits, and `self` proves that the processor has the instruction.
+        unsafe {
+            use std::mem::transmute;
+            _mm512_dpbf16_ps(c, transmute::<__m512, __m512bh>(a), transmute::<__m512, __m512bh>(b))
         }
     }
 

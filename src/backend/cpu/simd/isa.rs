@@ -21,11 +21,15 @@ pub enum Isa {
     Avx512,
     /// 128-bit vectors of 64-bit Arm.
     Neon,
+    /// AVX-512 with its products of bf16. Multiplying by a bf16 matrix (of an even number of columns) rounds the other
+    /// side to bf16 and is twice as fast; sums stay f32. So results differ from those of the others, which agree among
+    /// each other: it has to be selected. Routers are computed as with [`Isa::Avx512`].
+    Avx512Bf16,
 }
 
 /// A name that is no instruction set, or one that this processor does not have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("CPU instructions {name}: this processor has {}", Isa::names(Isa::available()))]
+#[error("CPU instructions {name}: this processor has {}", Isa::names(Isa::selectable()))]
 pub struct UnknownIsa {
     name: String,
 }
@@ -34,7 +38,7 @@ pub struct UnknownIsa {
 static SELECTED: AtomicU8 = AtomicU8::new(0);
 
 impl Isa {
-    const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Neon];
+    const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Neon, Isa::Avx512Bf16];
 
     /// Name, as [`Isa::from_str`] takes it.
     pub fn name(self) -> &'static str {
@@ -43,6 +47,7 @@ impl Isa {
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Neon => "neon",
+            Isa::Avx512Bf16 => "avx512bf16",
         }
     }
 
@@ -57,7 +62,9 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Avx2::detect().is_some(),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => Avx512::detect().is_some(),
+            Isa::Avx512 => <Avx512>::detect().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => Avx512::<true>::detect().is_some(),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => true,
             #[allow(unreachable_patterns, reason = "which sets are left depends on the target")]
@@ -65,9 +72,23 @@ impl Isa {
         }
     }
 
-    /// What this processor has, slowest first.
+    /// What this processor has of those that keep both sides of a product as they are, slowest first.
     pub fn available() -> impl Iterator<Item = Isa> {
+        Isa::selectable().filter(|isa| !isa.rounds())
+    }
+
+    fn selectable() -> impl Iterator<Item = Isa> {
         Isa::ALL.into_iter().filter(|isa| isa.is_available())
+    }
+
+    /// Whether products with bf16 matrices round the other side to bf16.
+    pub fn rounds(self) -> bool {
+        self == Isa::Avx512Bf16
+    }
+
+    /// The same without that rounding.
+    pub fn exact(self) -> Isa {
+        if self.rounds() { Isa::Avx512 } else { self }
     }
 
     /// The one that the kernels of this process use: the fastest, unless another was selected.
@@ -98,8 +119,8 @@ impl Isa {
     pub(in super::super) fn run<T: Task>(self, task: T) -> T::Output {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => {
-                if let Some(simd) = Avx512::detect() {
+            Isa::Avx512 | Isa::Avx512Bf16 => {
+                if let Some(simd) = <Avx512>::detect() {
                     return simd.run(task);
                 }
             }
@@ -115,6 +136,15 @@ impl Isa {
         }
         Portable.run(task)
     }
+
+    /// Runs `task` with instructions for products of bf16 where it has them, else like [`Isa::run`].
+    pub(in super::super) fn run_bf16<T: Task>(self, task: T) -> T::Output {
+        #[cfg(target_arch = "x86_64")]
+        if let (true, Some(simd)) = (self.rounds(), Avx512::<true>::detect()) {
+            return simd.run(task);
+        }
+        self.run(task)
+    }
 }
 
 impl fmt::Display for Isa {
@@ -127,7 +157,7 @@ impl FromStr for Isa {
     type Err = UnknownIsa;
 
     fn from_str(name: &str) -> Result<Self, UnknownIsa> {
-        let known = Isa::available().find(|isa| isa.name() == name);
+        let known = Isa::selectable().find(|isa| isa.name() == name);
         known.ok_or_else(|| UnknownIsa { name: name.into() })
     }
 }

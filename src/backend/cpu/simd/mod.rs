@@ -84,6 +84,12 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     fn bf16_low(self, bits: Self::F) -> Self::F;
     /// The bf16 values in the high halves of the lanes, widened.
     fn bf16_high(self, bits: Self::F) -> Self::F;
+    /// c + a · b of the bf16 values in the high, then in the low halves of the lanes.
+    #[inline(always)]
+    fn dot_bf16(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        let high = self.fma(self.bf16_high(a), self.bf16_high(b), c);
+        self.fma(self.bf16_low(a), self.bf16_low(b), high)
+    }
     /// Asks for the cache line at `at`, which need not be readable.
     fn prefetch(self, at: *const u8);
 }
