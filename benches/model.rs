@@ -1,22 +1,25 @@
 //! Our side of `benches/peers/models.py`: opens a checkpoint, then runs it as asked on standard input.
 //!
-//! Arguments: model folder, threads. Each input line `prompt new runs` is answered by a JSON list of seconds: with `new`
+//! Arguments: model folder, threads, and optionally the CPU instructions. Each input line `prompt new runs` is answered by a JSON list of seconds: with `new`
 //! 0 of the logits of a whole prompt, else of as many tokens one by one after it.
 
 use std::io::{BufRead, Write};
 use std::path::Path;
 use std::time::Instant;
 
-use moepress::backend::cpu::Cpu;
+use moepress::backend::cpu::{Cpu, Isa};
 use moepress::checkpoint::Checkpoint;
 use moepress::model::{Decoder, Model};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
-    let [model, threads] = &args[..] else {
+    let [model, threads, isa @ ..] = &args[..] else {
         // Run by `cargo bench` with the others: nothing to do.
         return Ok(());
     };
+    if let [isa] = isa {
+        isa.parse::<Isa>()?.select()?;
+    }
     rayon::ThreadPoolBuilder::new().num_threads(threads.parse()?).build_global()?;
     let checkpoint = Checkpoint::open(Path::new(model))?;
     let model = Model::new(&checkpoint, &Cpu, 512)?;

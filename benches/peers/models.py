@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 
-from compare import Runner, machine
+from compare import ROUNDED, Runner, machine
 
 PEERS = [f"{dtype} {experts}" for dtype in ["f32", "bf16"] for experts in ["eager", "grouped_mm", "batched_mm"]]
 # Prompt and new tokens: a whole prompt of one, 16 or 512 tokens, and tokens one by one after a short and a long prompt.
@@ -55,7 +55,7 @@ def measure(runners, case, rounds):
     times = {name: [] for name in runners}
     for round_ in range(rounds + 1):
         for name, runner in runners.items():
-            seconds = runner(f"{case[0]} {case[1]}", 1)
+            seconds = runner(f"{case[0]} {case[1]}", 1 if case[1] else 5)
             if round_ > 0:
                 times[name] += seconds
     return {name: statistics.median(t) for name, t in times.items()}
@@ -69,26 +69,31 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     print(f"{machine()}, {args.threads} threads\n")
-    print("| model | tokens | moepress ms | best transformers ms | which | ratio |")
-    print("|---|---|--:|--:|---|--:|")
+    print(f"| model | tokens | moepress ms | {ROUNDED} ms | best transformers ms | which | ratio | with bf16 inputs |")
+    print("|---|---|--:|--:|--:|---|--:|--:|")
     ratios = []
     for folder in args.models:
-        runners = {"moepress": Runner([args.ours, folder, args.threads])}
+        command = [args.ours, folder, args.threads]
+        runners = {"moepress": Runner(command)}
+        if rounded := Runner.rounded(command):
+            runners[ROUNDED] = rounded
         for kind in PEERS:
             command = [sys.executable, __file__, "--serve", folder, kind, args.threads]
             runners[kind] = Runner(command)
         for case in CASES:
             found = measure(runners, case, args.rounds)
             best = min(PEERS, key=found.get)
-            ratios.append(found[best] / found["moepress"])
             tokens = f"{case[1]} one by one after {case[0]}" if case[1] else f"{case[0]}"
-            ours, theirs = found["moepress"] * 1e3, found[best] * 1e3
+            times = [found.get(o) for o in ["moepress", ROUNDED]]
+            ms = [f"{t * 1e3:.2f}" if t else "–" for t in [*times, found[best]]]
+            shown = [f"{found[best] / t:.2f}" if t else "–" for t in times]
+            ratios.append([found[best] / (t or times[0]) for t in times])
             name = os.path.basename(os.path.normpath(folder))
-            print(f"| {name} | {tokens} | {ours:.2f} | {theirs:.2f} | {best} | {ratios[-1]:.2f} |", flush=True)
+            print(f"| {name} | {tokens} | {' | '.join(ms)} | {best} | {' | '.join(shown)} |", flush=True)
         for runner in runners.values():
             runner.close()
-    mean = math.exp(statistics.mean(map(math.log, ratios)))
-    print(f"\nGeometric mean: {mean:.2f}")
+    means = [math.exp(statistics.mean(map(math.log, column))) for column in zip(*ratios)]
+    print(f"\nGeometric mean: {means[0]:.2f}; with bf16 inputs: {means[1]:.2f}")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ pub(super) use weighted::WeightedRows;
 use super::simd::{Isa, Simd, Task};
 use source::{Bf16, Bf16Pair, Element, F16, F32, Kind};
 
+use crate::checkpoint::Dtype;
+
 /// Columns that are summed in one chain: long enough to cost nothing, short enough to keep rounding errors small. Part
 /// of the definition of the result.
 pub(super) const DEPTH: usize = 64;
@@ -94,19 +96,41 @@ impl<'a> Packed<'a> {
     }
 }
 
-/// `to [cols, tokens]` = the transpose of `tokens` rows.
-fn pack_group(rows: &[f32], stride: usize, cols: usize, tokens: usize, to: &mut [f32]) {
-    const STRIP: usize = 16;
-    for (strip, to) in to.chunks_mut(STRIP * tokens).enumerate() {
-        let count = to.len() / tokens;
-        for t in 0..tokens {
-            let from = &rows[t * stride + strip * STRIP..][..count];
-            for (value, to) in from.iter().zip(to[t..].iter_mut().step_by(tokens)) {
-                *to = *value;
+/// `to [cols, tokens]` = the transpose of `tokens` rows; fast where these are no more than a vector has lanes.
+struct PackGroup<'a> {
+    rows: &'a [f32],
+    stride: usize,
+    tokens: usize,
+    to: &'a mut [f32],
+}
+
+impl Task for PackGroup<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let PackGroup { rows, stride, tokens, to } = self;
+        let cols = to.len() / tokens;
+        let whole = if tokens <= S::LANES { cols - cols % S::LANES } else { 0 };
+        if whole > 0 {
+            let source = Source::strided(bytemuck::must_cast_slice(rows), Dtype::F32, tokens, cols, stride);
+            let group = source.group::<S, F32>(0, 0..cols);
+            for col in (0..whole).step_by(S::LANES) {
+                let block = group.block::<S, F32>(s, col);
+                for_each_vector!(S::LANES, j, {
+                    // What a vector holds beyond the tokens is overwritten by the next ones.
+                    let to = &mut to[(col + j) * tokens..];
+                    let count = if to.len() < S::LANES { tokens } else { S::LANES };
+                    stream::store_part(s, block.as_ref()[j], &mut to[..count]);
+                });
+            }
+        }
+        for col in whole..cols {
+            for t in 0..tokens {
+                to[col * tokens + t] = rows[t * stride + col];
             }
         }
     }
-    debug_assert_eq!(to.len(), cols * tokens);
 }
 
 /// `out [n, rows] = x [n, cols] · Wᵀ`.
@@ -167,7 +191,7 @@ impl Product<'_> {
             &x[..cols]
         } else {
             memory = Scratch::take(n * cols);
-            pack(x, stride, cols, groups, parallel, &mut memory);
+            pack(isa, x, stride, cols, groups, parallel, &mut memory);
             &memory
         };
         let x = Packed { values, cols, groups };
@@ -192,13 +216,13 @@ fn round_pairs(x: &[f32], to: &mut [f32]) {
     }
 }
 
-fn pack(x: &[f32], stride: usize, cols: usize, groups: Groups, parallel: bool, to: &mut [f32]) {
+fn pack(isa: Isa, x: &[f32], stride: usize, cols: usize, groups: Groups, parallel: bool, to: &mut [f32]) {
     let to = Columns::new(to, 1, groups.tokens * cols, groups.tokens * cols);
     let pack = |g: usize| {
         let (start, size) = (groups.start(g), groups.size(g));
         // SAFETY: groups do not overlap, and each is packed once.
         let to = unsafe { to.row(0, start * cols, size * cols) };
-        pack_group(&x[start * stride..], stride, cols, size, to);
+        isa.run(PackGroup { rows: &x[start * stride..], stride, tokens: size, to });
     };
     if parallel && groups.tokens * cols > SMALL {
         (0..groups.count).into_par_iter().for_each(pack);

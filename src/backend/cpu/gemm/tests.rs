@@ -3,7 +3,7 @@
 use rayon::ThreadPoolBuilder;
 
 use super::*;
-use crate::checkpoint::{Dtype, decode_f32, encode_f32};
+use crate::checkpoint::{decode_f32, encode_f32};
 
 const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::BF16, Dtype::F16];
 

@@ -3,7 +3,7 @@
 use super::panel::kernel;
 use super::source::F32;
 use super::stream::add;
-use super::{Columns, DEPTH, Groups, Scratch, pack_group};
+use super::{Columns, DEPTH, Groups, PackGroup, Scratch};
 use crate::backend::cpu::simd::{MAX_LANES, Simd, Task};
 
 /// `out [n, width]` = Σₖ weights[·, k] · rows[k], for weights `[n, count]`.
@@ -46,7 +46,8 @@ impl Task for WeightedRows<'_> {
         }
         for g in 0..groups.count {
             let (start, size) = (groups.start(g), groups.size(g));
-            pack_group(&weights[start * count..], count, count, size, &mut packed[..size * count]);
+            let rows = &weights[start * count..];
+            PackGroup { rows, stride: count, tokens: size, to: &mut packed[..size * count] }.run(s);
             let out = out.part(start, size, 0, width);
             dispatch!(&out, &packed[..size * count], 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
         }
