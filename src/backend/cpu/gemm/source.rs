@@ -97,7 +97,11 @@ pub(super) struct Group<'a> {
 }
 
 /// How far ahead of the reading the next cache lines are asked for, in bytes of each row.
-const AHEAD: usize = 512;
+const AHEAD: usize = 1024;
+/// Bytes of a row that are asked for together.
+const RUN: usize = 256;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 impl Group<'_> {
     /// Columns that a block of type `E` holds.
@@ -111,15 +115,29 @@ impl Group<'_> {
     #[inline(always)]
     pub(super) fn block<S: Simd, E: Element>(&self, s: S, col: usize) -> S::Block {
         assert!(col + Self::step::<S, E>() <= self.end);
+        self.prefetch::<S>(s, col * E::WIDTH, Self::step::<S, E>() * E::WIDTH, self.end * E::WIDTH);
         let start = self.bytes.as_ptr();
-        let left = (self.end - col) * E::WIDTH;
-        let ahead = if left > AHEAD { AHEAD } else { self.next.wrapping_add(AHEAD) };
         s.transpose(s.block(|i| {
             let at = self.offsets[i] + col * E::WIDTH;
-            s.prefetch(start.wrapping_add(at.wrapping_add(ahead)));
             // SAFETY: `Source` checked that every row lies in `bytes`, and `step` columns from `col` on are in the row.
             unsafe { E::load(s, start.add(at)) }
         }))
+    }
+
+    /// Asks for what is read [`AHEAD`] bytes later, `width` bytes of each row at a time. Memory is fastest in order, so a
+    /// few rows have several lines each fetched now, the others when the blocks behind this one are read.
+    #[inline(always)]
+    fn prefetch<S: Simd>(&self, s: S, at: usize, width: usize, end: usize) {
+        let turns = RUN / width;
+        let rows = S::LANES / turns;
+        let run = at - at % RUN;
+        let ahead = if end > run + AHEAD { run + AHEAD } else { (run + AHEAD).wrapping_add(self.next) };
+        let turn = at / width % turns;
+        for offset in &self.offsets[turn * rows..(turn + 1) * rows] {
+            for line in (0..RUN).step_by(LINE) {
+                s.prefetch(self.bytes.as_ptr().wrapping_add(offset.wrapping_add(ahead).wrapping_add(line)));
+            }
+        }
     }
 
     /// The same where only `count` columns are left, the others being 0.
