@@ -89,6 +89,7 @@ fn settle<S: Simd, const T: usize, const V: usize>(
     out: &Columns<'_>,
 ) {
     let whole = out.cols() == V * S::LANES;
+    let onto_result = stage.first && stage.accumulate;
     for (t, (sums, totals)) in sums.iter().zip(totals.chunks_exact_mut(V * S::LANES)).enumerate() {
         for (v, &sum) in sums.iter().enumerate() {
             let col = v * S::LANES;
@@ -97,7 +98,7 @@ fn settle<S: Simd, const T: usize, const V: usize>(
             if !stage.first {
                 sum = s.add(s.load(total), sum);
             }
-            if !stage.last && !(stage.first && stage.accumulate) {
+            if !(stage.last || onto_result) {
                 s.store(sum, total);
                 continue;
             }
@@ -107,7 +108,7 @@ fn settle<S: Simd, const T: usize, const V: usize>(
             let lanes = if whole { S::LANES } else { S::LANES.min(out.cols() - col) };
             // SAFETY: tiles do not overlap, and this is the only view of the tile.
             let out = unsafe { out.row(t, col, lanes) };
-            if stage.first && stage.accumulate {
+            if onto_result {
                 sum = s.add(load_part(s, out), sum);
             }
             if stage.last {

@@ -87,6 +87,7 @@ impl Isa {
     }
 
     /// The same without that rounding.
+    #[must_use]
     pub fn exact(self) -> Isa {
         if self.rounds() { Isa::Avx512 } else { self }
     }
