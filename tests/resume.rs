@@ -35,11 +35,12 @@ fn succeed(arguments: &[&str], dir: &Path) -> Duration {
 
 /// Starts the command again and again, killing it after a while that grows, until it succeeds. Returns the kills.
 fn kill_until_done(arguments: &[&str], dir: &Path, whole: Duration) -> usize {
-    // Fractions of a whole run that repeat for no multiple, so that every part of it is hit.
+    // Fractions of a whole run that repeat for no multiple, so that every part of it is hit. They grow, for a short run
+    // may spend most of its time before the first layer.
     for attempt in 0..200u32 {
         let mut child = moepress(arguments, dir).spawn().unwrap();
         let share = 0.05 + f64::from(attempt.wrapping_mul(2_654_435_761) >> 16) / f64::from(u16::MAX) * 0.9;
-        let deadline = Instant::now() + whole.mul_f64(share * 0.6);
+        let deadline = Instant::now() + whole.mul_f64(share * (0.6 + f64::from(attempt) / 40.0));
         loop {
             if let Some(status) = child.try_wait().unwrap() {
                 assert!(status.success(), "{arguments:?} failed after {attempt} kills");

@@ -75,9 +75,11 @@ pub(super) fn encode(
                 }
             };
             if choice_tokens == 0 {
-                return Err(invalid(
-                    "gives no token, or merges with the context and has no token of its own".into(),
-                ));
+                let what = match start {
+                    None => "merges with the context and has no token of its own",
+                    Some(_) => "gives no token",
+                };
+                return Err(invalid(what.into()));
             }
             if choice_tokens == ids.len() {
                 return Err(invalid(

@@ -85,8 +85,7 @@ pub fn truncated_svd(w: &Matrix, rank: usize) -> Result<Factors, Error> {
 /// Without `gram` that is f32 for a weight whose spectrum allows it, and f64 for any other: the factors lose at most
 /// 1 + 1e-6 times the smallest possible loss, up to 1e-12 of the energy (the rounding of the Gram matrix). Which route is
 /// taken depends on the weight alone, so the bytes are the same on any number of threads. Only the eigenvectors that
-/// are kept are computed; a search for their subspace (Halko, Martinsson and Tropp 2011) would need many more
-/// operations, because the spectra of weights are flat.
+/// are kept are computed.
 ///
 /// # Errors
 /// As [`truncated_svd`] and [`whitened_svd`](super::whitened_svd).
