@@ -161,9 +161,13 @@ impl Product<'_> {
         if let (true, Some(w)) = (isa.rounds(), w.pairs()) {
             let (n, cols) = (out.rows(), w.cols());
             let mut pairs = Scratch::take(n * cols);
-            let rows = pairs.par_chunks_exact_mut(cols.max(1)).zip(x.par_chunks(stride));
-            rows.with_min_len(SMALL.div_ceil(cols.max(1)))
-                .for_each(|(to, x)| round_pairs(&x[..2 * cols], to));
+            let round = |(to, x): (&mut [f32], &[f32])| round_pairs(&x[..2 * cols], to);
+            if parallel {
+                let rows = pairs.par_chunks_exact_mut(cols).zip(x.par_chunks(stride));
+                rows.with_min_len(SMALL.div_ceil(cols)).for_each(round);
+            } else if cols > 0 {
+                pairs.chunks_exact_mut(cols).zip(x.chunks(stride)).for_each(round);
+            }
             return Product { x: &pairs, stride: cols, w, out, accumulate }.multiply(isa, parallel);
         }
         self.multiply(isa, parallel);
