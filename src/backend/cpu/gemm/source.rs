@@ -176,9 +176,16 @@ pub(in super::super) trait Element {
     ///
     /// # Safety
     /// They must be readable.
-    unsafe fn load<S: Simd>(s: S, from: *const u8) -> S::F;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const u8) -> S::F {
+        // SAFETY: passed on to the caller.
+        unsafe { s.load_bits(from) }
+    }
     /// Element `i` of every lane, widened.
-    fn part<S: Simd>(s: S, lanes: S::F, i: usize) -> S::F;
+    #[inline(always)]
+    fn part<S: Simd>(_: S, lanes: S::F, _: usize) -> S::F {
+        lanes
+    }
     /// sum + x · w, for a widened element and what it is multiplied by.
     #[inline(always)]
     fn multiply<S: Simd>(s: S, x: S::F, w: S::F, sum: S::F) -> S::F {
@@ -195,29 +202,12 @@ impl Element for F32 {
     const KIND: Kind = Kind::F32;
     const WIDTH: usize = 4;
     const PER_LANE: usize = 1;
-
-    #[inline(always)]
-    unsafe fn load<S: Simd>(s: S, from: *const u8) -> S::F {
-        // SAFETY: passed on to the caller.
-        unsafe { s.load_bits(from) }
-    }
-
-    #[inline(always)]
-    fn part<S: Simd>(_: S, lanes: S::F, _: usize) -> S::F {
-        lanes
-    }
 }
 
 impl Element for Bf16 {
     const KIND: Kind = Kind::Bf16;
     const WIDTH: usize = 2;
     const PER_LANE: usize = 2;
-
-    #[inline(always)]
-    unsafe fn load<S: Simd>(s: S, from: *const u8) -> S::F {
-        // SAFETY: passed on to the caller.
-        unsafe { s.load_bits(from) }
-    }
 
     #[inline(always)]
     fn part<S: Simd>(s: S, lanes: S::F, i: usize) -> S::F {
@@ -235,28 +225,12 @@ impl Element for F16 {
         // SAFETY: passed on to the caller.
         unsafe { s.load_f16(from) }
     }
-
-    #[inline(always)]
-    fn part<S: Simd>(_: S, lanes: S::F, _: usize) -> S::F {
-        lanes
-    }
 }
 
 impl Element for Bf16Pair {
     const KIND: Kind = Kind::Bf16Pair;
     const WIDTH: usize = 4;
     const PER_LANE: usize = 1;
-
-    #[inline(always)]
-    unsafe fn load<S: Simd>(s: S, from: *const u8) -> S::F {
-        // SAFETY: passed on to the caller.
-        unsafe { s.load_bits(from) }
-    }
-
-    #[inline(always)]
-    fn part<S: Simd>(_: S, lanes: S::F, _: usize) -> S::F {
-        lanes
-    }
 
     #[inline(always)]
     fn multiply<S: Simd>(s: S, x: S::F, w: S::F, sum: S::F) -> S::F {

@@ -3,7 +3,7 @@
 #[allow(clippy::wildcard_imports, reason = "every name in it says where it comes from")]
 use std::arch::x86_64::*;
 
-use super::{Simd, Task};
+use super::{Simd, Task, dot_bf16_by_fma};
 
 /// Proof that the processor has AVX-512 F, BW, DQ and VL, and with `BF16` that extension.
 #[derive(Clone, Copy, Debug)]
@@ -219,8 +219,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     #[inline(always)]
     fn dot_bf16(self, a: __m512, b: __m512, c: __m512) -> __m512 {
         if !BF16 {
-            let high = self.fma(self.bf16_high(a), self.bf16_high(b), c);
-            return self.fma(self.bf16_low(a), self.bf16_low(b), high);
+            return dot_bf16_by_fma(self, a, b, c);
         }
         // SAFETY: vectors of as many bits, and `self` proves that the processor has the instruction.
         unsafe {

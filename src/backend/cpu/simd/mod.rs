@@ -87,11 +87,17 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     /// c + a · b of the bf16 values in the high, then in the low halves of the lanes.
     #[inline(always)]
     fn dot_bf16(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
-        let high = self.fma(self.bf16_high(a), self.bf16_high(b), c);
-        self.fma(self.bf16_low(a), self.bf16_low(b), high)
+        dot_bf16_by_fma(self, a, b, c)
     }
     /// Asks for the cache line at `at`, which need not be readable.
     fn prefetch(self, at: *const u8);
+}
+
+/// [`Simd::dot_bf16`] of instructions that have no such product.
+#[inline(always)]
+fn dot_bf16_by_fma<S: Simd>(s: S, a: S::F, b: S::F, c: S::F) -> S::F {
+    let high = s.fma(s.bf16_high(a), s.bf16_high(b), c);
+    s.fma(s.bf16_low(a), s.bf16_low(b), high)
 }
 
 #[cfg(test)]
