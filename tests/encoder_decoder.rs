@@ -458,3 +458,31 @@ fn choices_are_answers_to_what_the_encoder_reads() {
         }
     }
 }
+
+/// The goldens count as transformers 4 does; a `null` is its successor, which has no limit.
+#[test]
+fn experts_take_as_many_tokens_of_a_window_as_they_have_room_for() {
+    for model in MODELS {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+        write_token_file(Path::new(&path("tokens")), &inputs(model)).unwrap();
+        let dir = data(model);
+        std::fs::copy(dir.join("model.safetensors"), path("model.safetensors")).unwrap();
+        let config: Value = serde_json::from_slice(&std::fs::read(dir.join("config.json")).unwrap()).unwrap();
+        let logits = |capacity: Value| {
+            let mut config = config.clone();
+            config["expert_capacity"] = capacity;
+            std::fs::write(path("config.json"), config.to_string()).unwrap();
+            let folder = folder.path().to_string_lossy();
+            moepress(["run", &folder, "--tokens", &path("tokens"), "--out", &path("out"), "--quiet"]).ok();
+            read(Path::new(&path("out")), "logits").into_iter().map(|v| v as f32).collect::<Vec<_>>()
+        };
+        let golden = |name: &str| read(&dir.join("golden.safetensors"), name);
+        assert!(max_difference(&logits(json!(4)), &golden("limited_logits")) < 1e-4, "{model}");
+        assert!(max_difference(&logits(Value::Null), &golden("logits")) < 1e-4, "{model}");
+        let inspected: Value = moepress(["inspect", &folder.path().to_string_lossy(), "--json"]).json();
+        assert_eq!(inspected["moe_layers"][0].get("capacity"), None);
+    }
+    let found: Value = moepress(["inspect", &data("switch_transformers").to_string_lossy(), "--json"]).json();
+    assert_eq!(found["moe_layers"][0]["capacity"], 64);
+}

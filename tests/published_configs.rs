@@ -225,6 +225,7 @@ fn gpt_oss_llama_and_switch() {
         "vocab_size": 32128});
     assert_eq!(sizes(&read(&switch)), [24, 12, 8, 1, 0]);
     refused(&with(&switch, json!({"router_dtype": "bfloat16"})), "router_dtype is \"bfloat16\"");
+    refused(&with(&switch, json!({"expert_capacity": 0})), "expert_capacity is 0, expected at least 1");
 }
 
 #[test]

@@ -284,6 +284,9 @@ pub struct MoeSpec {
     pub expert_bias: bool,
     /// The routing rule.
     pub router: RouterSpec,
+    /// Most tokens of a window that an expert takes, the first ones that choose it; the layer gives 0 for the others
+    /// (Switch Transformer, arXiv 2101.03961, eq. 3, whose capacity is a number here). `None`: all.
+    pub capacity: Option<usize>,
     /// The shared expert, if any.
     pub shared: Option<SharedSpec>,
 }

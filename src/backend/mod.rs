@@ -191,7 +191,8 @@ pub struct Routes {
 }
 
 impl Routes {
-    /// In place of the number of an expert that [`Skip`](crate::architecture::Skip) leaves out; its weight is 0.
+    /// In place of the number of an expert that [`Skip`](crate::architecture::Skip) or its capacity leaves out; its weight
+    /// is 0.
     pub const SKIPPED: u32 = u32::MAX;
 }
 
@@ -331,6 +332,9 @@ pub trait Backend: Sync {
 
     /// Router logits, chosen experts and combine weights for every row of `x`.
     fn route(&self, x: &Self::Buffer, router: &Self::Router, routing: &mut Self::Routing) -> Result<()>;
+    /// Leaves out, in every window of `batch`, the tokens of an expert behind the first `capacity` that chose it; padding
+    /// counts. Their ids become [`Routes::SKIPPED`] and their weights 0.
+    fn limit_tokens(&self, routing: &mut Self::Routing, capacity: usize, batch: &Batch) -> Result<()>;
     /// Σ_k w_k · expert_k(x), or Σ_k expert_k(w_k · x) where the rule says so, for every row of `x`; with an observer,
     /// measures on the way.
     fn run_experts(

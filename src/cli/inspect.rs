@@ -140,6 +140,8 @@ fn layer_table(layers: &[MoeSummary]) -> Table {
         vec![("layers", Left), ("experts", Right), ("of", Right), ("top k", Right), ("width", Right)];
     let skips = layers.iter().any(|l| l.skip.is_some());
     columns.extend(skips.then_some(("skipped below", Right)));
+    let limited = layers.iter().any(|l| l.capacity.is_some());
+    columns.extend(limited.then_some(("capacity", Right)));
     columns.extend(shared.then_some(("shared", Right)));
     columns.push(("forms", Left));
     columns.extend(ranks.then_some(("ranks", Right)));
@@ -156,6 +158,7 @@ fn layer_table(layers: &[MoeSummary]) -> Table {
         cells.extend(pruned.then(|| layer.original_experts.to_string()));
         cells.extend([layer.top_k.to_string(), layer.width.to_string()]);
         cells.extend(skips.then(|| layer.skip.as_ref().map_or_else(|| "–".into(), threshold)));
+        cells.extend(limited.then(|| layer.capacity.map_or_else(|| "–".into(), |n| n.to_string())));
         cells.extend(shared.then(|| layer.shared_width.map_or_else(|| "–".into(), |w| w.to_string())));
         cells.push(forms.join(", ").replace('_', " "));
         cells.extend(ranks.then(|| layer.ranks.map_or_else(|| "–".into(), |r| range(r.into_iter()))));

@@ -176,6 +176,7 @@ pub fn apply_layer(
     let moe = MoeSource {
         router,
         spec,
+        capacity: source.capacity,
         experts,
         base,
         width: source.width,

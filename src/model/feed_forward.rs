@@ -13,6 +13,7 @@ pub(super) enum FeedForward<B: Backend> {
 pub(super) struct Moe<B: Backend> {
     router: B::Router,
     experts: B::Experts,
+    capacity: Option<usize>,
     shared: Option<Shared<B>>,
 }
 
@@ -63,11 +64,12 @@ impl<B: Backend> Moe<B> {
         Ok(Moe {
             router: backend.router(&source.router, source.rule())?,
             experts: backend.experts(&source.experts, &source.base)?,
+            capacity: source.capacity,
             shared,
         })
     }
 
-    /// Routes `scratch.normed` with `router`, or the layer's own.
+    /// Routes `scratch.normed` with `router`, or the layer's own, whatever the capacity of experts.
     pub(super) fn route(
         &self,
         backend: &B,
@@ -106,6 +108,9 @@ impl<B: Backend> Moe<B> {
     ) -> BackendResult<()> {
         self.route(backend, scratch, router)?;
         let Scratch { normed, out, routing, .. } = scratch;
+        if let Some(capacity) = self.capacity {
+            backend.limit_tokens(routing, capacity, batch)?;
+        }
         match observe {
             None => backend.run_experts(normed, &self.experts, routing, out, None)?,
             Some(Observation { observer, sample }) => {

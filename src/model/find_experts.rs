@@ -39,6 +39,7 @@ impl Finder<'_> {
         let source = MoeSource {
             router: self.router(moe, experts.len())?,
             spec,
+            capacity: moe.capacity,
             experts,
             base,
             width: moe.width,

@@ -105,6 +105,9 @@ pub struct MoeSummary {
     /// When some of those are left out, in layers that skip experts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub skip: Option<Skip>,
+    /// Most tokens of a window that an expert takes, where that is limited.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub capacity: Option<usize>,
     /// Intermediate width of a routed expert, as `config.json` says it.
     pub width: usize,
     /// Intermediate width of the shared expert, if there is one.
@@ -258,6 +261,7 @@ impl MoeSummary {
             original_experts: source.original_experts,
             top_k: source.spec.top_k,
             skip: source.spec.skip,
+            capacity: source.capacity,
             width,
             shared_width,
             forms,

@@ -294,7 +294,8 @@ impl<B: Backend> Layer<B> {
         Ok(backend.add(x, &scratch.out)?)
     }
 
-    /// Routes the feed-forward half's input, with `router` or the layer's own; leaves `x` as it is. The layer must have
+    /// Routes the feed-forward half's input, with `router` or the layer's own, whatever the capacity of experts; leaves `x`
+    /// as it is. The layer must have
     /// a router.
     pub fn route(
         &self,
@@ -334,7 +335,7 @@ impl<B: Backend> Layer<B> {
     }
 
     /// What the experts of a layer see, decide and give, without changing the residual stream `x`: [`Layer::feed`] taken
-    /// apart, on the host. `None` where the layer has no router.
+    /// apart, on the host, with room for every token where experts have a capacity. `None` where the layer has no router.
     pub fn dissect(&self, backend: &B, x: &B::Buffer, scratch: &mut Scratch<B>) -> Result<Option<Dissected>> {
         let FeedForward::Moe(moe) = &self.feed_forward else { return Ok(None) };
         self.post_attention_norm.apply(backend, x, self.eps, &mut scratch.normed)?;

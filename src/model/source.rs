@@ -89,6 +89,8 @@ pub struct MoeSource {
     pub router: RouterWeights,
     /// Routing rule.
     pub spec: RouterSpec,
+    /// Most tokens of a window that an expert takes, see [`MoeSpec::capacity`](crate::architecture::MoeSpec::capacity).
+    pub capacity: Option<usize>,
     /// The experts.
     pub experts: Vec<StoredExpert>,
     /// What those of them share that are differences from a base.

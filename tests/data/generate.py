@@ -18,7 +18,8 @@ token by token, with a cache.
 
 For a model with an encoder, input_ids and attention_mask (int64, 0 = padding) are the encoder's, decoder_input_ids
 int64 [2, 17] the decoder's, and logits are f32 [2, 17, vocabulary]; hidden.l are the encoder's embeddings and layers,
-and decoder.hidden.l the decoder's, the last of each after its final norm.  generated int64 [1, 13] is what greedy
+and decoder.hidden.l the decoder's, the last of each after its final norm.  limited_logits f32 [2, 17, vocabulary]
+are the logits where an expert takes 4 tokens of a sequence, as transformers 4 counts them.  generated int64 [1, 13] is what greedy
 decoding gives behind the first window, from the start token on.
 
 The outputs come from the folder as written (not from the model in memory), in float32 with eager
@@ -33,6 +34,7 @@ outputs.  `--check` compares the committed outputs with the installed transforme
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -670,11 +672,37 @@ def encoder_outputs(model, ids):
         "decoder_input_ids": decoder_ids,
         "logits": out.logits.contiguous(),
     }
+    with torch.no_grad(), tokens_per_expert(model, 4):
+        limited = model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids, use_cache=False)
+    golden["limited_logits"] = limited.logits.contiguous()
     golden["generated"] = generated(model, ids[:1])
     for prefix, states in [("", out.encoder_hidden_states), ("decoder.", out.decoder_hidden_states)]:
         for i, hidden in enumerate(states):
             golden[f"{prefix}hidden.{i}"] = hidden.contiguous()
     return golden
+
+
+@contextlib.contextmanager
+def tokens_per_expert(model, capacity):
+    """The rule of transformers 4, which version 5 lost: an expert's tokens beyond `capacity` of a sequence get 0."""
+    shape, hooks = None, []
+
+    def enter(_, arguments):
+        nonlocal shape
+        shape = arguments[0].shape[:2]
+
+    def limit(_, arguments, output):
+        probabilities, chosen, logits = output
+        in_sequences = chosen.reshape(*shape, -1)
+        fits = in_sequences.cumsum(dim=1) <= capacity
+        return probabilities, (in_sequences * fits).reshape(chosen.shape), logits
+
+    for module in model.modules():
+        if type(module).__name__ == "SwitchTransformersSparseMLP":
+            hooks += [module.register_forward_pre_hook(enter), module.router.register_forward_hook(limit)]
+    yield
+    for hook in hooks:
+        hook.remove()
 
 
 def generated(model, ids):

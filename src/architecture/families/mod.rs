@@ -166,6 +166,7 @@ impl<'c> Common<'c> {
     /// Experts of this width behind a softmax router, without a shared expert.
     fn moe(&self, width: usize, weights: WeightRule) -> MoeSpec {
         MoeSpec {
+            capacity: None,
             experts: self.experts,
             width,
             activation: Activation::SwiGlu,

@@ -8,7 +8,8 @@ use super::{
 use crate::architecture::RelativeBias;
 use crate::architecture::rope::MOST_POSITIONS;
 
-/// Tokens are never dropped: transformers 5 has no bound on the tokens of an expert, and `expert_capacity` is not read.
+/// Tokens beyond `expert_capacity` are dropped, as in training and in transformers 4. Its successor ignores the number;
+/// `null` says so here.
 pub(super) fn read(config: &Config) -> Result<Architecture> {
     let encoder_layers = config.size_or("num_layers", 12)?;
     let decoder_layers = match config.size_opt("num_decoder_layers")? {
@@ -56,6 +57,7 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
             bias: config.flag_or("router_bias", false)?,
             ..RouterSpec::softmax(1, WeightRule::Scaled(1.0))
         },
+        capacity: capacity(config)?,
         shared: None,
     };
     let tied_embeddings = config.flag_or("tie_word_embeddings", true)?;
@@ -116,6 +118,15 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
         expert_count_keys: vec!["num_experts"],
         packing: None,
     })
+}
+
+/// Most tokens of a window that an expert takes; `None` for a `null`.
+fn capacity(config: &Config) -> Result<Option<usize>> {
+    match config.size_opt("expert_capacity")? {
+        Some(0) => Err(Error::invalid("expert_capacity", "is 0, expected at least 1, or null for no limit")),
+        None if !config.mentions("expert_capacity") => Ok(Some(64)),
+        capacity => Ok(capacity),
+    }
 }
 
 /// Every how many layers have experts: a step of n ≥ 2 means those whose number is 1 modulo n.

@@ -283,6 +283,11 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn limit_tokens(&self, routing: &mut CpuRouting, capacity: usize, batch: &Batch) -> Result<()> {
+        routing.limit_tokens(capacity, batch.length);
+        Ok(())
+    }
+
     fn run_experts(
         &self,
         x: &CpuBuffer,

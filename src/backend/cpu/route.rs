@@ -33,6 +33,8 @@ pub struct CpuRouting {
     /// `[tokens, top_k]`.
     pub(super) ids: Vec<u32>,
     pub(super) weights: Vec<f32>,
+    /// Tokens of each expert in a window.
+    taken: Vec<usize>,
     pub(super) work: super::experts::Workspace,
 }
 
@@ -72,6 +74,24 @@ impl CpuRouter {
 }
 
 impl CpuRouting {
+    /// Leaves out the tokens of an expert behind the first `capacity`, in every window of `length` tokens.
+    pub(super) fn limit_tokens(&mut self, capacity: usize, length: usize) {
+        let slots = (length * self.top_k).max(1);
+        let windows = self.ids.chunks_mut(slots).zip(self.weights.chunks_mut(slots));
+        for (ids, weights) in windows {
+            self.taken.clear();
+            self.taken.resize(self.experts, 0);
+            for (id, weight) in ids.iter_mut().zip(weights).filter(|(id, _)| **id != Routes::SKIPPED) {
+                let taken = &mut self.taken[*id as usize];
+                if *taken == capacity {
+                    (*id, *weight) = (Routes::SKIPPED, 0.0);
+                } else {
+                    *taken += 1;
+                }
+            }
+        }
+    }
+
     /// Every token of `rows` chooses every expert: with weight 1, or where weights multiply the input, with what it
     /// would have.
     pub(super) fn choose_all(&mut self, rows: &[usize], experts: usize) {
