@@ -199,7 +199,7 @@ fn gpt_oss_llama_and_switch() {
     let spans = |architecture: &Architecture| -> Vec<Span> {
         let span = |attention: &AttentionSpec| match attention {
             AttentionSpec::Grouped(attention) => attention.span,
-            AttentionSpec::Latent(_) => Span::Full,
+            _ => Span::Full,
         };
         architecture.layers.iter().map(|layer| span(&layer.attention)).collect()
     };
@@ -209,7 +209,7 @@ fn gpt_oss_llama_and_switch() {
     assert_eq!(sizes(&scout), [48, 48, 16, 1, 8192]);
     let tuned = |l: usize| match &scout.layers[l].attention {
         AttentionSpec::Grouped(attention) => attention.temperature.is_some(),
-        AttentionSpec::Latent(_) => false,
+        _ => false,
     };
     assert_eq!([2, 3].map(tuned), [false, true], "every fourth layer has no positions, and growing scores");
 
@@ -259,5 +259,5 @@ fn what_would_change_the_forward_pass_is_refused() {
     let linear = json!({"rope_scaling": {"type": "linear", "factor": 2.0}, "model_type": "phimoe"});
     refused(&with(&mixtral(), linear), "is `linear`; known for this family: default, longrope");
     refused(&with(&deepseek_v3(), json!({"scoring_func": "softmax"})), "scoring_func is \"softmax\"");
-    refused(&with(&mixtral(), json!({"model_type": "qwen3_next"})), "`qwen3_next` is not supported; known: ");
+    refused(&with(&mixtral(), json!({"model_type": "mamba"})), "`mamba` is not supported; known: ");
 }

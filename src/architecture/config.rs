@@ -71,6 +71,11 @@ impl Config {
         }
     }
 
+    /// The same with a default.
+    pub(super) fn positive_or(&self, key: &str, default: usize) -> Result<usize> {
+        if self.get(key).is_none() { Ok(default) } else { self.positive(key) }
+    }
+
     pub(super) fn float_opt(&self, key: &str) -> Result<Option<f64>> {
         self.get(key).map(|value| float(key, value)).transpose()
     }

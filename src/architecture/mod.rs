@@ -38,6 +38,8 @@ pub struct Architecture {
     pub norm_eps: f32,
     /// Whether these norms have biases: layer norms instead of RMS norms.
     pub norm_bias: bool,
+    /// Whether these norms, and those of queries and keys, multiply by 1 + weight.
+    pub zero_centred_norms: bool,
     /// Between the matrices of the MLPs of dense layers and shared experts.
     pub dense_activation: Activation,
     /// Whether the MLPs of dense layers and shared experts have biases.
@@ -82,19 +84,23 @@ impl Packing {
 /// One layer.
 #[derive(Clone, Debug)]
 pub struct LayerSpec {
-    /// Self-attention.
+    /// Self-attention, or what takes its place.
     pub attention: AttentionSpec,
     /// Feed-forward part.
     pub feed_forward: FeedForwardSpec,
 }
 
-/// Self-attention of a layer.
+/// What mixes the tokens of a layer: self-attention, or an operation with a state of fixed size in its place.
 #[derive(Clone, Debug)]
 pub enum AttentionSpec {
     /// Multi-head or grouped-query attention.
     Grouped(GroupedAttention),
     /// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, §2.1).
     Latent(LatentAttention),
+    /// Linear attention by the gated delta rule (Qwen3-Next).
+    GatedDelta(GatedDelta),
+    /// A short convolution between two gates (LFM2).
+    ShortConvolution(ShortConvolution),
 }
 
 impl AttentionSpec {
@@ -103,8 +109,70 @@ impl AttentionSpec {
         match self {
             AttentionSpec::Grouped(attention) => attention.rope.as_ref(),
             AttentionSpec::Latent(attention) => Some(&attention.rope),
+            AttentionSpec::GatedDelta(_) | AttentionSpec::ShortConvolution(_) => None,
         }
     }
+
+    /// Whether the layer keeps keys of earlier tokens, not a state of fixed size.
+    pub fn is_attention(&self) -> bool {
+        matches!(self, AttentionSpec::Grouped(_) | AttentionSpec::Latent(_))
+    }
+}
+
+/// A gated delta network (Yang et al., arXiv 2412.06464): queries, keys and values pass a causal depthwise convolution and
+/// SiLU; then each value head has a state S `[key_dim, value_dim]` that every token decays by α, corrects towards its
+/// value at its key by β, and reads at its query:
+///
+/// S ← α S; S ← S + k ⊗ β (v − kᵀS); o = qᵀS,
+///
+/// with q and k of length 1, q further divided by √key_dim, β = σ(b) and α = exp(−exp(A_log) · softplus(a + dt_bias)).
+/// An RMS norm of every head and a gate silu(z) follow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GatedDelta {
+    /// Query and key heads.
+    pub key_heads: usize,
+    /// Value heads, a multiple; those that share a key head follow each other.
+    pub value_heads: usize,
+    /// Width of a query or key head.
+    pub key_dim: usize,
+    /// Width of a value head.
+    pub value_dim: usize,
+    /// Tokens that the convolution sees: the own one and those right before it.
+    pub kernel: usize,
+    /// How the projections of the layer's input are stored.
+    pub projections: DeltaProjections,
+}
+
+impl GatedDelta {
+    /// Width of queries, keys and values side by side.
+    pub fn qkv_dim(&self) -> usize {
+        2 * self.key_heads * self.key_dim + self.all_values()
+    }
+
+    /// Width of all value heads.
+    pub fn all_values(&self) -> usize {
+        self.value_heads * self.value_dim
+    }
+}
+
+/// How the projections of a gated delta network are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeltaProjections {
+    /// Two matrices, by key heads: the rows of q, k, v and z, and those of b and a, of one key head and its value heads
+    /// follow each other (Qwen3-Next).
+    ByKeyHead,
+    /// One matrix for q, k and v, whose heads follow each other, and one each for z, b and a (Qwen3.5).
+    Separate,
+}
+
+/// C ∘ conv(B ∘ x), where B, C and x are linear maps of the layer's input, as wide as the residual stream, and the
+/// convolution is causal and depthwise (LFM2 Technical Report, arXiv 2511.23404).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ShortConvolution {
+    /// Tokens that the convolution sees: the own one and those right before it.
+    pub kernel: usize,
+    /// Whether the projections and the convolution have biases.
+    pub bias: bool,
 }
 
 /// Multi-head or grouped-query attention: softmax(scale · q kᵀ) v with `heads / kv_heads` query heads per key head.
@@ -139,6 +207,9 @@ pub struct GroupedAttention {
     pub bias: Option<RelativeBias>,
     /// Whether an attention of the same sizes to the encoder's output follows.
     pub cross: bool,
+    /// Whether each head's output is multiplied by the sigmoid of a gate, which the query projection gives behind the
+    /// head's query (Qwen3-Next).
+    pub gated: bool,
 }
 
 /// A learned bias of the scores for every head and class of relative positions (T5, arXiv 1910.10683, §2.1). All layers
@@ -378,6 +449,9 @@ impl Architecture {
             return Err(Error::invalid("num_hidden_layers", "is 0, expected at least 1"));
         }
         for spec in &self.layers {
+            if let AttentionSpec::GatedDelta(delta) = spec.attention {
+                check_delta(delta)?;
+            }
             if let AttentionSpec::Grouped(a) = &spec.attention
                 && (a.kv_heads == 0 || a.heads % a.kv_heads != 0)
             {
@@ -429,6 +503,7 @@ impl Architecture {
             let (rope, scale, clip) = match &spec.attention {
                 AttentionSpec::Grouped(a) => (Option::<&Rope>::from(&a.rope), a.scale, a.clip),
                 AttentionSpec::Latent(a) => (Option::<&Rope>::from(&a.rope), a.scale, None),
+                AttentionSpec::GatedDelta(_) | AttentionSpec::ShortConvolution(_) => continue,
             };
             if let Some(clip) = clip.filter(|c| c.is_nan() || *c <= 0.0) {
                 return Err(Error::invalid("clip_qkv", format!("is {clip}, expected more than 0")));
@@ -443,6 +518,16 @@ impl Architecture {
         }
         Ok(())
     }
+}
+
+/// Errors where value heads cannot share key heads evenly.
+fn check_delta(delta: GatedDelta) -> Result<()> {
+    let (keys, values) = (delta.key_heads, delta.value_heads);
+    if values.is_multiple_of(keys) {
+        return Ok(());
+    }
+    let what = format!("is {keys}, expected a divisor of linear_num_value_heads = {values}");
+    Err(Error::invalid("linear_num_key_heads", what))
 }
 
 /// What to do about weights that cannot be read.

@@ -39,12 +39,28 @@ impl Projection {
 pub struct Names {
     /// Prefix of embedding, layers and final norm, with the final dot.
     pub model: &'static str,
+    /// What stands in its place in some checkpoints of the family.
+    pub other_model: Option<&'static str>,
+    /// Norm before the attention, without `.weight`.
+    pub input_norm: &'static str,
+    /// Norm before the feed-forward part.
+    pub post_attention_norm: &'static str,
+    /// Norm behind the last layer.
+    pub final_norm: &'static str,
+    /// Output projection of the attention.
+    pub attention_output: &'static str,
+    /// Norms of queries and keys.
+    pub qk_norms: [&'static str; 2],
     /// Output head, without `.weight`.
     pub head: &'static str,
     /// Module of a dense layer's MLP and of the shared expert.
     pub feed_forward: &'static str,
+    /// Gate, up and down matrices of a dense layer's MLP.
+    pub dense: [&'static str; 3],
     /// Module that holds router and experts in the published layout.
     pub moe: &'static str,
+    /// The same in the fused layout that transformers 5 can write.
+    pub fused_moe: &'static str,
     /// The router in it, as published and in the fused layout that transformers 5 can write.
     pub router: [&'static str; 2],
     /// The bias that only choices see, the same two ways.
@@ -67,6 +83,8 @@ pub enum ExpertStorage {
     /// One tensor per expert and matrix. The fused layout that transformers 5 can write instead is read too:
     /// `gate_up_proj` `[experts, 2·width, hidden]`, gate rows first, and `down_proj` `[experts, hidden, width]`.
     Separate,
+    /// All experts as transformers 5 fuses them, or as its FP8 checkpoints: one tensor per expert and matrix.
+    OutputMajor,
     /// All experts in `gate_up_proj` `[experts, hidden, 2·width]` and `down_proj` `[experts, width, hidden]`, or their
     /// transposes in MXFP4.
     Fused {
@@ -80,9 +98,17 @@ impl Default for Names {
     fn default() -> Self {
         Names {
             model: "model.",
+            other_model: None,
+            input_norm: "input_layernorm",
+            post_attention_norm: "post_attention_layernorm",
+            final_norm: "norm",
+            attention_output: "o_proj",
+            qk_norms: ["q_norm", "k_norm"],
             head: "lm_head",
             feed_forward: "mlp",
+            dense: Projection::ALL.map(Projection::mlp_name),
             moe: "mlp",
+            fused_moe: "mlp",
             router: ["gate"; 2],
             choice_bias: ["gate.e_score_correction_bias"; 2],
             choice_bias_is_row: false,
@@ -95,9 +121,6 @@ impl Default for Names {
 }
 
 impl Names {
-    /// Module that holds router and experts in the fused layout that transformers 5 can write.
-    const FUSED_MOE: &'static str = "mlp";
-
     /// Embedding table, `[vocabulary, hidden]`.
     pub fn embedding(&self) -> String {
         match self.t5 {
@@ -114,7 +137,7 @@ impl Names {
     /// Final norm, without `.weight`.
     pub fn final_norm(&self) -> String {
         match self.t5 {
-            None => format!("{}norm", self.model),
+            None => format!("{}{}", self.model, self.final_norm),
             Some(_) => "decoder.final_layer_norm".into(),
         }
     }
@@ -163,13 +186,13 @@ impl Names {
 
     /// Norm before the attention, without `.weight`.
     pub fn input_norm(&self, l: usize) -> String {
-        let name = if self.t5.is_some() { "layer.0.layer_norm" } else { "input_layernorm" };
+        let name = if self.t5.is_some() { "layer.0.layer_norm" } else { self.input_norm };
         format!("{}{name}", self.layer(l))
     }
 
     /// Norm before the feed-forward part, without `.weight`.
     pub fn post_attention_norm(&self, l: usize) -> String {
-        let name = if self.t5.is_some() { "layer_norm" } else { "post_attention_layernorm" };
+        let name = if self.t5.is_some() { "layer_norm" } else { self.post_attention_norm };
         format!("{}{name}", self.part(l))
     }
 
@@ -179,6 +202,16 @@ impl Names {
             None => format!("{}self_attn.{parameter}", self.layer(l)),
             Some(_) => format!("{}layer.0.SelfAttention.{}", self.layer(l), parameter.replace("_proj", "")),
         }
+    }
+
+    /// A parameter of the gated delta network, such as `A_log`.
+    pub fn gated_delta(&self, l: usize, parameter: &str) -> String {
+        format!("{}linear_attn.{parameter}", self.layer(l))
+    }
+
+    /// A parameter of the short convolution, such as `in_proj`.
+    pub fn short_convolution(&self, l: usize, parameter: &str) -> String {
+        format!("{}conv.{parameter}", self.layer(l))
     }
 
     /// Norm before the attention to the encoder's output, without `.weight`.
@@ -199,8 +232,8 @@ impl Names {
 
     /// A matrix of a dense layer's MLP, without `.weight`.
     pub fn dense(&self, l: usize, projection: Projection) -> String {
-        let name =
-            if self.t5.is_some() { self.projections[projection as usize] } else { projection.mlp_name() };
+        let names = if self.t5.is_some() { self.projections } else { self.dense };
+        let name = names[projection as usize];
         format!("{}{}.{name}", self.part(l), self.feed_forward)
     }
 
@@ -216,7 +249,7 @@ impl Names {
 
     fn in_moe(&self, l: usize, [published, fused]: [&str; 2]) -> [String; 2] {
         let prefix = self.part(l);
-        [format!("{prefix}{}.{published}", self.moe), format!("{prefix}{}.{fused}", Names::FUSED_MOE)]
+        [format!("{prefix}{}.{published}", self.moe), format!("{prefix}{}.{fused}", self.fused_moe)]
     }
 
     /// A matrix of a routed expert as published, without `.weight`.

@@ -14,7 +14,7 @@ mod moments;
 pub use form::{Base, Expert, Linear, Matrix, Mlp, RouterWeights, StoredExpert};
 pub use moments::{Moment, MomentDims, Moments};
 
-use crate::architecture::{Activation, Rope, RouterSpec, Span, Temperature};
+use crate::architecture::{Activation, GatedDelta, Rope, RouterSpec, Span, Temperature};
 use crate::checkpoint::{Tensor, Weight};
 
 /// What can go wrong while computing.
@@ -164,6 +164,19 @@ pub struct HeadLayout {
     pub start: usize,
 }
 
+/// What decides how much a token changes the states of a gated delta network.
+#[derive(Debug)]
+pub struct DeltaGates<'a, B, V> {
+    /// b, `[tokens, value_heads]`.
+    pub b: &'a mut B,
+    /// a, `[tokens, value_heads]`.
+    pub a: &'a mut B,
+    /// A_log of every value head.
+    pub log_rates: &'a V,
+    /// dt_bias of every value head.
+    pub dt_bias: &'a V,
+}
+
 /// A routing rule with the facts that dropping experts changes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RouterRule {
@@ -233,6 +246,18 @@ pub trait Backend: Sync {
     /// Gives `buffer` `rows` rows, the first `count` of which are what was in it from row `start` on; the others are
     /// undefined. Memory that has to grow does so by a factor, lest a cache be copied for every token.
     fn keep_rows(&self, buffer: &mut Self::Buffer, start: usize, count: usize, rows: usize) -> Result<()>;
+    /// Copies the heads of `x` that `heads` says, `width` columns of each, side by side into the columns of `out` from
+    /// `column` on; `out` has as many rows.
+    fn copy_heads(
+        &self,
+        x: &Self::Buffer,
+        heads: HeadLayout,
+        width: usize,
+        out: &mut Self::Buffer,
+        column: usize,
+    ) -> Result<()>;
+    /// Sets the rows of padding to 0.
+    fn clear_padding(&self, x: &mut Self::Buffer, batch: &Batch) -> Result<()>;
     /// Waits, then appends a buffer to `host`, row-major.
     fn download_to(&self, buffer: &Self::Buffer, host: &mut Vec<f32>) -> Result<()>;
     /// Waits, then copies a buffer to the host, row-major.
@@ -318,6 +343,35 @@ pub trait Backend: Sync {
         shape: LatentShape,
         out: &mut Self::Buffer,
     ) -> Result<()>;
+    /// A causal depthwise convolution over each window: column c of row t becomes Σⱼ kernel\[j, c\] · x\[t − K + 1 + j, c\]
+    /// (+ bias\[c\]) for a kernel `[K, channels]`, rows before the window being 0; with `silu` followed by x · σ(x).
+    /// With a `tail`, of one window: what stands before the batch is in it, unless the batch begins at position 0, and
+    /// afterwards it holds the last K − 1 rows, `[K − 1, channels]`.
+    #[expect(clippy::too_many_arguments, reason = "a layer with a state")]
+    fn causal_convolution(
+        &self,
+        x: &Self::Buffer,
+        kernel: &Self::Vector,
+        bias: Option<&Self::Vector>,
+        silu: bool,
+        tail: Option<&mut Self::Buffer>,
+        batch: &Batch,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// The gated delta rule of every value head over each window, see [`GatedDelta`]. `qkv` holds q, k and v of a token,
+    /// heads side by side; q and k are divided by their length, √(Σ x² + 10⁻⁶), in place. `gates.b` and `gates.a`,
+    /// `[tokens, value_heads]`, become β and α in place. `out` `[tokens, value_heads · value_dim]`.
+    /// With a `state`, of one window: heads begin with it, unless the batch begins at position 0, and afterwards it is
+    /// theirs, `[value_heads · key_dim, value_dim]`. All in f32.
+    fn gated_delta_rule(
+        &self,
+        qkv: &mut Self::Buffer,
+        gates: DeltaGates<'_, Self::Buffer, Self::Vector>,
+        shape: GatedDelta,
+        state: Option<&mut Self::Buffer>,
+        batch: &Batch,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
     /// The activation of gate and, where it is gated, up into `gate`.
     fn activate(
         &self,
@@ -327,7 +381,9 @@ pub trait Backend: Sync {
     ) -> Result<()>;
     /// x += y.
     fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer) -> Result<()>;
-    /// Multiplies each row of `x` by the sigmoid of its entry in the one-column buffer `gate`.
+    /// x ∘ y into `x`, both of one shape.
+    fn multiply(&self, x: &mut Self::Buffer, y: &Self::Buffer) -> Result<()>;
+    /// Multiplies `x` by the sigmoid of `gate`: element by element, or each row by its entry where `gate` has one column.
     fn sigmoid_gate(&self, x: &mut Self::Buffer, gate: &Self::Buffer) -> Result<()>;
 
     /// Router logits, chosen experts and combine weights for every row of `x`.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use moepress::architecture::{Skip, SkipThreshold};
 use moepress::checkpoint::Checkpoint;
-use moepress::model::{AttentionSummary, Inspection, MoeSummary, RouterSummary, inspect};
+use moepress::model::{AttentionSummary, Inspection, MoeSummary, RouterSummary, StateSummary, inspect};
 
 use super::common::OutputArgs;
 use super::failure::Failure;
@@ -55,7 +55,7 @@ fn facts(model: &Inspection) -> Vec<(&'static str, String)> {
     };
     let mut facts = vec![
         ("layout", format!("{layout}, {}", dtypes.join(" + "))),
-        ("attention", attention(&model.attention, model.layers)),
+        ("attention", mixers(model)),
         ("layers", layers(model)),
         ("hidden", model.hidden_size.to_string()),
         ("context", counted(model.max_positions, "token")),
@@ -65,6 +65,29 @@ fn facts(model: &Inspection) -> Vec<(&'static str, String)> {
         facts.push(("router", router(rule, &model.moe_layers)));
     }
     facts
+}
+
+/// What mixes tokens: attention, what takes its place, or some layers of both.
+fn mixers(model: &Inspection) -> String {
+    let attention = model.attention.as_ref().map(|a| attention(a, model.layers));
+    let Some(other) = model.in_place_of_attention else { return attention.unwrap_or_default() };
+    let (count, mut text) = match other {
+        StateSummary::GatedDelta { layers, key_heads, value_heads, key_dim, value_dim, kernel } => {
+            let heads = counted(value_heads, "head");
+            let keys = counted(key_heads, "key head");
+            let text = format!(
+                "gated delta rule, {heads} of {key_dim}×{value_dim} on {keys}, convolution of {kernel}"
+            );
+            (layers, text)
+        }
+        StateSummary::ShortConvolution { layers, kernel } => {
+            (layers, format!("gated convolution of {kernel}"))
+        }
+    };
+    if let Some(attention) = attention {
+        let _ = write!(text, " in {}; else {attention}", counted(count, "layer"));
+    }
+    text
 }
 
 fn attention(attention: &AttentionSummary, layers: usize) -> String {

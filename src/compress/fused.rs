@@ -24,8 +24,8 @@ pub(super) fn tensors(names: &Names, l: usize, moe: &MoeSource) -> Vec<Tensor> {
     moe.fused.iter().map(|stored| replaced(stored.name()).unwrap_or_else(|| rows(stored))).collect()
 }
 
-/// All experts' matrices of the listed projections, `[experts, in, out of all]`; `None` where all are as they were
-/// stored.
+/// All experts' matrices of the listed projections, `[experts, in, out of all]`, or `[experts, out of all, in]` in
+/// families that store them so; `None` where all are as they were stored.
 fn assemble(names: &Names, moe: &MoeSource, projections: &[Projection], name: &str) -> Option<Tensor> {
     let matrices = |expert: &StoredExpert| -> Vec<Weight> {
         let Expert::Mlp(mlp) = expert else { return Vec::new() };
@@ -44,6 +44,10 @@ fn assemble(names: &Names, moe: &MoeSource, projections: &[Projection], name: &s
     let parts = projections.len();
     let width = out * parts;
     let mut bytes = Vec::new();
+    if names.storage == ExpertStorage::OutputMajor {
+        experts.iter().flatten().for_each(|weight| bytes.extend(encode_f32(dtype, &weight.to_f32())));
+        return Some(Tensor::owned(name, dtype, vec![experts.len(), width, input], bytes));
+    }
     let mut values = vec![0.0; width * input];
     for weights in &experts {
         for (part, weight) in weights.iter().enumerate() {

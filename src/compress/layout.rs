@@ -27,7 +27,7 @@ pub enum Layout {
         /// The edited `config.json`.
         config: String,
         /// Whether layers for multi-token prediction can stay: they have experts of their own, and a config holds one
-        /// number of experts. Where that changes they are left out, and `num_nextn_predict_layers` is set to 0.
+        /// number of experts. Where that changes they are left out, and the key that counts them is set to 0.
         keeps_multi_token: bool,
     },
     /// Tensors under their original numbers, `config.json` untouched, `moepress.json` beside.
@@ -244,9 +244,16 @@ fn stock_config(
     if keeps_multi_token {
         return Ok(Layout::HuggingFace { config, keeps_multi_token });
     }
-    let without = config::set_number(&config, architecture.config_section, "num_nextn_predict_layers", 0);
-    Ok(Layout::HuggingFace { config: without.unwrap_or(config), keeps_multi_token })
+    for key in MULTI_TOKEN_LAYERS {
+        if let Some(without) = config::set_number(&config, architecture.config_section, key, 0) {
+            config = without;
+        }
+    }
+    Ok(Layout::HuggingFace { config, keeps_multi_token })
 }
+
+/// Keys that may hold the number of layers for multi-token prediction.
+const MULTI_TOKEN_LAYERS: [&str; 2] = ["num_nextn_predict_layers", "mtp_num_hidden_layers"];
 
 /// Keys that may hold the width of a routed expert, the more special one first.
 const WIDTHS: [&str; 2] = ["moe_intermediate_size", "intermediate_size"];
@@ -257,7 +264,7 @@ fn narrow_config(
     config: &str,
     width: usize,
 ) -> std::result::Result<String, String> {
-    if !matches!(architecture.names.storage, ExpertStorage::Separate)
+    if matches!(architecture.names.storage, ExpertStorage::Fused { .. })
         && architecture.moe_layers().any(|(_, moe)| moe.expert_bias)
     {
         return Err("biases of experts that are stored together keep their width".into());

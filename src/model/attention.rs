@@ -1,9 +1,10 @@
-//! The attention half of a layer, with and without a cache of earlier tokens.
+//! The attention half of a layer, or what takes its place, with and without a cache of earlier tokens.
 
 use std::sync::Arc;
 
-use super::cache::{CrossCache, LayerCache, Rows};
-use super::layer::{Linear, Scratch};
+use super::cache::{CrossCache, LayerCache, Rows, State};
+use super::layer::{Linear, Scratch, norm_weight};
+use super::recurrent::{Convolution, Delta};
 use super::source::{AttentionSource, LinearSource};
 use super::stream::Memory;
 use crate::architecture::{AttentionSpec, GroupedAttention, LatentAttention, QkNorm, RelativeBias, Span};
@@ -13,6 +14,8 @@ use crate::checkpoint::{Dtype, Tensor};
 pub(super) enum Attention<B: Backend> {
     Grouped(Grouped<B>),
     Latent(Latent<B>),
+    Delta(Delta<B>),
+    Convolution(Convolution<B>),
 }
 
 pub(super) struct Grouped<B: Backend> {
@@ -43,6 +46,7 @@ impl<B: Backend> Attention<B> {
         spec: &AttentionSpec,
         source: &AttentionSource,
         rotation: Option<Arc<B::Rotation>>,
+        zero_centred: bool,
     ) -> Result<Self> {
         let linear = |source: &LinearSource| Linear::prepare(backend, source);
         Ok(match (spec, source) {
@@ -52,7 +56,10 @@ impl<B: Backend> Attention<B> {
             ) => {
                 let ones = Tensor::from_f32("", Dtype::F32, vec![spec.head_dim], &vec![1.0; spec.head_dim]);
                 let norms = match (norms, spec.qk_norm) {
-                    (Some([q, k]), _) => Some([backend.vector(q)?, backend.vector(k)?]),
+                    (Some([q, k]), _) => {
+                        let norm = |stored: &Tensor| backend.vector(&norm_weight(stored, zero_centred)?);
+                        Some([norm(q)?, norm(k)?])
+                    }
                     (None, QkNorm::Unweighted) => Some([backend.vector(&ones)?, backend.vector(&ones)?]),
                     (None, _) => None,
                 };
@@ -85,6 +92,12 @@ impl<B: Backend> Attention<B> {
                 output: linear(output)?,
                 rotation,
             }),
+            (AttentionSpec::GatedDelta(spec), source) => {
+                Attention::Delta(Delta::prepare(backend, *spec, source)?)
+            }
+            (AttentionSpec::ShortConvolution(_), source) => {
+                Attention::Convolution(Convolution::prepare(backend, source)?)
+            }
             _ => unreachable!("a layer's source is read by its own spec"),
         })
     }
@@ -105,6 +118,10 @@ impl<B: Backend> Attention<B> {
             Attention::Latent(Latent { spec, .. }) => {
                 LayerCache::new(Rows::Latent(buffer(spec.latent_dim + spec.rope_dim)?), Span::Full)
             }
+            Attention::Delta(_) | Attention::Convolution(_) => {
+                let state = State { tail: backend.buffer(), heads: backend.buffer() };
+                LayerCache::new(Rows::State(state), Span::Full)
+            }
         })
     }
 
@@ -120,6 +137,8 @@ impl<B: Backend> Attention<B> {
         match self {
             Attention::Grouped(grouped) => grouped.apply(backend, eps, batch, scratch, cache),
             Attention::Latent(latent) => latent.apply(backend, batch, scratch, cache),
+            Attention::Delta(delta) => delta.apply(backend, eps, batch, scratch, cache),
+            Attention::Convolution(convolution) => convolution.apply(backend, batch, scratch, cache),
         }
     }
 
@@ -133,7 +152,7 @@ impl<B: Backend> Attention<B> {
     ) -> Result<()> {
         match self {
             Attention::Grouped(grouped) => grouped.apply_cross(backend, batch, memory, scratch),
-            Attention::Latent(_) => unreachable!("no family has a latent attention to an encoder"),
+            _ => unreachable!("{OTHER_CROSS}"),
         }
     }
 
@@ -144,9 +163,7 @@ impl<B: Backend> Attention<B> {
         memory: &B::Buffer,
         tokens: usize,
     ) -> Result<CrossCache<B>> {
-        let Attention::Grouped(Grouped { qkv: [_, k, v], .. }) = self else {
-            unreachable!("no family has a latent attention to an encoder")
-        };
+        let Attention::Grouped(Grouped { qkv: [_, k, v], .. }) = self else { unreachable!("{OTHER_CROSS}") };
         let mut cache = CrossCache { keys: backend.buffer(), values: backend.buffer(), tokens };
         k.apply(backend, memory, &mut cache.keys)?;
         v.apply(backend, memory, &mut cache.values)?;
@@ -161,15 +178,16 @@ impl<B: Backend> Attention<B> {
         cache: &CrossCache<B>,
         s: &mut Scratch<B>,
     ) -> Result<()> {
-        let Attention::Grouped(grouped) = self else {
-            unreachable!("no family has a latent attention to an encoder")
-        };
+        let Attention::Grouped(grouped) = self else { unreachable!("{OTHER_CROSS}") };
         grouped.qkv[0].apply(backend, &s.normed, &mut s.query)?;
         let keys = [&cache.keys, &cache.values];
         grouped.attend_cross(backend, batch, &s.query, keys, cache.tokens, None, &mut s.attended)?;
         grouped.output.apply(backend, &s.attended, &mut s.out)
     }
 }
+
+/// What only grouped attention does.
+const OTHER_CROSS: &str = "no family has another attention to an encoder";
 
 /// `[heads, 2 · reach + 1]` from the stored `[buckets, heads]`; beyond the reach all distances are in one class.
 fn bias_table(spec: RelativeBias, stored: &Tensor) -> Result<Tensor> {
@@ -191,7 +209,16 @@ impl<B: Backend> Grouped<B> {
         cache: Option<&mut LayerCache<B>>,
     ) -> Result<()> {
         let Grouped { spec, qkv: [q, k, v], norms, sinks, bias, output, rotation } = self;
-        q.apply(backend, &s.normed, &mut s.query)?;
+        if spec.gated {
+            q.apply(backend, &s.normed, &mut s.up)?;
+            let pairs = |start: usize| HeadLayout { heads: spec.heads, stride: 2 * spec.head_dim, start };
+            for (start, part) in [(0, &mut s.query), (spec.head_dim, &mut s.gate)] {
+                backend.resize(part, batch.tokens(), spec.heads * spec.head_dim)?;
+                backend.copy_heads(&s.up, pairs(start), spec.head_dim, part, 0)?;
+            }
+        } else {
+            q.apply(backend, &s.normed, &mut s.query)?;
+        }
         k.apply(backend, &s.normed, &mut s.key)?;
         v.apply(backend, &s.normed, &mut s.value)?;
         let norm = |s: &mut Scratch<B>| match norms {
@@ -229,11 +256,11 @@ impl<B: Backend> Grouped<B> {
                         backend.write_rows(&s.key, keys, at)?;
                         backend.write_rows(&s.value, values, at)
                     }
-                    Rows::Latent(_) => unreachable!("a layer's cache is made by itself"),
+                    _ => unreachable!("a layer's cache is made by itself"),
                 })?;
                 match cache.rows() {
                     Rows::Grouped { keys, values } => (cache.first(), keys, values),
-                    Rows::Latent(_) => unreachable!("a layer's cache is made by itself"),
+                    _ => unreachable!("a layer's cache is made by itself"),
                 }
             }
         };
@@ -242,6 +269,9 @@ impl<B: Backend> Grouped<B> {
         let keys = Keys::Grouped { key, value, kv_heads: spec.kv_heads };
         let terms = AttentionTerms { sinks: sinks.as_ref(), bias: bias.as_ref(), mask };
         backend.attend(&s.query, keys, terms, shape, batch, &mut s.attended)?;
+        if spec.gated {
+            backend.sigmoid_gate(&mut s.attended, &s.gate)?;
+        }
         output.apply(backend, &s.attended, &mut s.out)
     }
 
@@ -327,7 +357,7 @@ impl<B: Backend> Latent<B> {
                         backend.write_rows(&s.key, rows, at)?;
                         backend.write_rows(&s.value, rows, at)
                     }
-                    Rows::Grouped { .. } => unreachable!("a layer's cache is made by itself"),
+                    _ => unreachable!("a layer's cache is made by itself"),
                 })?;
                 let Rows::Latent(rows) = cache.rows() else {
                     unreachable!("a layer's cache is made by itself")

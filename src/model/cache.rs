@@ -1,11 +1,12 @@
-//! Keys and values of the tokens that a layer has seen.
+//! Keys and values of the tokens that a layer has seen, or the state that these have left.
 
 use crate::architecture::Span;
 use crate::backend::{Backend, Batch, Result};
 
 /// What one layer keeps of the earlier tokens of one text, so that a new token costs one token's work: the keys and
 /// values of grouped attention after norm and rotation; of latent attention the normed latent and the rotated key part
-/// that the heads share, `latent_dim + rope_dim` numbers per token whatever the number of heads.
+/// that the heads share, `latent_dim + rope_dim` numbers per token whatever the number of heads. Gated delta networks and
+/// short convolutions keep no rows of tokens but a state of fixed size.
 ///
 /// Tokens that no later query can see are dropped, not one by one but when at least half of the rows are such: a sliding
 /// window of w holds at most about 2w, and a token is moved at most once on average.
@@ -31,6 +32,16 @@ pub(super) enum Rows<B: Backend> {
     Grouped { keys: B::Buffer, values: B::Buffer },
     /// `[tokens, latent_dim + rope_dim]`.
     Latent(B::Buffer),
+    /// What the tokens so far have left; means nothing before the first one.
+    State(State<B>),
+}
+
+/// State of fixed size.
+pub(super) struct State<B: Backend> {
+    /// The last inputs of the convolution, `[kernel − 1, channels]`.
+    pub(super) tail: B::Buffer,
+    /// State of every value head of a gated delta network, `[value_heads · key_dim, value_dim]`.
+    pub(super) heads: B::Buffer,
 }
 
 impl<B: Backend> LayerCache<B> {
@@ -52,6 +63,14 @@ impl<B: Backend> LayerCache<B> {
     /// Number of rows.
     pub(super) fn held(&self) -> usize {
         self.held
+    }
+
+    /// The state, of a layer that has one.
+    pub(super) fn state(&mut self) -> &mut State<B> {
+        match &mut self.rows {
+            Rows::State(state) => state,
+            Rows::Grouped { .. } | Rows::Latent(_) => unreachable!("a layer's cache is made by itself"),
+        }
     }
 
     pub(super) fn rows(&self) -> &Rows<B> {
@@ -79,6 +98,7 @@ impl<B: Backend> LayerCache<B> {
                 keep(values)?;
             }
             Rows::Latent(rows) => keep(rows)?,
+            Rows::State(_) => unreachable!("a state has no rows of tokens"),
         }
         write(&mut self.rows, kept)
     }

@@ -1,10 +1,10 @@
 //! Finding the tensors of a layer, whichever way the checkpoint stores them.
 
-use super::source::{AttentionSource, FeedForwardSource, LayerSource, LinearSource, NormSource};
+use super::source::{AttentionSource, DeltaInput, FeedForwardSource, LayerSource, LinearSource, NormSource};
 use super::{Error, Result};
 use crate::architecture::{
-    Architecture, AttentionSpec, FeedForwardSpec, GroupedAttention, LatentAttention, Packing, Projection,
-    QkNorm,
+    Architecture, AttentionSpec, DeltaProjections, FeedForwardSpec, GatedDelta, GroupedAttention,
+    LatentAttention, Packing, Projection, QkNorm, ShortConvolution,
 };
 use crate::backend::Mlp;
 use crate::checkpoint::{Checkpoint, Dtype, Error as CheckpointError, Stride, Tensor, Weight};
@@ -125,21 +125,21 @@ impl Finder<'_> {
         match spec {
             AttentionSpec::Grouped(a) => {
                 let (q, kv) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
-                let norm = |name: &str, whole: usize| {
+                let norm = |which: usize, whole: usize| {
                     let width = if a.qk_norm == QkNorm::Whole { whole } else { a.head_dim };
-                    self.attention_vector(name, width)
+                    let name = self.architecture.names.qk_norms[which];
+                    self.attention_vector(&format!("{name}.weight"), width)
                 };
+                let gated_q = if a.gated { 2 * q } else { q };
                 Ok(AttentionSource::Grouped {
                     qkv: [
-                        self.attention_linear("q_proj", q, d, a.qkv_bias)?,
+                        self.attention_linear("q_proj", gated_q, d, a.qkv_bias)?,
                         self.attention_linear("k_proj", kv, d, a.qkv_bias)?,
                         self.attention_linear("v_proj", kv, d, a.qkv_bias)?,
                     ],
                     norms: match a.qk_norm {
                         QkNorm::None | QkNorm::Unweighted => None,
-                        QkNorm::PerHead | QkNorm::Whole => {
-                            Some([norm("q_norm.weight", q)?, norm("k_norm.weight", kv)?])
-                        }
+                        QkNorm::PerHead | QkNorm::Whole => Some([norm(0, q)?, norm(1, kv)?]),
                     },
                     sinks: a.sinks.then(|| self.attention_vector("sinks", a.heads)).transpose()?,
                     bias: match a.bias {
@@ -149,10 +149,17 @@ impl Finder<'_> {
                             Some(self.numbers(&name, &[bias.buckets, a.heads])?)
                         }
                     },
-                    output: self.attention_linear("o_proj", d, q, a.output_bias)?,
+                    output: self.attention_linear(
+                        self.architecture.names.attention_output,
+                        d,
+                        q,
+                        a.output_bias,
+                    )?,
                 })
             }
             AttentionSpec::Latent(a) => self.latent_attention(a, d),
+            AttentionSpec::GatedDelta(delta) => self.gated_delta(*delta, d),
+            AttentionSpec::ShortConvolution(convolution) => self.short_convolution(*convolution, d),
         }
     }
 
@@ -191,6 +198,44 @@ impl Finder<'_> {
             latent_norm: self.attention_vector("kv_a_layernorm.weight", a.latent_dim)?,
             expand: self.attention_linear("kv_b_proj", expanded, a.latent_dim, false)?,
             output: self.attention_linear("o_proj", d, a.heads * a.value_dim, a.bias)?,
+        })
+    }
+
+    fn gated_delta(&self, delta: GatedDelta, d: usize) -> Result<AttentionSource> {
+        let (keys, values) = (delta.key_heads * delta.key_dim, delta.all_values());
+        let name = |parameter: &str| self.architecture.names.gated_delta(self.l, parameter);
+        let linear = |parameter: &str, out: usize| self.linear(&name(parameter), out, d, false);
+        let per_head = |parameter: &str| self.numbers(&name(parameter), &[delta.value_heads]);
+        Ok(AttentionSource::GatedDelta {
+            input: match delta.projections {
+                DeltaProjections::ByKeyHead => DeltaInput::ByKeyHead {
+                    qkvz: linear("in_proj_qkvz", 2 * (keys + values))?,
+                    ba: linear("in_proj_ba", 2 * delta.value_heads)?,
+                },
+                DeltaProjections::Separate => DeltaInput::Separate {
+                    qkv: linear("in_proj_qkv", delta.qkv_dim())?,
+                    zba: [
+                        linear("in_proj_z", values)?,
+                        linear("in_proj_b", delta.value_heads)?,
+                        linear("in_proj_a", delta.value_heads)?,
+                    ],
+                },
+            },
+            kernel: self.numbers(&name("conv1d.weight"), &[delta.qkv_dim(), 1, delta.kernel])?,
+            log_rates: per_head("A_log")?,
+            dt_bias: per_head("dt_bias")?,
+            norm: self.numbers(&name("norm.weight"), &[delta.value_dim])?,
+            output: self.linear(&name("out_proj"), d, values, false)?,
+        })
+    }
+
+    fn short_convolution(&self, spec: ShortConvolution, d: usize) -> Result<AttentionSource> {
+        let name = |parameter: &str| self.architecture.names.short_convolution(self.l, parameter);
+        Ok(AttentionSource::ShortConvolution {
+            input: self.linear(&name("in_proj"), 3 * d, d, spec.bias)?,
+            kernel: self.numbers(&name("conv.weight"), &[d, 1, spec.kernel])?,
+            bias: self.bias(&name("conv"), d, spec.bias)?,
+            output: self.linear(&name("out_proj"), d, d, spec.bias)?,
         })
     }
 

@@ -75,17 +75,24 @@ impl Finder<'_> {
     /// The experts of a stock checkpoint, and the tensors that hold them together where the family's own layout does.
     fn all_experts(&self, moe: &MoeSpec) -> Result<(Vec<StoredExpert>, Vec<Tensor>)> {
         let [gate_up, down] = [false, true].map(|down| self.architecture.names.fused(self.l, down));
-        match self.architecture.names.storage {
-            // Only the layout that transformers 5 can write has tensors of these names.
-            ExpertStorage::Separate if self.checkpoint.get(&gate_up[1]).is_some() => {
-                Ok((self.rewritten(moe, &gate_up[1], &down[1])?, Vec::new()))
-            }
-            ExpertStorage::Separate => {
-                let experts = (0..moe.experts).map(|e| self.expert(e, moe, moe.width, [Kind::Dense; 3]));
-                Ok((experts.collect::<Result<_>>()?, Vec::new()))
-            }
-            ExpertStorage::Fused { interleaved } => self.fused(moe, &gate_up[0], &down[0], interleaved),
+        let storage = self.architecture.names.storage;
+        if let ExpertStorage::Fused { interleaved } = storage {
+            return self.fused(moe, &gate_up[0], &down[0], interleaved);
         }
+        // One tensor per expert and matrix, unless there are tensors of these names.
+        let [gate_up, down] = [&gate_up[1], &down[1]];
+        if self.checkpoint.get(gate_up).is_none() {
+            let experts = (0..moe.experts).map(|e| self.expert(e, moe, moe.width, [Kind::Dense; 3]));
+            return Ok((experts.collect::<Result<_>>()?, Vec::new()));
+        }
+        let experts = self.rewritten(moe, gate_up, down)?;
+        let mut stored = Vec::new();
+        if storage == ExpertStorage::OutputMajor {
+            let names =
+                [gate_up, down].into_iter().flat_map(|stem| [stem.clone(), format!("{stem}_scale_inv")]);
+            stored.extend(names.filter_map(|name| self.checkpoint.get(&name).cloned()));
+        }
+        Ok((experts, stored))
     }
 
     /// Experts that transformers 5 fused: gate rows, then up rows.

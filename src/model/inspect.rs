@@ -6,7 +6,8 @@ use serde::Serialize;
 
 use super::{LayerSource, MoeSource, Result, open_architecture};
 use crate::architecture::{
-    Architecture, AttentionSpec, GroupLimit, RouterSpec, Scoring, Skip, Span, WeightRule,
+    Architecture, AttentionSpec, GatedDelta, GroupLimit, RouterSpec, Scoring, ShortConvolution, Skip, Span,
+    WeightRule,
 };
 use crate::backend::{Expert, StoredExpert};
 use crate::checkpoint::{Checkpoint, Dtype, Tensor};
@@ -29,8 +30,11 @@ pub struct Inspection {
     pub vocabulary: usize,
     /// Longest sequence that the model's positions cover.
     pub max_positions: usize,
-    /// Self-attention.
-    pub attention: AttentionSummary,
+    /// Self-attention; `None` where no layer has any.
+    pub attention: Option<AttentionSummary>,
+    /// What takes its place in other layers, where there are such.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub in_place_of_attention: Option<StateSummary>,
     /// The routing rule; `None` where no layer has experts.
     pub router: Option<RouterSummary>,
     /// The layers that have a router, in order.
@@ -75,6 +79,34 @@ pub enum AttentionSummary {
         query_dim: usize,
         /// Width of a value head.
         value_dim: usize,
+    },
+}
+
+/// The kind and size of what takes the place of attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum StateSummary {
+    /// A gated delta network.
+    GatedDelta {
+        /// Number of layers that have it.
+        layers: usize,
+        /// Query and key heads.
+        key_heads: usize,
+        /// Value heads.
+        value_heads: usize,
+        /// Width of a query or key head.
+        key_dim: usize,
+        /// Width of a value head.
+        value_dim: usize,
+        /// Tokens that the convolution sees.
+        kernel: usize,
+    },
+    /// A short convolution between two gates.
+    ShortConvolution {
+        /// Number of layers that have it.
+        layers: usize,
+        /// Tokens that the convolution sees.
+        kernel: usize,
     },
 }
 
@@ -186,6 +218,7 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Inspection> {
         vocabulary: architecture.vocabulary,
         max_positions: architecture.max_positions,
         attention: AttentionSummary::new(&architecture),
+        in_place_of_attention: StateSummary::new(&architecture),
         router: architecture.moe_layers().next().map(|(_, moe)| RouterSummary::new(&moe.router)),
         dtypes,
         parameters: ParameterCounts {
@@ -203,32 +236,56 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Inspection> {
 }
 
 impl AttentionSummary {
-    fn new(architecture: &Architecture) -> Self {
+    fn new(architecture: &Architecture) -> Option<Self> {
         let spans = || {
             architecture.layers.iter().filter_map(|layer| match &layer.attention {
                 AttentionSpec::Grouped(a) => Some(a.span),
-                AttentionSpec::Latent(_) => None,
+                _ => None,
             })
         };
         let windows = || spans().filter_map(|s| if let Span::Window(w) = s { Some(w) } else { None });
         let mut chunks = spans().filter_map(|s| if let Span::Chunk(c) = s { Some(c) } else { None });
-        match &architecture.layers[0].attention {
-            AttentionSpec::Grouped(a) => AttentionSummary::Grouped {
+        architecture.layers.iter().find_map(|layer| match &layer.attention {
+            AttentionSpec::Grouped(a) => Some(AttentionSummary::Grouped {
                 heads: a.heads,
                 kv_heads: a.kv_heads,
                 head_dim: a.head_dim,
                 window: windows().next(),
                 sliding_layers: windows().count(),
                 chunk: chunks.next(),
-            },
-            AttentionSpec::Latent(a) => AttentionSummary::Latent {
+            }),
+            AttentionSpec::Latent(a) => Some(AttentionSummary::Latent {
                 heads: a.heads,
                 latent_dim: a.latent_dim,
                 query_rank: a.query_rank,
                 query_dim: a.nope_dim + a.rope_dim,
                 value_dim: a.value_dim,
-            },
-        }
+            }),
+            AttentionSpec::GatedDelta(_) | AttentionSpec::ShortConvolution(_) => None,
+        })
+    }
+}
+
+impl StateSummary {
+    fn new(architecture: &Architecture) -> Option<Self> {
+        let specs = || architecture.layers.iter().map(|layer| &layer.attention);
+        let layers = specs().filter(|spec| !spec.is_attention()).count();
+        specs().find_map(|spec| match *spec {
+            AttentionSpec::GatedDelta(GatedDelta {
+                key_heads,
+                value_heads,
+                key_dim,
+                value_dim,
+                kernel,
+                ..
+            }) => {
+                Some(StateSummary::GatedDelta { layers, key_heads, value_heads, key_dim, value_dim, kernel })
+            }
+            AttentionSpec::ShortConvolution(ShortConvolution { kernel, .. }) => {
+                Some(StateSummary::ShortConvolution { layers, kernel })
+            }
+            AttentionSpec::Grouped(_) | AttentionSpec::Latent(_) => None,
+        })
     }
 }
 

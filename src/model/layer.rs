@@ -11,6 +11,7 @@ use super::source::{LayerSource, LinearSource, MoeSource, NormSource};
 use super::stream::{Chunk, Memory};
 use crate::architecture::Architecture;
 use crate::backend::{Backend, Batch, Result as BackendResult, Routes};
+use crate::checkpoint::{Dtype, Tensor};
 
 /// A layer prepared for a backend.
 pub struct Layer<B: Backend> {
@@ -105,10 +106,19 @@ impl<B: Backend> Linear<B> {
     }
 }
 
+/// What a norm multiplies by: its stored weight, or 1 + that.
+pub(super) fn norm_weight(stored: &Tensor, zero_centred: bool) -> BackendResult<Tensor> {
+    if !zero_centred {
+        return Ok(stored.clone());
+    }
+    let weight: Vec<f32> = stored.to_f32()?.into_iter().map(|w| 1.0 + w).collect();
+    Ok(Tensor::from_f32("", Dtype::F32, stored.shape().to_vec(), &weight))
+}
+
 impl<B: Backend> Norm<B> {
-    fn prepare(backend: &B, source: &NormSource) -> BackendResult<Self> {
+    fn prepare(backend: &B, source: &NormSource, zero_centred: bool) -> BackendResult<Self> {
         let bias = source.bias.as_ref().map(|b| backend.vector(b)).transpose()?;
-        Ok(Norm { weight: backend.vector(&source.weight)?, bias })
+        Ok(Norm { weight: backend.vector(&norm_weight(&source.weight, zero_centred)?)?, bias })
     }
 
     fn apply(&self, backend: &B, x: &B::Buffer, eps: f32, out: &mut B::Buffer) -> BackendResult<()> {
@@ -125,19 +135,21 @@ impl<B: Backend> Layer<B> {
         rotation: Option<Arc<B::Rotation>>,
     ) -> Result<Self> {
         let spec = &architecture.layers[source.layer].attention;
+        let centred = architecture.zero_centred_norms;
+        let norm = |source: &NormSource| Norm::prepare(backend, source, centred);
         Ok(Layer {
-            input_norm: Norm::prepare(backend, &source.input_norm)?,
-            post_attention_norm: Norm::prepare(backend, &source.post_attention_norm)?,
+            input_norm: norm(&source.input_norm)?,
+            post_attention_norm: norm(&source.post_attention_norm)?,
             eps: architecture.norm_eps,
-            attention: Attention::prepare(backend, spec, &source.attention, rotation)?,
+            attention: Attention::prepare(backend, spec, &source.attention, rotation, centred)?,
             cross: match &source.cross {
                 None => None,
-                Some((norm, attention)) => {
-                    let attention = Attention::prepare(backend, spec, attention, None)?;
-                    Some((Norm::prepare(backend, norm)?, attention))
+                Some((cross_norm, attention)) => {
+                    let attention = Attention::prepare(backend, spec, attention, None, centred)?;
+                    Some((norm(cross_norm)?, attention))
                 }
             },
-            encoder_norm: source.encoder_norm.as_ref().map(|n| Norm::prepare(backend, n)).transpose()?,
+            encoder_norm: source.encoder_norm.as_ref().map(norm).transpose()?,
             feed_forward: FeedForward::prepare(backend, source)?,
         })
     }

@@ -10,6 +10,7 @@ mod find_experts;
 mod inspect;
 mod layer;
 mod profile;
+mod recurrent;
 mod run;
 mod source;
 mod stream;
@@ -18,17 +19,20 @@ pub use cache::{CrossCache, LayerCache};
 pub use decode::{Decoder, Sequence};
 pub use error::Error;
 pub use inspect::{
-    AttentionSummary, ByteCounts, Inspection, MoeSummary, ParameterCounts, RouterSummary, inspect,
+    AttentionSummary, ByteCounts, Inspection, MoeSummary, ParameterCounts, RouterSummary, StateSummary,
+    inspect,
 };
 pub use layer::{Dissected, Layer, Observation, Scratch};
 pub use profile::profile;
 pub use run::{RunSize, run};
-pub use source::{AttentionSource, FeedForwardSource, LayerSource, LinearSource, MoeSource, NormSource};
+pub use source::{
+    AttentionSource, DeltaInput, FeedForwardSource, LayerSource, LinearSource, MoeSource, NormSource,
+};
 pub use stream::{Chunk, Memory, Stream, TOKENS_PER_CHUNK};
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::architecture::{Architecture, Rope};
+use crate::architecture::{Architecture, Names, Rope};
 use crate::backend::Backend;
 use crate::checkpoint::{Checkpoint, Dtype, Tensor, Weight};
 
@@ -146,6 +150,7 @@ impl<'a, B: Backend> Model<'a, B> {
         let norm_bias = norm_bias.then(|| vector(&format!("{norm}.bias"), hidden_size)).transpose()?;
         // A factor of the head's input is one of the norm's weight.
         let weight = tensor(&format!("{norm}.weight"), hidden_size)?;
+        let weight = layer::norm_weight(&weight, self.architecture.zero_centred_norms)?;
         let weight = match self.architecture.head_scale {
             1.0 => weight,
             scale => {
@@ -180,6 +185,14 @@ pub fn open_architecture(checkpoint: &Checkpoint) -> Result<Architecture> {
     let dir = checkpoint.dir().to_path_buf();
     let mut architecture = Architecture::from_config(checkpoint.config())
         .map_err(|source| Error::Architecture { dir: dir.clone(), source })?;
+    if let Some(other) = architecture.names.other_model
+        && checkpoint.get(&architecture.names.embedding()).is_none()
+    {
+        let names = Names { model: other, ..architecture.names };
+        if checkpoint.get(&names.embedding()).is_some() {
+            architecture.names = names;
+        }
+    }
     if architecture.tied_embeddings && architecture.encoder_layers == 0 {
         architecture.tied_embeddings = !has_own_head(checkpoint, &architecture);
     }

@@ -70,6 +70,61 @@ pub enum AttentionSource {
         /// Output projection.
         output: LinearSource,
     },
+    /// A gated delta network.
+    GatedDelta {
+        /// Projections of the layer's input.
+        input: DeltaInput,
+        /// The convolution, `[key and value channels, 1, kernel]`.
+        kernel: Tensor,
+        /// A_log, `[value heads]`.
+        log_rates: Tensor,
+        /// `[value heads]`.
+        dt_bias: Tensor,
+        /// Norm of a value head, `[value_dim]`.
+        norm: Tensor,
+        /// Output projection.
+        output: LinearSource,
+    },
+    /// A short convolution between two gates.
+    ShortConvolution {
+        /// Projection to B, C and x.
+        input: LinearSource,
+        /// The convolution, `[hidden, 1, kernel]`.
+        kernel: Tensor,
+        /// Its bias, `[hidden]`.
+        bias: Option<Tensor>,
+        /// Output projection.
+        output: LinearSource,
+    },
+}
+
+/// Projections of the input of a gated delta network, as
+/// [`DeltaProjections`](crate::architecture::DeltaProjections) tells them apart.
+#[derive(Clone, Debug)]
+pub enum DeltaInput {
+    /// To q, k, v and z, and to b and a, of one key head after the other.
+    ByKeyHead {
+        /// q, k, v and z.
+        qkvz: LinearSource,
+        /// b and a.
+        ba: LinearSource,
+    },
+    /// To q, k and v together, and to z, b and a.
+    Separate {
+        /// q, k and v.
+        qkv: LinearSource,
+        /// z, b and a.
+        zba: [LinearSource; 3],
+    },
+}
+
+impl DeltaInput {
+    fn linears(&self) -> Vec<&LinearSource> {
+        match self {
+            DeltaInput::ByKeyHead { qkvz, ba } => vec![qkvz, ba],
+            DeltaInput::Separate { qkv, zba } => [qkv].into_iter().chain(zba).collect(),
+        }
+    }
 }
 
 /// The feed-forward part's tensors.
@@ -240,6 +295,12 @@ impl AttentionSource {
             AttentionSource::Latent { query_latent, latent_norm, .. } => {
                 query_latent.iter().map(|(_, norm)| norm).chain([latent_norm]).collect()
             }
+            AttentionSource::GatedDelta { kernel, log_rates, dt_bias, norm, .. } => {
+                vec![kernel, log_rates, dt_bias, norm]
+            }
+            AttentionSource::ShortConvolution { kernel, bias, .. } => {
+                [kernel].into_iter().chain(bias).collect()
+            }
         }
     }
 
@@ -250,6 +311,10 @@ impl AttentionSource {
                 let down = query_latent.iter().map(|(down, _)| down);
                 [query, latent, expand, output].into_iter().chain(down).collect()
             }
+            AttentionSource::GatedDelta { input, output, .. } => {
+                input.linears().into_iter().chain([output]).collect()
+            }
+            AttentionSource::ShortConvolution { input, output, .. } => vec![input, output],
         }
     }
 }

@@ -68,13 +68,19 @@ pub fn windows(ids: &[f64], count: usize) -> Windows {
     }
 }
 
+/// The inputs of a golden file: ids, and where there is padding a mask.
+pub fn golden_windows(golden: &Path) -> Windows {
+    let count = shape(golden, "input_ids").unwrap()[0];
+    let padded = shape(golden, "attention_mask").is_some();
+    let mask = padded.then(|| read(golden, "attention_mask").into_iter().map(|real| real != 0.0).collect());
+    Windows { mask, ..windows(&read(golden, "input_ids"), count) }
+}
+
 /// The inputs of a golden file of a model with an encoder.
 pub fn encoder_windows(golden: &Path) -> Windows {
-    let count = shape(golden, "input_ids").unwrap()[0];
-    let mask = read(golden, "attention_mask").into_iter().map(|real| real != 0.0).collect();
-    let decoder = windows(&read(golden, "decoder_input_ids"), count);
-    let encoder = windows(&read(golden, "input_ids"), count);
-    Windows { mask: Some(mask), decoder: Some(Box::new(decoder)), ..encoder }
+    let encoder = golden_windows(golden);
+    let decoder = windows(&read(golden, "decoder_input_ids"), encoder.count);
+    Windows { decoder: Some(Box::new(decoder)), ..encoder }
 }
 
 /// Embeddings, the residual stream after every layer, and the logits.

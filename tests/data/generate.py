@@ -13,6 +13,7 @@ Each fixture is one flat folder:
                           hidden.l   f32                  after layer l; the last one after the final norm
                           logits     f32 [2, 24, vocabulary]
 
+Where there is padding, attention_mask int64 (0 = padding) says so; what stands at padding means nothing.
 Where the rotation follows the length of a text, decoded_logits f32 [2, 24, vocabulary] are those of 6 tokens and then
 token by token, with a cache.
 
@@ -362,6 +363,103 @@ LLAMA4_TEXT = COMMON | {
     },
 }
 
+# Layers of both kinds, dense and with experts; two value heads on each key head, whose widths differ.
+QWEN3_NEXT = COMMON | {
+    "model_type": "qwen3_next",
+    "torch_dtype": "bfloat16",
+    "architectures": ["Qwen3NextForCausalLM"],
+    "num_hidden_layers": 4,
+    "head_dim": 12,
+    "partial_rotary_factor": 0.5,
+    "full_attention_interval": 2,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 10,
+    "linear_value_head_dim": 6,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 12,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [2],
+    "attention_bias": False,
+    "rope_theta": 10000000,
+    "rope_scaling": None,
+    "rms_norm_eps": 1e-06,
+}
+
+# The language model of Qwen3.5, with the rotary section that models of text and images have.
+QWEN3_5_MOE_TEXT = COMMON | {
+    "model_type": "qwen3_5_moe_text",
+    "num_hidden_layers": 3,
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "full_attention_interval": 2,
+    "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 12,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "mtp_num_hidden_layers": 1,
+    "attention_bias": False,
+    "rms_norm_eps": 1e-06,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000000,
+        "partial_rotary_factor": 0.5,
+        "mrope_interleaved": True,
+        "mrope_section": [2, 1, 1],
+    },
+}
+
+QWEN3_5_MOE = {
+    "model_type": "qwen3_5_moe",
+    "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+    "tie_word_embeddings": False,
+    "text_config": QWEN3_5_MOE_TEXT,
+    "vision_config": {
+        "model_type": "qwen3_5_moe",
+        "depth": 1,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_heads": 2,
+        "in_channels": 1,
+        "patch_size": 2,
+        "spatial_merge_size": 1,
+        "temporal_patch_size": 1,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 4,
+    },
+}
+
+LFM2_MOE = {k: v for k, v in COMMON.items() if k not in ("hidden_act", "attention_dropout")} | {
+    "model_type": "lfm2_moe",
+    "torch_dtype": "bfloat16",
+    "architectures": ["Lfm2MoeForCausalLM"],
+    "num_hidden_layers": 4,
+    "layer_types": ["conv", "full_attention", "conv", "conv"],
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 8,
+    "num_dense_layers": 1,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "use_expert_bias": True,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+}
+
 # Both stacks have layers with and without experts, and windows longer than the exact distances.
 SWITCH_TRANSFORMERS = {
     "model_type": "switch_transformers",
@@ -404,6 +502,8 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "we
 #   fused           keep transformers 5's fused [experts, ...] tensors instead of one per expert
 #   embedding       standard deviation of the embeddings (default 1, tied 0.2); small ones let rms_norm_eps show
 #   written_config  keep the configuration transformers 5 writes instead of the one given here
+#   length          tokens of a window (default 24)
+#   padded          the first window has padding before its text, the second one behind it
 #   multi_token     add some tensors of a layer for multi-token prediction, which transformers does not load
 # A configuration with a quantization_config is stored packed, as it says.
 FIXTURES = {
@@ -437,6 +537,34 @@ FIXTURES = {
     "dots1": {"config": DOTS1, "dtype": torch.bfloat16},
     "ernie4_5_moe": {"config": ERNIE4_5_MOE, "dtype": torch.bfloat16},
     "llama4_text": {"config": LLAMA4_TEXT, "dtype": torch.bfloat16},
+    "qwen3_next": {"config": QWEN3_NEXT, "dtype": torch.bfloat16, "multi_token": True},
+    # Longer than a chunk of 64 tokens, which transformers takes together.
+    "qwen3_next_padded": {
+        "config": QWEN3_NEXT
+        | {"num_hidden_layers": 2, "mlp_only_layers": [], "decoder_sparse_step": 2, "norm_topk_prob": False}
+        | {"linear_num_value_heads": 2, "linear_value_head_dim": 20, "linear_conv_kernel_dim": 2}
+        | {"attention_bias": True, "tie_word_embeddings": True},
+        "dtype": torch.bfloat16,
+        "length": 70,
+        "padded": True,
+    },
+    "qwen3_5_moe": {"config": QWEN3_5_MOE, "dtype": torch.bfloat16, "fused": True, "multi_token": True},
+    "qwen3_5_moe_text": {
+        "config": QWEN3_5_MOE_TEXT
+        | {"architectures": ["Qwen3_5MoeForCausalLM"], "linear_num_value_heads": 6, "linear_key_head_dim": 12},
+        "dtype": torch.bfloat16,
+        "written_config": True,
+    },
+    "lfm2_moe": {"config": LFM2_MOE, "dtype": torch.bfloat16, "padded": True},
+    "lfm2_moe_fused": {
+        "config": LFM2_MOE
+        | {"num_hidden_layers": 3, "layer_types": ["full_attention", "conv", "conv"], "num_dense_layers": 0}
+        | {"conv_bias": True, "conv_L_cache": 4, "use_expert_bias": False, "norm_topk_prob": False}
+        | {"routed_scaling_factor": 2.5, "tie_word_embeddings": False},
+        "dtype": torch.bfloat16,
+        "fused": True,
+        "written_config": True,
+    },
     "switch_transformers": {"config": SWITCH_TRANSFORMERS, "embedding": 1.0},
     "switch_transformers_untied": {
         "config": SWITCH_TRANSFORMERS
@@ -455,18 +583,26 @@ def generator(*words):
     return np.random.default_rng(int.from_bytes(digest[:8], "little"))
 
 
+def is_choice_bias(name):
+    return "correction_bias" in name or name.endswith("expert_bias")
+
+
 def randomise(model, words, dtype, embedding):
     """Give every parameter and correction bias random values that `dtype` can hold exactly."""
     named = list(model.named_parameters())
-    # The choice-only bias of DeepSeek-V3, GLM and ERNIE is a buffer, and stays float32.
-    named += [(n, b) for n, b in model.named_buffers() if "correction_bias" in n]
+    # The choice-only bias of DeepSeek-V3, GLM, ERNIE and LFM2 is a buffer, and stays float32.
+    named += [(n, b) for n, b in model.named_buffers() if is_choice_bias(n)]
+    zero_centred = model.config.model_type.startswith(("qwen3_next", "qwen3_5"))
     for name, tensor in named:
         noise = generator(*words, name).standard_normal(tuple(tensor.shape))
         kind = name.rsplit(".", 1)[-1]
-        if "correction_bias" in name:
+        if is_choice_bias(name):
             value, keep = 0.2 * noise, torch.float32
         elif "norm" in name and kind == "weight":
-            value, keep = 1.0 + 0.25 * noise, dtype
+            centre = 0.0 if zero_centred and "linear_attn.norm" not in name else 1.0
+            value, keep = centre + 0.25 * noise, dtype
+        elif kind == "A_log":
+            value, keep = -1.0 + noise, dtype
         elif "relative_attention_bias" in name:
             value, keep = noise, dtype
         elif "bias" in kind:
@@ -527,10 +663,9 @@ def pack(folder, quantization):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def add_multi_token(folder, name, layer, hidden):
+def add_multi_token(folder, name, prefix, hidden):
     """Some tensors of a layer behind the last one."""
     tensors = load_file(folder / "model.safetensors")
-    prefix = f"model.layers.{layer}."
     for leaf, shape in {
         "enorm.weight": [hidden],
         "eh_proj.weight": [hidden, 2 * hidden],
@@ -612,6 +747,8 @@ def has_encoder(config):
 
 def auto_class(folder):
     config = json.loads((folder / "config.json").read_text())
+    if "vision_config" in config:
+        return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForSeq2SeqLM if has_encoder(config) else transformers.AutoModelForCausalLM
 
 
@@ -627,19 +764,21 @@ def load_plain(folder, dtype):
     return model.eval()
 
 
-def outputs(folder, ids, dtype=torch.float32):
+def outputs(folder, ids, mask=None, dtype=torch.float32):
     """Hidden states and logits of a folder, as the tensors of a golden file."""
     model = load(folder, dtype)
     if model.config.is_encoder_decoder:
         return encoder_outputs(model, ids)
     with torch.no_grad():
-        out = model(input_ids=ids, output_hidden_states=True, use_cache=False)
+        out = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
     golden = {"input_ids": ids, "logits": out.logits.contiguous()}
+    if mask is not None:
+        golden["attention_mask"] = mask
     for i, hidden in enumerate(out.hidden_states):
         golden[f"hidden.{i}"] = hidden.contiguous()
-    if len(out.hidden_states) != model.config.num_hidden_layers + 1:
+    if len(out.hidden_states) != model.config.get_text_config().num_hidden_layers + 1:
         raise SystemExit(f"{folder}: {len(out.hidden_states)} hidden states")
-    if model.config.rope_parameters["rope_type"] == "dynamic":
+    if model.config.get_text_config().rope_parameters["rope_type"] == "dynamic":
         golden["decoded_logits"] = decoded(model, ids, 6)
     return golden
 
@@ -741,7 +880,7 @@ def write_checkpoint(folder, name, recipe, attempt):
     tied = recipe["config"]["tie_word_embeddings"]
     randomise(model, (name, attempt), dtype, recipe.get("embedding", 0.2 if tied else 1.0))
     if dtype != torch.float32:
-        kept = {n: b.clone() for n, b in model.named_buffers() if "correction_bias" in n}
+        kept = {n: b.clone() for n, b in model.named_buffers() if is_choice_bias(n)}
         model.to(dtype)
         for n, b in kept.items():
             owner, leaf = n.rsplit(".", 1)
@@ -755,7 +894,9 @@ def write_checkpoint(folder, name, recipe, attempt):
     if quantization:
         pack(folder, quantization)
     if recipe.get("multi_token"):
-        add_multi_token(folder, name, config.num_hidden_layers, config.hidden_size)
+        text = config.get_text_config()
+        behind = "mtp." if config.model_type.startswith("qwen3") else f"model.layers.{text.num_hidden_layers}."
+        add_multi_token(folder, name, behind, text.hidden_size)
     if recipe.get("six_digits"):
         index = folder / "model.safetensors.index.json"
         content = json.loads(index.read_text())
@@ -767,21 +908,35 @@ def write_checkpoint(folder, name, recipe, attempt):
         index.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def make(name, recipe, checkpoint, golden_file, length=24):
+def language(config):
+    """The part of a configuration that speaks of the language model."""
+    return config.get("text_config", config)
+
+
+def padding(ids):
+    """A mask with padding before the text of the first window and behind that of the second."""
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    mask[1, -7:] = 0
+    return mask
+
+
+def make(name, recipe, checkpoint, golden_file):
     """One fixture: draw until the routers decide clearly, then write it.  Returns a line about it."""
-    vocabulary = recipe["config"]["vocab_size"]
+    vocabulary, length = language(recipe["config"])["vocab_size"], recipe.get("length", 24)
     ids = torch.from_numpy(generator(name, "input_ids").integers(0, vocabulary, (2, length), dtype=np.int64))
     for attempt in range(50):
         with tempfile.TemporaryDirectory() as scratch:
             scratch = pathlib.Path(scratch)
             write_checkpoint(scratch, name, recipe, attempt)
+            mask = padding(ids) if recipe.get("padded") else None
             with Margin() as margin:
-                golden = outputs(scratch, ids)
+                golden = outputs(scratch, ids, mask)
             if margin.least < CLOSEST_CALL:
                 continue
-            if difference(golden, outputs(scratch, ids)) != 0.0:
+            if difference(golden, outputs(scratch, ids, mask)) != 0.0:
                 raise SystemExit(f"{name}: two runs differ")
-            rounding = difference(golden, outputs(scratch, ids, torch.float64), relative=True)
+            rounding = difference(golden, outputs(scratch, ids, mask, torch.float64), relative=True)
             if rounding > 3e-5:
                 continue
             if checkpoint.exists():
@@ -803,7 +958,8 @@ def make(name, recipe, checkpoint, golden_file, length=24):
 def check(name, folder):
     """Whether the installed transformers still gives the committed outputs."""
     golden = load_file(folder / "golden.safetensors")
-    worst = difference(golden, outputs(folder, golden["input_ids"]))
+    mask = None if "decoder_input_ids" in golden else golden.get("attention_mask")
+    worst = difference(golden, outputs(folder, golden["input_ids"], mask))
     print(f"{'ok  ' if worst <= 1e-4 else 'FAIL'} {name}: largest difference {worst:.2e}")
     return worst <= 1e-4
 

@@ -5,11 +5,13 @@ mod dots1;
 mod ernie4_5_moe;
 mod glm4_moe;
 mod gpt_oss;
+mod lfm2_moe;
 mod llama4;
 mod mixtral;
 mod olmoe;
 mod phimoe;
 mod qwen;
+mod qwen3_next;
 mod switch_transformers;
 
 use super::config::Config;
@@ -22,7 +24,7 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 15] = [
+pub(super) const FAMILIES: [(&str, Read); 19] = [
     ("deepseek_v2", deepseek::v2),
     ("deepseek_v3", deepseek::v3),
     ("dots1", dots1::read),
@@ -30,6 +32,7 @@ pub(super) const FAMILIES: [(&str, Read); 15] = [
     ("glm4_moe", glm4_moe::read),
     ("gpt_oss", gpt_oss::read),
     ("kimi_k2", deepseek::v3),
+    ("lfm2_moe", lfm2_moe::read),
     ("llama4", llama4::published),
     ("llama4_text", llama4::text),
     ("mixtral", mixtral::read),
@@ -37,6 +40,9 @@ pub(super) const FAMILIES: [(&str, Read); 15] = [
     ("phimoe", phimoe::read),
     ("qwen2_moe", qwen::qwen2),
     ("qwen3_moe", qwen::qwen3),
+    ("qwen3_5_moe", qwen3_next::published),
+    ("qwen3_5_moe_text", qwen3_next::text),
+    ("qwen3_next", qwen3_next::read),
     ("switch_transformers", switch_transformers::read),
 ];
 
@@ -160,6 +166,7 @@ impl<'c> Common<'c> {
             temperature: None,
             bias: None,
             cross: false,
+            gated: false,
         })
     }
 
@@ -213,6 +220,7 @@ impl<'c> Common<'c> {
             max_positions: self.rope.max_positions(),
             norm_eps: self.norm_eps as f32,
             norm_bias: false,
+            zero_centred_norms: false,
             dense_activation: Activation::SwiGlu,
             mlp_bias: false,
             tied_embeddings: self.config.flag_or("tie_word_embeddings", self.defaults.tied)?,
@@ -240,6 +248,34 @@ fn window(config: &Config) -> Result<Span> {
         None | Some(0) => Span::Full,
         Some(window) => Span::Window(window),
     })
+}
+
+/// Whether each layer attends to all earlier tokens, by `layer_types`: `full_attention`, or else `other`. `absent` says so
+/// where a config has no such list.
+fn attending_layers(
+    config: &Config,
+    layers: usize,
+    other: &str,
+    absent: Option<&dyn Fn(usize) -> bool>,
+) -> Result<Vec<bool>> {
+    const KEY: &str = "layer_types";
+    let Some(types) = config.strings(KEY)? else {
+        let absent = absent.ok_or_else(|| Error::invalid(KEY, "is missing"))?;
+        return Ok((0..layers).map(absent).collect());
+    };
+    if types.len() != layers {
+        let what = format!("has {} entries, expected {layers}, as num_hidden_layers says", types.len());
+        return Err(Error::invalid(KEY, what));
+    }
+    let attends = |(l, kind): (usize, &String)| match kind.as_str() {
+        "full_attention" => Ok(true),
+        kind if kind == other => Ok(false),
+        kind => {
+            let what = format!("is `{kind}` in layer {l}, expected `full_attention` or `{other}`");
+            Err(Error::invalid(KEY, what))
+        }
+    };
+    types.iter().enumerate().map(attends).collect()
 }
 
 fn feed_forward(sparse: bool, moe: &MoeSpec, dense_width: usize) -> FeedForwardSpec {

@@ -7,7 +7,7 @@ use super::{feed_forward, weight_rule, window};
 const DEFAULTS: Defaults = Defaults { norm_eps: 1e-6, max_positions: 32768, ..Defaults::USUAL };
 
 /// Which layers of a Qwen model have experts: not in `mlp_only_layers`, and every `decoder_sparse_step`-th.
-fn sparse_layers(config: &Config) -> Result<impl Fn(usize) -> bool + use<>> {
+pub(super) fn sparse_layers(config: &Config) -> Result<impl Fn(usize) -> bool + use<>> {
     let dense = config.sizes("mlp_only_layers")?.unwrap_or_default();
     let step = config.size_or("decoder_sparse_step", 1)?.max(1);
     Ok(move |l: usize| !dense.contains(&l) && (l + 1).is_multiple_of(step))

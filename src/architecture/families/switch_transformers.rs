@@ -85,6 +85,7 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
                 temperature: None,
                 bias: Some(RelativeBias { buckets, max_distance, bidirectional: in_encoder }),
                 cross: !in_encoder,
+                gated: false,
             }),
             feed_forward: if sparse {
                 FeedForwardSpec::Moe(moe.clone())
@@ -100,6 +101,7 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
         max_positions: MOST_POSITIONS,
         norm_eps: config.float_or("layer_norm_epsilon", 1e-6)? as f32,
         norm_bias: false,
+        zero_centred_norms: false,
         dense_activation: activation,
         mlp_bias: false,
         tied_embeddings,

@@ -3,6 +3,8 @@
 //! summed across pieces.
 
 mod attention;
+mod convolution;
+mod delta;
 mod experts;
 mod gemm;
 mod grams;
@@ -16,12 +18,12 @@ mod route;
 mod simd;
 mod softmax;
 
-use crate::architecture::{Activation, Rope};
+use crate::architecture::{Activation, GatedDelta, Rope};
 use crate::checkpoint::{Tensor, Weight};
 
 use super::{
-    AttentionShape, AttentionTerms, Backend, Base, Batch, HeadLayout, Keys, LatentShape, Moment, MomentDims,
-    Moments, Result, RouterRule, RouterWeights, Routes, StoredExpert,
+    AttentionShape, AttentionTerms, Backend, Base, Batch, DeltaGates, HeadLayout, Keys, LatentShape, Moment,
+    MomentDims, Moments, Result, RouterRule, RouterWeights, Routes, StoredExpert,
 };
 pub use attention::CpuRotation;
 pub use experts::CpuExperts;
@@ -132,6 +134,24 @@ impl Backend for Cpu {
             buffer.data.copy_within(start * cols..(start + count) * cols, 0);
         }
         buffer.reshape(rows, cols);
+        Ok(())
+    }
+
+    fn copy_heads(
+        &self,
+        x: &CpuBuffer,
+        heads: HeadLayout,
+        width: usize,
+        out: &mut CpuBuffer,
+        column: usize,
+    ) -> Result<()> {
+        pointwise::copy_heads(x, heads, width, out, column);
+        Ok(())
+    }
+
+    fn clear_padding(&self, x: &mut CpuBuffer, batch: &Batch) -> Result<()> {
+        let rows = x.data.chunks_exact_mut(x.cols).enumerate();
+        rows.filter(|(t, _)| !batch.is_real(*t)).for_each(|(_, row)| row.fill(0.0));
         Ok(())
     }
 
@@ -263,6 +283,35 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn causal_convolution(
+        &self,
+        x: &CpuBuffer,
+        kernel: &Vec<f32>,
+        bias: Option<&Vec<f32>>,
+        silu: bool,
+        tail: Option<&mut CpuBuffer>,
+        batch: &Batch,
+        out: &mut CpuBuffer,
+    ) -> Result<()> {
+        out.reshape(x.rows, x.cols);
+        convolution::causal_convolution(x, kernel, bias.map(Vec::as_slice), silu, tail, batch, out);
+        Ok(())
+    }
+
+    fn gated_delta_rule(
+        &self,
+        qkv: &mut CpuBuffer,
+        gates: DeltaGates<'_, CpuBuffer, Vec<f32>>,
+        shape: GatedDelta,
+        state: Option<&mut CpuBuffer>,
+        batch: &Batch,
+        out: &mut CpuBuffer,
+    ) -> Result<()> {
+        out.reshape(qkv.rows, shape.all_values());
+        delta::gated_delta_rule(qkv, gates, shape, state, batch, out);
+        Ok(())
+    }
+
     fn activate(&self, gate: &mut CpuBuffer, up: Option<&CpuBuffer>, activation: Activation) -> Result<()> {
         pointwise::activate(&mut gate.data, up.map_or(&[], |up| &up.data), activation);
         Ok(())
@@ -270,6 +319,11 @@ impl Backend for Cpu {
 
     fn add(&self, x: &mut CpuBuffer, y: &CpuBuffer) -> Result<()> {
         pointwise::add(&mut x.data, &y.data);
+        Ok(())
+    }
+
+    fn multiply(&self, x: &mut CpuBuffer, y: &CpuBuffer) -> Result<()> {
+        pointwise::multiply(&mut x.data, &y.data);
         Ok(())
     }
 

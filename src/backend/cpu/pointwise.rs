@@ -7,6 +7,7 @@ use super::math::sigmoid;
 use super::simd::exp::silu;
 use super::simd::{Isa, MAX_LANES, Simd, Task};
 use crate::architecture::Activation;
+use crate::backend::HeadLayout;
 
 /// Values per parallel piece.
 const PIECE: usize = 1 << 14;
@@ -130,7 +131,32 @@ pub(super) fn add(x: &mut [f32], y: &[f32]) {
     });
 }
 
+pub(super) fn multiply(x: &mut [f32], y: &[f32]) {
+    x.par_chunks_mut(PIECE).zip(y.par_chunks(PIECE)).for_each(|(x, y)| {
+        for (a, b) in x.iter_mut().zip(y) {
+            *a *= b;
+        }
+    });
+}
+
+pub(super) fn copy_heads(x: &CpuBuffer, heads: HeadLayout, width: usize, out: &mut CpuBuffer, column: usize) {
+    let rows = out.data.par_chunks_exact_mut(out.cols).zip(x.data.par_chunks_exact(x.cols));
+    rows.with_min_len(16).for_each(|(out, x)| {
+        for (head, to) in out[column..].chunks_exact_mut(width).take(heads.heads).enumerate() {
+            to.copy_from_slice(&x[heads.start + head * heads.stride..][..width]);
+        }
+    });
+}
+
 pub(super) fn sigmoid_gate(x: &mut CpuBuffer, gate: &CpuBuffer) {
+    if gate.cols > 1 {
+        let pieces = x.data.par_chunks_mut(PIECE).zip(gate.data.par_chunks(PIECE));
+        return pieces.for_each(|(x, gate)| {
+            for (v, gate) in x.iter_mut().zip(gate) {
+                *v *= sigmoid(*gate);
+            }
+        });
+    }
     x.data.par_chunks_exact_mut(x.cols).zip(gate.data.par_iter()).with_min_len(16).for_each(
         |(row, &gate)| {
             let factor = sigmoid(gate);

@@ -157,7 +157,7 @@ fn fused(
         };
         let stored = names.fused(l, down).into_iter().find(|name| checkpoint.get(name).is_some());
         if let Some(name) = stored {
-            let transposed = names.storage != ExpertStorage::Separate;
+            let transposed = matches!(names.storage, ExpertStorage::Fused { .. });
             let part = Part { delta, entry: Some(e), transposed };
             resolved.updates.entry(name).or_default().push(part);
             continue;
