@@ -14,11 +14,11 @@ use moepress::backend::cpu::Cpu;
 use moepress::calibrate::{Options as CalibrateOptions, calibrate};
 use moepress::checkpoint::{Checkpoint, Dtype, Weight};
 use moepress::compress::{FactorOptions, LayoutChoice, Options, Report, Whitening, compress, factorise};
-use moepress::model::{Model, profile};
+use moepress::model::{Model, open_architecture, profile};
 use moepress::plan::{Action, Budget};
 use moepress::progress::Progress;
 
-const MODELS: [&str; 14] = [
+const MODELS: [&str; 19] = [
     "mixtral",
     "qwen2_moe",
     "qwen3_moe_fused",
@@ -33,12 +33,19 @@ const MODELS: [&str; 14] = [
     "phimoe",
     "ernie4_5_moe",
     "llama4_text",
+    "qwen3_next",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "lfm2_moe",
+    "lfm2_moe_fused",
 ];
 
-/// Bytes of the tensors of layers behind the last one of a model of two.
+/// Bytes of the tensors of layers for multi-token prediction.
 fn behind_the_layers(dir: &Path) -> u64 {
     let checkpoint = Checkpoint::open(dir).unwrap();
-    let behind = checkpoint.tensors().filter(|t| t.name().starts_with("model.layers.2."));
+    let architecture = open_architecture(&checkpoint).unwrap();
+    let is_behind = |name: &str| architecture.names.is_multi_token(name, architecture.layers.len());
+    let behind = checkpoint.tensors().filter(|t| is_behind(t.name()));
     behind.map(|t| t.bytes().len() as u64).sum()
 }
 

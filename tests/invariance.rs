@@ -9,8 +9,14 @@ use common::{data, read, run, shape, windows};
 use moepress::backend::cpu::Isa;
 use moepress::tokens::Windows;
 
-const MODELS: [&str; 4] =
-    ["mixtral_sliding_window", "qwen2_moe", "olmoe_clip", "deepseek_v2_lite_sharded_bf16"];
+const MODELS: [&str; 6] = [
+    "mixtral_sliding_window",
+    "qwen2_moe",
+    "olmoe_clip",
+    "deepseek_v2_lite_sharded_bf16",
+    "qwen3_next",
+    "lfm2_moe_fused",
+];
 
 /// Logits of the given windows, `[count, length, vocabulary]`.
 fn logits(model: &str, windows: &Windows) -> Vec<f32> {

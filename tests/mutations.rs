@@ -242,9 +242,9 @@ proptest! {
     }
 
     #[test]
-    fn configs(damages in damage(), family in 0usize..8) {
+    fn configs(damages in damage(), family in 0usize..10) {
         let families = ["mixtral", "deepseek_v2", "qwen2_moe", "qwen3_moe", "olmoe_clip", "qwen3_moe_fused",
-            "mixtral_sliding_window", "deepseek_v2_lite_sharded_bf16"];
+            "mixtral_sliding_window", "deepseek_v2_lite_sharded_bf16", "qwen3_5_moe", "lfm2_moe"];
         let text = damaged(&std::fs::read(data(families[family]).join("config.json")).unwrap(), &damages);
         in_time(|| drop(Architecture::from_config(&String::from_utf8_lossy(&text))));
     }

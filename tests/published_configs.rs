@@ -183,6 +183,102 @@ fn glm_dots_ernie_and_phi() {
     assert_eq!(sizes(&read(&phi)), [32, 32, 16, 2, 0]);
 }
 
+fn qwen3_next() -> Value {
+    json!({"architectures": ["Qwen3NextForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 151_643, "decoder_sparse_step": 1, "eos_token_id": 151_645, "full_attention_interval": 4,
+        "head_dim": 256, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+        "intermediate_size": 5120, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_value_head_dim": 128,
+        "max_position_embeddings": 262_144, "mlp_only_layers": [], "model_type": "qwen3_next",
+        "moe_intermediate_size": 512, "norm_topk_prob": true, "num_attention_heads": 16, "num_experts": 512,
+        "num_experts_per_tok": 10, "num_hidden_layers": 48, "num_key_value_heads": 2, "output_router_logits": false,
+        "partial_rotary_factor": 0.25, "rms_norm_eps": 1e-6, "rope_scaling": null, "rope_theta": 10_000_000,
+        "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 512, "tie_word_embeddings": false,
+        "torch_dtype": "bfloat16", "use_cache": true, "use_sliding_window": false, "vocab_size": 151_936})
+}
+
+fn qwen3_5() -> Value {
+    let types = ["linear_attention", "linear_attention", "linear_attention", "full_attention"].repeat(10);
+    json!({"architectures": ["Qwen3_5MoeForConditionalGeneration"], "image_token_id": 248_056,
+        "model_type": "qwen3_5_moe", "text_config": {"attention_bias": false, "attn_output_gate": true,
+        "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "hidden_size": 2048,
+        "layer_types": types, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32, "linear_value_head_dim": 128, "mamba_ssm_dtype": "float32",
+        "max_position_embeddings": 262_144, "model_type": "qwen3_5_moe_text", "moe_intermediate_size": 512,
+        "mtp_num_hidden_layers": 1, "num_attention_heads": 16, "num_experts": 256, "num_experts_per_tok": 8,
+        "num_hidden_layers": 40, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_parameters":
+        {"mrope_interleaved": true, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25,
+        "rope_theta": 10_000_000, "rope_type": "default"}, "shared_expert_intermediate_size": 512,
+        "vocab_size": 248_320}, "tie_word_embeddings": false, "vision_config": {"depth": 27,
+        "model_type": "qwen3_5_moe"}})
+}
+
+fn lfm2() -> Value {
+    let types = ["conv", "conv", "full_attention", "conv", "conv", "conv"].repeat(4);
+    json!({"architectures": ["Lfm2MoeForCausalLM"], "bos_token_id": 1, "conv_L_cache": 3, "conv_bias": false,
+        "eos_token_id": 7, "hidden_size": 2048, "intermediate_size": 7168, "layer_types": types,
+        "max_position_embeddings": 128_000, "model_type": "lfm2_moe", "moe_intermediate_size": 1792,
+        "norm_eps": 1e-5, "norm_topk_prob": true, "num_attention_heads": 32, "num_dense_layers": 2,
+        "num_experts": 32, "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8,
+        "rope_theta": 1_000_000.0, "routed_scaling_factor": 1.0, "tie_embedding": true, "use_expert_bias": true,
+        "vocab_size": 65536})
+}
+
+/// Layers that attend, by number.
+fn attending(architecture: &Architecture) -> Vec<usize> {
+    let layers = architecture.layers.iter().enumerate();
+    layers.filter(|(_, layer)| layer.attention.is_attention()).map(|(l, _)| l).collect()
+}
+
+#[test]
+fn qwen3_next_and_lfm2() {
+    let next = read(&qwen3_next());
+    assert_eq!(sizes(&next), [48, 48, 512, 10, 512]);
+    assert_eq!(attending(&next)[..3], [3, 7, 11]);
+    assert!(next.layers[3].attention.rope().is_some_and(|rope| rope.dim() == 64));
+    let AttentionSpec::GatedDelta(delta) = next.layers[0].attention else { unreachable!() };
+    assert_eq!((delta.qkv_dim(), delta.all_values()), (8192, 4096));
+    let whole = read(&qwen3_5());
+    assert_eq!(sizes(&whole), [40, 40, 256, 8, 512]);
+    assert_eq!((attending(&whole).len(), whole.max_positions), (10, 262_144));
+    assert!(!whole.tied_embeddings);
+    assert_eq!(sizes(&read(&qwen3_5()["text_config"])), [40, 40, 256, 8, 512]);
+    let lfm = read(&lfm2());
+    assert_eq!(sizes(&lfm), [24, 22, 32, 4, 0]);
+    assert_eq!(attending(&lfm), [2, 8, 14, 20]);
+    assert!(lfm.tied_embeddings);
+}
+
+#[test]
+fn layers_of_kinds_that_do_not_fit_are_refused() {
+    let changed = |base: &Value, key: &str, value: Value| with(base, json!({ key: value }));
+    let next =
+        |key: &str, value: Value, expected: &str| refused(&changed(&qwen3_next(), key, value), expected);
+    let kinds = vec!["linear_attention"; 47];
+    next("layer_types", json!(kinds), "layer_types has 47 entries, expected 48");
+    let mut kinds = vec!["linear_attention"; 48];
+    kinds[2] = "mamba";
+    next(
+        "layer_types",
+        json!(kinds),
+        "layer_types is `mamba` in layer 2, expected `full_attention` or `linear_",
+    );
+    next("layer_types", json!("all"), "layer_types is \"all\", expected a list of strings");
+    next("full_attention_interval", json!(0), "full_attention_interval is 0, expected at least 1");
+    next("linear_conv_kernel_dim", json!(0), "linear_conv_kernel_dim is 0, expected at least 1");
+    next("linear_key_head_dim", json!(0), "linear_key_head_dim is 0, expected at least 1");
+    next("linear_num_key_heads", json!(0), "linear_num_key_heads is 0, expected at least 1");
+    let expected = "linear_num_key_heads is 5, expected a divisor of linear_num_value_heads = 32";
+    next("linear_num_key_heads", json!(5), expected);
+    next("num_key_value_heads", json!(3), "num_key_value_heads is 3, expected a divisor");
+    refused(&json!({"model_type": "qwen3_5_moe"}), "text_config is missing");
+    refused(&changed(&lfm2(), "layer_types", Value::Null), "layer_types is missing");
+    refused(&changed(&lfm2(), "layer_types", json!(["conv"])), "layer_types has 1 entries, expected 24");
+    let expected = "layer_types is `linear_attention` in layer 0, expected `full_attention` or `conv`";
+    refused(&changed(&lfm2(), "layer_types", json!(vec!["linear_attention"; 24])), expected);
+    refused(&changed(&lfm2(), "conv_L_cache", json!(0)), "conv_L_cache is 0, expected at least 1");
+}
+
 #[test]
 fn gpt_oss_llama_and_switch() {
     let types = ["sliding_attention", "full_attention"].repeat(12);

@@ -29,9 +29,19 @@ fn transformers_loads_the_stock_layout_and_agrees() {
         ("densified", &["--method", "low-rank", "--remove", "0.3", "--set", "whiten=false"]),
     ];
     // deepseek_v2's group limit does not let it keep three experts.
-    for name in
-        ["mixtral", "mixtral_sliding_window", "qwen2_moe", "qwen3_moe", "qwen3_moe_fused", "olmoe_clip"]
-    {
+    for name in [
+        "mixtral",
+        "mixtral_sliding_window",
+        "qwen2_moe",
+        "qwen3_moe",
+        "qwen3_moe_fused",
+        "olmoe_clip",
+        "qwen3_next",
+        "qwen3_5_moe",
+        "qwen3_5_moe_text",
+        "lfm2_moe",
+        "lfm2_moe_fused",
+    ] {
         let model = data(name).display().to_string();
         let statistics = format!("{name}.statistics");
         moepress(&["calibrate", &model, "--tokens", "tokens", "--out", &statistics], dir.path());

@@ -35,7 +35,7 @@ impl Projection {
 }
 
 /// The tensor names of a family.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Names {
     /// Prefix of embedding, layers and final norm, with the final dot.
     pub model: &'static str,

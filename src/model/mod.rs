@@ -188,7 +188,7 @@ pub fn open_architecture(checkpoint: &Checkpoint) -> Result<Architecture> {
     if let Some(other) = architecture.names.other_model
         && checkpoint.get(&architecture.names.embedding()).is_none()
     {
-        let names = Names { model: other, ..architecture.names };
+        let names = Names { model: other, ..architecture.names.clone() };
         if checkpoint.get(&names.embedding()).is_some() {
             architecture.names = names;
         }

@@ -101,6 +101,7 @@ pub enum AttentionSource {
 /// Projections of the input of a gated delta network, as
 /// [`DeltaProjections`](crate::architecture::DeltaProjections) tells them apart.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one per layer")]
 pub enum DeltaInput {
     /// To q, k, v and z, and to b and a, of one key head after the other.
     ByKeyHead {

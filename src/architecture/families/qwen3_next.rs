@@ -32,7 +32,7 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
 /// Qwen3.5 as published: the language model within a model of text and images.
 pub(super) fn published(config: &Config) -> Result<Architecture> {
     let text = config.section(SECTION)?.ok_or_else(|| Error::invalid(SECTION, "is missing"))?;
-    let names = Names { model: "model.language_model.", other_model: Some("model."), ..names() };
+    let names = Names { model: "model.language_model.", other_model: Some("model."), ..text_names() };
     let mut architecture = read_text(&text, "qwen3_5_moe", names)?;
     architecture.config_section = Some(SECTION);
     architecture.tied_embeddings = config.flag_or("tie_word_embeddings", false)?;
@@ -41,12 +41,11 @@ pub(super) fn published(config: &Config) -> Result<Architecture> {
 
 /// The language model of Qwen3.5 on its own; its tensors may keep the names that they have in the whole model.
 pub(super) fn text(config: &Config) -> Result<Architecture> {
-    let names = Names { other_model: Some("model.language_model."), ..names() };
+    let names = Names { other_model: Some("model.language_model."), ..text_names() };
     read_text(config, "qwen3_5_moe_text", names)
 }
 
 fn read_text(config: &Config, family: &'static str, names: Names) -> Result<Architecture> {
-    let names = Names { storage: ExpertStorage::OutputMajor, ..names };
     let common = Common::read(config, family, names, DEFAULTS)?;
     let moe = moe(&common, WeightRule::RENORMALISED)?;
     architecture(common, DeltaProjections::Separate, |_| FeedForwardSpec::Moe(moe.clone()))
@@ -54,6 +53,10 @@ fn read_text(config: &Config, family: &'static str, names: Names) -> Result<Arch
 
 fn names() -> Names {
     Names { shared: "shared_expert", ..Names::default() }
+}
+
+fn text_names() -> Names {
+    Names { storage: ExpertStorage::OutputMajor, ..names() }
 }
 
 fn moe(common: &Common<'_>, weights: WeightRule) -> Result<MoeSpec> {

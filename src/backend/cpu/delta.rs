@@ -85,7 +85,9 @@ fn normalise(qkv: &mut CpuBuffer, shape: GatedDelta, products: &mut [f32]) {
         for ((q, k), product) in heads.zip(products) {
             let shorten = |x: &mut [f32], scale: f32| {
                 let factor = scale / (dot(x, x) + EPS).sqrt();
-                x.iter_mut().for_each(|v| *v *= factor);
+                for v in x {
+                    *v *= factor;
+                }
             };
             shorten(q, scale);
             shorten(k, 1.0);
@@ -110,7 +112,9 @@ fn open_gates(b: &mut CpuBuffer, a: &mut CpuBuffer, log_rates: &[f32], dt_bias: 
     let heads = log_rates.len();
     let rows = b.data.par_chunks_exact_mut(heads).zip(a.data.par_chunks_exact_mut(heads));
     rows.with_min_len(ROWS).for_each(|(b, a)| {
-        b.iter_mut().for_each(|b| *b = sigmoid(*b));
+        for b in b {
+            *b = sigmoid(*b);
+        }
         for (a, (log_rate, bias)) in a.iter_mut().zip(log_rates.iter().zip(dt_bias)) {
             *a = (-log_rate.exp() * softplus(*a + bias)).exp();
         }

@@ -63,7 +63,9 @@ fn definition(inputs: &Inputs, shape: GatedDelta) -> Vec<f64> {
             let step = (f64::from(inputs.a.row(t)[head]) + f64::from(inputs.dt_bias[head])).exp().ln_1p();
             let alpha = (-f64::from(inputs.log_rates[head]).exp() * step).exp();
             let beta = 1.0 / (1.0 + (-f64::from(inputs.b.row(t)[head])).exp());
-            state.iter_mut().for_each(|s| *s *= alpha);
+            for s in &mut state {
+                *s *= alpha;
+            }
             for c in 0..value_dim {
                 let known: f64 = (0..key_dim).map(|i| k[i] * state[i * value_dim + c]).sum();
                 let delta = beta * (f64::from(v[c]) - known);

@@ -1,0 +1,84 @@
+//! Speed of what takes the place of attention, in the shapes of Qwen3-Next (16 key heads and 32 value heads of 128) and
+//! LFM2 (2048 channels, kernel of 3): one token and a window of 512.
+//!
+//! Per token and value head the gated delta rule has 7 floating-point operations for each of the 128 · 128 numbers of
+//! the state (one product, three multiply-adds), 3.67 MFLOP per token in all: the floor for 512 tokens is that over the
+//! speed of the vector units. A single token reads and writes the state, 2 MiB each: there the floor is 4 MiB over the
+//! bandwidth of the cache that holds it.
+
+#![allow(clippy::unwrap_used, missing_docs, reason = "a failed unwrap is a failed bench")]
+
+use std::hint::black_box;
+
+use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use moepress::architecture::{DeltaProjections, GatedDelta};
+use moepress::backend::cpu::Cpu;
+use moepress::backend::{Backend, Batch, DeltaGates};
+use moepress::checkpoint::{Dtype, Tensor};
+
+#[allow(dead_code, reason = "shared with the benches of layers")]
+mod layers;
+
+type Buffer = <Cpu as Backend>::Buffer;
+
+fn buffer(rows: usize, cols: usize, seed: u64) -> Buffer {
+    let mut buffer = Cpu.buffer();
+    Cpu.upload(&layers::noise(rows * cols, seed, 1.0), rows, cols, &mut buffer).unwrap();
+    buffer
+}
+
+fn vector(length: usize, seed: u64) -> <Cpu as Backend>::Vector {
+    Cpu.vector(&Tensor::from_f32("v", Dtype::F32, vec![length], &layers::noise(length, seed, 1.0))).unwrap()
+}
+
+fn delta_rule(c: &mut Criterion) {
+    let shape = GatedDelta {
+        key_heads: 16,
+        value_heads: 32,
+        key_dim: 128,
+        value_dim: 128,
+        kernel: 4,
+        projections: DeltaProjections::ByKeyHead,
+    };
+    let (log_rates, dt_bias) = (vector(shape.value_heads, 1), vector(shape.value_heads, 2));
+    let mut group = c.benchmark_group("gated delta rule");
+    for tokens in [1, 512] {
+        let inputs = [shape.qkv_dim(), shape.value_heads, shape.value_heads];
+        let inputs = [0, 1, 2].map(|i| buffer(tokens, inputs[i], i as u64 + 3));
+        let (mut state, mut out) = (Cpu.buffer(), Cpu.buffer());
+        // The state of a text of one token, so that those of the measurement are its next ones.
+        let batch = |start: usize| Batch::piece(start, tokens, start + tokens);
+        group.throughput(Throughput::Elements(tokens as u64));
+        let mut run = |[qkv, b, a]: &mut [Buffer; 3], start: usize| {
+            let gates = DeltaGates { b, a, log_rates: &log_rates, dt_bias: &dt_bias };
+            Cpu.gated_delta_rule(qkv, gates, shape, Some(&mut state), &batch(start), &mut out).unwrap();
+            black_box(out.data());
+        };
+        run(&mut inputs.clone(), 0);
+        group.bench_function(BenchmarkId::new("tokens", tokens), |b| {
+            b.iter_batched_ref(|| inputs.clone(), |inputs| run(inputs, tokens), BatchSize::LargeInput);
+        });
+    }
+    group.finish();
+}
+
+fn convolution(c: &mut Criterion) {
+    const CHANNELS: usize = 2048;
+    let kernel = vector(3 * CHANNELS, 1);
+    let mut group = c.benchmark_group("causal convolution");
+    for tokens in [1, 512] {
+        let (x, mut tail, mut out) = (buffer(tokens, CHANNELS, 2), Cpu.buffer(), Cpu.buffer());
+        let mut run = |start: usize| {
+            let batch = Batch::piece(start, tokens, start + tokens);
+            Cpu.causal_convolution(&x, &kernel, None, false, Some(&mut tail), &batch, &mut out).unwrap();
+            black_box(out.data());
+        };
+        run(0);
+        group.throughput(Throughput::Elements(tokens as u64));
+        group.bench_function(BenchmarkId::new("tokens", tokens), |b| b.iter(|| run(tokens)));
+    }
+    group.finish();
+}
+
+criterion_group!(benches, delta_rule, convolution);
+criterion_main!(benches);
