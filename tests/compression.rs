@@ -18,7 +18,7 @@ use moepress::model::{Model, open_architecture, profile};
 use moepress::plan::{Action, Budget};
 use moepress::progress::Progress;
 
-const MODELS: [&str; 19] = [
+const MODELS: [&str; 31] = [
     "mixtral",
     "qwen2_moe",
     "qwen3_moe_fused",
@@ -38,6 +38,18 @@ const MODELS: [&str; 19] = [
     "qwen3_5_moe_text",
     "lfm2_moe",
     "lfm2_moe_fused",
+    "granitemoe",
+    "granitemoeshared_fused",
+    "minimax_m2",
+    "axk1",
+    "mistral4",
+    "hunyuan_v1_moe",
+    "flex_olmo",
+    "afmoe",
+    "hy_v3",
+    "mimo_v2_flash",
+    "qwen3_vl_moe",
+    "qwen3_vl_moe_fused",
 ];
 
 /// Bytes of the tensors of layers for multi-token prediction.

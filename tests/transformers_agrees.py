@@ -4,7 +4,7 @@
     moepress run MODEL --tokens TOKENS.safetensors --out LOGITS.safetensors
     transformers_agrees.py MODEL LOGITS.safetensors TOKENS.safetensors [MODEL LOGITS TOKENS ...]
 
-Each MODEL folder is loaded with AutoModelForCausalLM in float32 with eager attention, run on the `ids` of
+Each MODEL folder is loaded with AutoModelForCausalLM, or as a model of text and images, in float32 with eager attention, run on the `ids` of
 its token file, window by window, and compared with the `logits` of the output file.  A case fails when
 
   * transformers reports missing, unexpected or mismatched weights, or cannot load the folder,
@@ -37,7 +37,10 @@ def load(torch, transformers, folder):
     """The model, with every weight of the folder used and none made up."""
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise Disagreement("no config.json there")
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    of_images = hasattr(config, "vision_config")
+    kind = transformers.AutoModelForImageTextToText if of_images else transformers.AutoModelForCausalLM
+    model, info = kind.from_pretrained(
         folder,
         dtype=torch.float32,
         attn_implementation="eager",

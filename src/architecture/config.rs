@@ -131,14 +131,33 @@ impl Config {
         }
     }
 
+    /// The same without `key`.
+    pub(super) fn without(&self, key: &str) -> Self {
+        let mut map = self.0.clone();
+        map.remove(key);
+        Config(map)
+    }
+
     /// Errors unless `key` is absent or `expected`.
-    pub(super) fn require(&self, key: &str, expected: &str) -> Result<()> {
+    pub(super) fn require(&self, key: &str, expected: impl Into<Value>) -> Result<()> {
+        let expected = expected.into();
         match self.get(key) {
             None => Ok(()),
-            Some(Value::String(s)) if s == expected => Ok(()),
-            Some(value) => {
-                Err(Error::invalid(key, format!("is {value}, only \"{expected}\" is supported here")))
-            }
+            Some(value) if *value == expected => Ok(()),
+            Some(value) if value.is_number() && value.as_f64() == expected.as_f64() => Ok(()),
+            Some(value) => Err(Error::invalid(key, format!("is {value}, only {expected} is supported here"))),
+        }
+    }
+
+    /// A size, or a list of as many equal ones as there are layers, of which a config may have one per layer.
+    pub(super) fn uniform_size(&self, key: &str) -> Result<Option<usize>> {
+        if !self.get(key).is_some_and(Value::is_array) {
+            return self.size_opt(key);
+        }
+        let sizes = self.sizes(key)?.unwrap_or_default();
+        match sizes.first() {
+            Some(first) if sizes.iter().all(|size| size == first) => Ok(Some(*first)),
+            _ => Err(Error::invalid(key, "differs between layers; only one number for all is supported")),
         }
     }
 }

@@ -36,10 +36,16 @@ pub struct Architecture {
     pub max_positions: usize,
     /// ε of the layer norms and the final norm.
     pub norm_eps: f32,
-    /// Whether these norms have biases: layer norms instead of RMS norms.
-    pub norm_bias: bool,
+    /// What kind of norms these are.
+    pub norm: NormKind,
     /// Whether these norms, and those of queries and keys, multiply by 1 + weight.
     pub zero_centred_norms: bool,
+    /// Where the norms of a layer stand.
+    pub norm_placement: NormPlacement,
+    /// Factor of the embeddings.
+    pub embedding_scale: f32,
+    /// Factor of what a layer's two halves add to the residual stream.
+    pub residual_scale: f32,
     /// Between the matrices of the MLPs of dense layers and shared experts.
     pub dense_activation: Activation,
     /// Whether the MLPs of dense layers and shared experts have biases.
@@ -81,6 +87,48 @@ impl Packing {
     pub const USUAL_FP8_BLOCK: [usize; 2] = [128, 128];
 }
 
+/// Kind of the norms of the residual stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// x / √(mean(x²) + ε) ∘ weight (Zhang and Sennrich, arXiv 1910.07467).
+    Rms,
+    /// (x − mean(x)) / √(var(x) + ε) ∘ weight, plus a bias (Ba et al., arXiv 1607.06450).
+    Layer {
+        /// Whether there is a bias.
+        bias: bool,
+    },
+}
+
+/// Where the norms of a layer stand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormPlacement {
+    /// Before attention and feed-forward part.
+    Before,
+    /// Behind both, on what they add to the residual stream (OLMo 2, arXiv 2501.00656, §3.1).
+    Behind,
+    /// Before and behind both (Gemma 2, arXiv 2408.00118, §2).
+    Around,
+    /// Before both, and behind routed and shared experts together (A.X K1).
+    BeforeAndBehindExperts,
+}
+
+impl NormPlacement {
+    /// Whether there is a norm before each half.
+    pub fn is_before(self) -> bool {
+        self != NormPlacement::Behind
+    }
+
+    /// Whether there is one behind the attention.
+    pub fn is_behind_attention(self) -> bool {
+        matches!(self, NormPlacement::Behind | NormPlacement::Around)
+    }
+
+    /// Whether there is one behind the feed-forward part of a layer, with experts or not.
+    pub fn is_behind_feed_forward(self, has_experts: bool) -> bool {
+        self.is_behind_attention() || self == NormPlacement::BeforeAndBehindExperts && has_experts
+    }
+}
+
 /// One layer.
 #[derive(Clone, Debug)]
 pub struct LayerSpec {
@@ -101,6 +149,13 @@ pub enum AttentionSpec {
     GatedDelta(GatedDelta),
     /// A short convolution between two gates (LFM2).
     ShortConvolution(ShortConvolution),
+}
+
+impl QkNorm {
+    /// Whether it takes place after the rotation.
+    pub fn is_rotated(self) -> bool {
+        matches!(self, QkNorm::PerHeadRotated | QkNorm::Unweighted)
+    }
 }
 
 impl AttentionSpec {
@@ -183,8 +238,12 @@ pub struct GroupedAttention {
     pub heads: usize,
     /// Key and value heads.
     pub kv_heads: usize,
-    /// Width of a head.
+    /// Width of a query or key head.
     pub head_dim: usize,
+    /// Width of a value head.
+    pub value_dim: usize,
+    /// Factor of the values.
+    pub value_scale: f32,
     /// Whether q, k and v have biases.
     pub qkv_bias: bool,
     /// Whether the output projection has a bias.
@@ -207,9 +266,8 @@ pub struct GroupedAttention {
     pub bias: Option<RelativeBias>,
     /// Whether an attention of the same sizes to the encoder's output follows.
     pub cross: bool,
-    /// Whether each head's output is multiplied by the sigmoid of a gate, which the query projection gives behind the
-    /// head's query (Qwen3-Next).
-    pub gated: bool,
+    /// What the heads' outputs are multiplied by, element by element, before the output projection.
+    pub output_gate: OutputGate,
 }
 
 /// A learned bias of the scores for every head and class of relative positions (T5, arXiv 1910.10683, §2.1). All layers
@@ -275,10 +333,12 @@ impl Span {
     }
 }
 
-/// Scores of the query at position p are multiplied by ln(1 + ⌊(p + 1) / interval⌋) · strength + 1 (Nakanishi, arXiv
+/// Scores of the query at position p are multiplied by ln(1 + ⌊(p + first) / interval⌋) · strength + 1 (Nakanishi, arXiv
 /// 2501.19399, as Llama 4 uses it).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Temperature {
+    /// Number of the first position: 1 for Llama 4, 0 for Mistral.
+    pub first: f32,
     /// Positions per step.
     pub interval: f32,
     /// Size of a step.
@@ -288,8 +348,20 @@ pub struct Temperature {
 impl Temperature {
     /// The factor at `position`.
     pub fn at(self, position: usize) -> f32 {
-        ((position as f32 + 1.0) / self.interval).floor().ln_1p() * self.strength + 1.0
+        ((position as f32 + self.first) / self.interval).floor().ln_1p() * self.strength + 1.0
     }
+}
+
+/// The gate of what the heads of an attention give: the sigmoid of a projection of the layer's input, element by element
+/// (Qiu et al., arXiv 2505.06708).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OutputGate {
+    /// No gate.
+    None,
+    /// The query projection gives it, behind the query of each head (Qwen3-Next).
+    BehindQuery,
+    /// It has a projection of its own (AFMoE).
+    Separate,
 }
 
 /// RMS norm of queries and keys.
@@ -299,6 +371,8 @@ pub enum QkNorm {
     None,
     /// Over each head on its own (Qwen3).
     PerHead,
+    /// Over each head on its own, after the rotation (Hunyuan).
+    PerHeadRotated,
     /// Over the whole projection (OLMoE).
     Whole,
     /// Over each head on its own, after the rotation and without a weight (Llama 4).
@@ -326,6 +400,8 @@ pub struct LatentAttention {
     pub rope: Rope,
     /// Factor of the scores.
     pub scale: f32,
+    /// Further factor of the scores that grows with the position.
+    pub temperature: Option<Temperature>,
     /// ε of the latent norms; not the layer norms' ε.
     pub latent_eps: f32,
 }

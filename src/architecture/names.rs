@@ -43,14 +43,20 @@ pub struct Names {
     pub other_model: Option<&'static str>,
     /// Norm before the attention, without `.weight`.
     pub input_norm: &'static str,
+    /// Norm behind the attention, before its output is added.
+    pub attention_output_norm: &'static str,
     /// Norm before the feed-forward part.
     pub post_attention_norm: &'static str,
+    /// Norm behind the feed-forward part, as published and in the fused layout that transformers 5 can write.
+    pub feed_forward_output_norm: [&'static str; 2],
     /// Norm behind the last layer.
     pub final_norm: &'static str,
     /// Output projection of the attention.
     pub attention_output: &'static str,
     /// Norms of queries and keys.
     pub qk_norms: [&'static str; 2],
+    /// Attention sinks, as published and in the fused layout.
+    pub sinks: [&'static str; 2],
     /// Output head, without `.weight`.
     pub head: &'static str,
     /// Module of a dense layer's MLP and of the shared expert.
@@ -69,8 +75,12 @@ pub struct Names {
     pub choice_bias_is_row: bool,
     /// Names of an expert's gate, up and down matrices in the published layout.
     pub projections: [&'static str; 3],
-    /// Module of the shared expert, where the family has one.
-    pub shared: &'static str,
+    /// The tensors in it that hold gate and up, and down, of all experts together, the same two ways.
+    pub fused: [[&'static str; 2]; 2],
+    /// Module of the shared expert, where the family has one, the same two ways.
+    pub shared: [&'static str; 2],
+    /// Where gate and up of the shared expert are one matrix, `[2·width, hidden]`, gate rows first: that and down.
+    pub shared_gate_up: Option<[&'static str; 2]>,
     /// How a stock checkpoint holds the routed experts.
     pub storage: ExpertStorage,
     /// Where the names follow T5: the number of encoder layers. The other fields then speak of less.
@@ -85,6 +95,8 @@ pub enum ExpertStorage {
     Separate,
     /// All experts as transformers 5 fuses them, or as its FP8 checkpoints: one tensor per expert and matrix.
     OutputMajor,
+    /// All experts in the transposes of these, which transformers 5 turns round; it can write them turned round, too.
+    Transposed,
     /// All experts in `gate_up_proj` `[experts, hidden, 2·width]` and `down_proj` `[experts, width, hidden]`, or their
     /// transposes in MXFP4.
     Fused {
@@ -100,10 +112,13 @@ impl Default for Names {
             model: "model.",
             other_model: None,
             input_norm: "input_layernorm",
+            attention_output_norm: "",
             post_attention_norm: "post_attention_layernorm",
+            feed_forward_output_norm: [""; 2],
             final_norm: "norm",
             attention_output: "o_proj",
             qk_norms: ["q_norm", "k_norm"],
+            sinks: ["sinks"; 2],
             head: "lm_head",
             feed_forward: "mlp",
             dense: Projection::ALL.map(Projection::mlp_name),
@@ -113,7 +128,9 @@ impl Default for Names {
             choice_bias: ["gate.e_score_correction_bias"; 2],
             choice_bias_is_row: false,
             projections: Projection::ALL.map(Projection::mlp_name),
-            shared: "",
+            fused: [["experts.gate_up_proj"; 2], ["experts.down_proj"; 2]],
+            shared: [""; 2],
+            shared_gate_up: None,
             storage: ExpertStorage::Separate,
             t5: None,
         }
@@ -196,6 +213,16 @@ impl Names {
         format!("{}{name}", self.part(l))
     }
 
+    /// Norm behind the attention, without `.weight`.
+    pub fn attention_output_norm(&self, l: usize) -> String {
+        format!("{}{}", self.layer(l), self.attention_output_norm)
+    }
+
+    /// Norm behind the feed-forward part, without `.weight`: as published, and in the fused layout.
+    pub fn feed_forward_output_norms(&self, l: usize) -> [String; 2] {
+        self.feed_forward_output_norm.map(|name| format!("{}{name}", self.layer(l)))
+    }
+
     /// A parameter of the attention, such as `q_proj.weight`.
     pub fn attention(&self, l: usize, parameter: &str) -> String {
         match self.t5 {
@@ -276,17 +303,23 @@ impl Names {
     /// Tensors that hold the gate and up matrices, or the down matrices, of all experts: stem of the two names that
     /// they can have.
     pub fn fused(&self, l: usize, down: bool) -> [String; 2] {
-        let name = if down { "down_proj" } else { "gate_up_proj" };
-        self.experts(l).map(|prefix| format!("{prefix}{name}"))
+        self.in_moe(l, self.fused[usize::from(down)])
     }
 
-    /// A matrix of the shared expert, without `.weight`.
-    pub fn shared(&self, l: usize, projection: Projection) -> String {
-        format!("{}{}.{}.{}", self.layer(l), self.feed_forward, self.shared, projection.mlp_name())
+    /// A matrix of the shared expert, without `.weight`: as published, and in the fused layout.
+    pub fn shared(&self, l: usize, projection: Projection) -> [String; 2] {
+        self.shared.map(|shared| {
+            format!("{}{}.{shared}.{}", self.layer(l), self.feed_forward, projection.mlp_name())
+        })
+    }
+
+    /// The shared expert's gate and up in one matrix, and its down matrix, where it is stored so.
+    pub fn shared_gate_up(&self, l: usize) -> Option<[String; 2]> {
+        Some(self.shared_gate_up?.map(|name| format!("{}{name}", self.layer(l))))
     }
 
     /// The scalar gate of the shared expert, `[1, hidden]`.
     pub fn shared_gate(&self, l: usize) -> String {
-        format!("{}{}.{}_gate.weight", self.layer(l), self.feed_forward, self.shared)
+        format!("{}{}.{}_gate.weight", self.layer(l), self.feed_forward, self.shared[0])
     }
 }

@@ -102,11 +102,16 @@ pub(super) struct RopeDefaults {
 }
 
 impl RopeConfig {
-    /// Reads `rope_scaling` and `rope_theta`, or `rope_parameters` (as transformers 5 writes it); where a config has
-    /// both, transformers takes the former.
-    pub(super) fn read(config: &Config, defaults: RopeDefaults, max_positions: usize) -> Result<Self> {
+    /// Reads `rope_scaling` and `rope_theta`, or `written`, which is `rope_parameters` (as transformers 5 writes it) or a
+    /// part of that; where a config has both, transformers takes the former.
+    pub(super) fn read(
+        config: &Config,
+        written: Option<Config>,
+        defaults: RopeDefaults,
+        max_positions: usize,
+    ) -> Result<Self> {
         let scaling = config.section("rope_scaling")?.filter(|section| !section.is_empty());
-        let section = match (scaling, config.section("rope_parameters")?) {
+        let section = match (scaling, written) {
             (None, None) => defaults.section.map(Config::parse).transpose()?,
             (section, written) => section.or(written),
         };
@@ -197,6 +202,29 @@ impl RopeConfig {
     /// Longest window that the embedding is made for; there is no bound where it follows the length.
     pub(super) fn max_positions(&self) -> usize {
         if self.kind == "dynamic" { MOST_POSITIONS.max(self.max_positions) } else { self.max_positions }
+    }
+
+    /// The embedding of Hunyuan, whose `alpha` stretches the base once for all, whatever the length of a text:
+    /// θ alpha^(d / (d − 2)) for heads of width d.
+    pub(super) fn with_alpha(mut self, head_dim: usize) -> Result<Self> {
+        let alpha = match &self.section {
+            Some(section) if self.kind == "dynamic" => section.float_opt("alpha")?,
+            _ => None,
+        };
+        if let Some(alpha) = alpha.filter(|alpha| *alpha != 0.0) {
+            if alpha < 1.0 || head_dim < 4 {
+                let what = format!("is {alpha}, expected at least 1, and heads of width 4 or more");
+                return Err(Error::invalid("rope_scaling.alpha", what));
+            }
+            self.theta *= alpha.powf(head_dim as f64 / (head_dim as f64 - 2.0));
+            self.kind = "default".into();
+        }
+        Ok(self)
+    }
+
+    /// Another number of the section.
+    pub(super) fn number(&self, key: &str) -> Result<Option<f64>> {
+        self.section.as_ref().map_or(Ok(None), |section| section.float_opt(key))
     }
 
     /// What kind of embedding it is, as `rope_type` has it.
@@ -341,7 +369,8 @@ mod tests {
     fn rope(text: &str, theta: f64, dim: usize) -> (Rope, f64) {
         let config = Config::parse(text).unwrap();
         let defaults = RopeDefaults { theta, partial: 1.0, section: None };
-        let read = RopeConfig::read(&config, defaults, 163_840).unwrap();
+        let written = config.section("rope_parameters").unwrap();
+        let read = RopeConfig::read(&config, written, defaults, 163_840).unwrap();
         (read.rope(dim, Pairing::Adjacent).unwrap(), read.attention_mscale().unwrap())
     }
 
@@ -400,7 +429,8 @@ mod tests {
         let text = r#"{"rope_theta": 10000, "rope_scaling": {"type": "dynamic", "factor": 4.0}}"#;
         let config = Config::parse(text).unwrap();
         let read =
-            RopeConfig::read(&config, RopeDefaults { theta: 1.0, partial: 1.0, section: None }, 16).unwrap();
+            RopeConfig::read(&config, None, RopeDefaults { theta: 1.0, partial: 1.0, section: None }, 16)
+                .unwrap();
         let rope = read.rope(8, Pairing::Halves).unwrap();
         assert_eq!(rope.inverse_frequencies, [1.0, 0.1, 0.01, 0.001]);
         let theta = 1e4 * 7f64.powf(8.0 / 6.0);

@@ -75,7 +75,7 @@ impl Batch {
 /// What a head sees as keys and values.
 #[derive(Debug)]
 pub enum Keys<'a, B> {
-    /// One key and one value row per token, `[tokens, kv_heads · dim]` each.
+    /// One key and one value row per token, `kv_heads` heads each.
     Grouped {
         /// Keys.
         key: &'a B,
@@ -239,6 +239,8 @@ pub trait Backend: Sync {
     fn resize(&self, buffer: &mut Self::Buffer, rows: usize, cols: usize) -> Result<()>;
     /// Copies host rows into a buffer.
     fn upload(&self, host: &[f32], rows: usize, cols: usize, buffer: &mut Self::Buffer) -> Result<()>;
+    /// Makes `out` a copy of `x`.
+    fn copy(&self, x: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
     /// Copies `count` rows of `x`, from row `start` on, into `out`.
     fn copy_rows(&self, x: &Self::Buffer, start: usize, count: usize, out: &mut Self::Buffer) -> Result<()>;
     /// Copies the rows of `x` over the rows of `out` from `row` on, into its first columns.
@@ -379,6 +381,8 @@ pub trait Backend: Sync {
         up: Option<&Self::Buffer>,
         activation: Activation,
     ) -> Result<()>;
+    /// x · `factor`, in place.
+    fn scale(&self, x: &mut Self::Buffer, factor: f32) -> Result<()>;
     /// x += y.
     fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer) -> Result<()>;
     /// x ∘ y into `x`, both of one shape.

@@ -131,6 +131,17 @@ impl Tensor {
         entry
     }
 
+    /// Whether the bytes are some of those of `whole`, not copies of them.
+    pub fn is_part_of(&self, whole: &Tensor) -> bool {
+        let shared = match (&self.storage, &whole.storage) {
+            (Storage::Mapped(a), Storage::Mapped(b)) => Arc::ptr_eq(a, b),
+            (Storage::Owned(a), Storage::Owned(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        };
+        let end = |tensor: &Tensor| tensor.start + tensor.length;
+        shared && whole.start <= self.start && end(self) <= end(whole)
+    }
+
     /// The same with a first dimension of 1 before the others.
     #[must_use]
     pub fn as_row(mut self) -> Self {

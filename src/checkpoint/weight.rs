@@ -188,9 +188,13 @@ impl Weight {
         matches!(self.storage, Storage::Fp8 { .. } | Storage::Mxfp4 { .. })
     }
 
-    /// Whether the values are part of a larger tensor, or stand in another order than W's.
-    pub fn is_view(&self) -> bool {
-        matches!(self.storage, Storage::InputMajor(..) | Storage::Mxfp4 { .. })
+    /// Whether the values lie in `stored`.
+    pub fn is_part_of(&self, stored: &Tensor) -> bool {
+        match &self.storage {
+            Storage::Plain(tensor) | Storage::InputMajor(tensor, _) => tensor.is_part_of(stored),
+            Storage::Fp8 { values, .. } => values.is_part_of(stored),
+            Storage::Mxfp4 { blocks, .. } => blocks.is_part_of(stored),
+        }
     }
 
     /// Type for numbers that replace this matrix, such as its factors: its own, or bf16 where it is packed.

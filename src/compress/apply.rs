@@ -184,6 +184,7 @@ pub fn apply_layer(
         original_experts: source.original_experts,
         shared: source.shared.clone(),
         fused: source.fused.clone(),
+        fused_output_major: source.fused_output_major,
     };
     let members = merged.iter().flat_map(Merged::members);
     let alignments = members.filter_map(|m| m.alignment.clone()).collect();

@@ -12,20 +12,21 @@ pub(super) fn tensors(names: &Names, l: usize, moe: &MoeSource) -> Vec<Tensor> {
         let all = stored.shape()[0] == moe.numbers.len();
         if all { stored.clone() } else { stored.select_rows(&moe.numbers) }
     };
-    let [gate_up, down] = [false, true].map(|down| names.fused(l, down)[0].clone());
-    let both = [Projection::Gate, Projection::Up];
-    let replaced = |name: &str| match name.strip_suffix("_bias") {
-        Some(stem) if stem == gate_up => assemble_biases(names, moe, &both, name),
-        Some(stem) if stem == down => assemble_biases(names, moe, &[Projection::Down], name),
-        None if name == gate_up => assemble(names, moe, &both, name),
-        None if name == down => assemble(names, moe, &[Projection::Down], name),
+    let both = &[Projection::Gate, Projection::Up][..];
+    let projections = |stem: &str| match [false, true].map(|down| names.fused(l, down)) {
+        [gate_up, _] if gate_up.iter().any(|name| name == stem) => Some(both),
+        [_, down] if down.iter().any(|name| name == stem) => Some(&[Projection::Down][..]),
         _ => None,
+    };
+    let replaced = |name: &str| match name.strip_suffix("_bias") {
+        Some(stem) => assemble_biases(names, moe, projections(stem)?, name),
+        None => assemble(names, moe, projections(name)?, name),
     };
     moe.fused.iter().map(|stored| replaced(stored.name()).unwrap_or_else(|| rows(stored))).collect()
 }
 
-/// All experts' matrices of the listed projections, `[experts, in, out of all]`, or `[experts, out of all, in]` in
-/// families that store them so; `None` where all are as they were stored.
+/// All experts' matrices of the listed projections, `[experts, in, out of all]` or the other way round, as they were
+/// stored; `None` where all are what was stored.
 fn assemble(names: &Names, moe: &MoeSource, projections: &[Projection], name: &str) -> Option<Tensor> {
     let matrices = |expert: &StoredExpert| -> Vec<Weight> {
         let Expert::Mlp(mlp) = expert else { return Vec::new() };
@@ -33,7 +34,7 @@ fn assemble(names: &Names, moe: &MoeSource, projections: &[Projection], name: &s
         maps.filter_map(|m| if let Matrix::Dense(w) = &m.weight { Some(w.clone()) } else { None }).collect()
     };
     let experts: Vec<Vec<Weight>> = moe.experts.iter().map(matrices).collect();
-    if experts.iter().flatten().all(Weight::is_view) {
+    if experts.iter().flatten().all(|weight| is_stored(moe, weight)) {
         return None;
     }
     let first = experts.first()?.first()?;
@@ -43,28 +44,28 @@ fn assemble(names: &Names, moe: &MoeSource, projections: &[Projection], name: &s
     let dtype = types.max_by_key(Dtype::bitsize).unwrap_or(first.replacement_dtype());
     let parts = projections.len();
     let width = out * parts;
-    let mut bytes = Vec::new();
-    if names.storage == ExpertStorage::OutputMajor {
-        experts.iter().flatten().for_each(|weight| bytes.extend(encode_f32(dtype, &weight.to_f32())));
-        return Some(Tensor::owned(name, dtype, vec![experts.len(), width, input], bytes));
-    }
-    let mut values = vec![0.0; width * input];
+    let (mut bytes, mut values) = (Vec::new(), vec![0.0; width * input]);
     for weights in &experts {
         for (part, weight) in weights.iter().enumerate() {
             for (r, row) in weight.to_f32().chunks_exact(input).enumerate() {
                 let column = column(names, parts, out, part, r);
-                row.iter().enumerate().for_each(|(c, value)| values[c * width + column] = *value);
+                if moe.fused_output_major {
+                    values[column * input..][..input].copy_from_slice(row);
+                } else {
+                    row.iter().enumerate().for_each(|(c, value)| values[c * width + column] = *value);
+                }
             }
         }
         bytes.extend(encode_f32(dtype, &values));
     }
-    Some(Tensor::owned(name, dtype, vec![experts.len(), input, width], bytes))
+    let [rows, cols] = if moe.fused_output_major { [width, input] } else { [input, width] };
+    Some(Tensor::owned(name, dtype, vec![experts.len(), rows, cols], bytes))
 }
 
 /// All experts' biases of the listed projections, `[experts, out of all]`; `None` where all are as they were stored,
 /// which they are where the matrices are.
 fn assemble_biases(names: &Names, moe: &MoeSource, projections: &[Projection], name: &str) -> Option<Tensor> {
-    if moe.experts.iter().flat_map(StoredExpert::weights).all(Weight::is_view) {
+    if moe.experts.iter().flat_map(StoredExpert::weights).all(|weight| is_stored(moe, weight)) {
         return None;
     }
     let parts = projections.len();
@@ -85,6 +86,11 @@ fn assemble_biases(names: &Names, moe: &MoeSource, projections: &[Projection], n
         bytes.extend(encode_f32(dtype, &values));
     }
     Some(Tensor::owned(name, dtype?, vec![moe.experts.len(), width], bytes))
+}
+
+/// Whether a matrix is part of the tensors that `moe` was stored in.
+fn is_stored(moe: &MoeSource, weight: &Weight) -> bool {
+    moe.fused.iter().any(|stored| weight.is_part_of(stored))
 }
 
 /// Where output `r` of projection number `part`, one of `parts` with `out` outputs each, stands among all of them.

@@ -203,7 +203,8 @@ pub(crate) fn other_tensors(
         None => Vec::new(),
         Some(moe) => {
             let router = moe.router.tensors().map(|t| t.name().to_string());
-            names.experts(l).into_iter().chain(router).collect()
+            let fused = moe.fused.iter().map(|t| t.name().to_string());
+            names.experts(l).into_iter().chain(router).chain(fused).collect()
         }
     };
     let prefix = names.layer(l);

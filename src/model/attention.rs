@@ -7,7 +7,9 @@ use super::layer::{Linear, Scratch, norm_weight};
 use super::recurrent::{Convolution, Delta};
 use super::source::{AttentionSource, LinearSource};
 use super::stream::Memory;
-use crate::architecture::{AttentionSpec, GroupedAttention, LatentAttention, QkNorm, RelativeBias, Span};
+use crate::architecture::{
+    AttentionSpec, GroupedAttention, LatentAttention, OutputGate, QkNorm, RelativeBias, Span,
+};
 use crate::backend::{AttentionShape, AttentionTerms, Backend, Batch, HeadLayout, Keys, LatentShape, Result};
 use crate::checkpoint::{Dtype, Tensor};
 
@@ -24,6 +26,7 @@ pub(super) struct Grouped<B: Backend> {
     norms: Option<[B::Vector; 2]>,
     sinks: Option<B::Vector>,
     bias: Option<B::Vector>,
+    gate: Option<Linear<B>>,
     output: Linear<B>,
     rotation: Option<Arc<B::Rotation>>,
 }
@@ -52,7 +55,7 @@ impl<B: Backend> Attention<B> {
         Ok(match (spec, source) {
             (
                 AttentionSpec::Grouped(spec),
-                AttentionSource::Grouped { qkv: [q, k, v], norms, sinks, bias, output },
+                AttentionSource::Grouped { qkv: [q, k, v], norms, sinks, bias, gate, output },
             ) => {
                 let ones = Tensor::from_f32("", Dtype::F32, vec![spec.head_dim], &vec![1.0; spec.head_dim]);
                 let norms = match (norms, spec.qk_norm) {
@@ -72,6 +75,7 @@ impl<B: Backend> Attention<B> {
                         (Some(spec), Some(stored)) => Some(backend.vector(&bias_table(spec, stored)?)?),
                         _ => None,
                     },
+                    gate: gate.as_ref().map(linear).transpose()?,
                     output: linear(output)?,
                     rotation,
                 })
@@ -111,8 +115,8 @@ impl<B: Backend> Attention<B> {
         };
         Ok(match self {
             Attention::Grouped(Grouped { spec, .. }) => {
-                let width = spec.kv_heads * spec.head_dim;
-                let rows = Rows::Grouped { keys: buffer(width)?, values: buffer(width)? };
+                let [keys, values] = [spec.head_dim, spec.value_dim].map(|dim| spec.kv_heads * dim);
+                let rows = Rows::Grouped { keys: buffer(keys)?, values: buffer(values)? };
                 LayerCache::new(rows, spec.span)
             }
             Attention::Latent(Latent { spec, .. }) => {
@@ -208,8 +212,8 @@ impl<B: Backend> Grouped<B> {
         s: &mut Scratch<B>,
         cache: Option<&mut LayerCache<B>>,
     ) -> Result<()> {
-        let Grouped { spec, qkv: [q, k, v], norms, sinks, bias, output, rotation } = self;
-        if spec.gated {
+        let Grouped { spec, qkv: [q, k, v], norms, sinks, bias, gate, output, rotation } = self;
+        if spec.output_gate == OutputGate::BehindQuery {
             q.apply(backend, &s.normed, &mut s.up)?;
             let pairs = |start: usize| HeadLayout { heads: spec.heads, stride: 2 * spec.head_dim, start };
             for (start, part) in [(0, &mut s.query), (spec.head_dim, &mut s.gate)] {
@@ -221,6 +225,9 @@ impl<B: Backend> Grouped<B> {
         }
         k.apply(backend, &s.normed, &mut s.key)?;
         v.apply(backend, &s.normed, &mut s.value)?;
+        if spec.value_scale != 1.0 {
+            backend.scale(&mut s.value, spec.value_scale)?;
+        }
         let norm = |s: &mut Scratch<B>| match norms {
             None => Ok(()),
             Some([q_norm, k_norm]) => {
@@ -228,7 +235,7 @@ impl<B: Backend> Grouped<B> {
                 backend.rms_norm_heads(&mut s.key, k_norm, eps)
             }
         };
-        if spec.qk_norm != QkNorm::Unweighted {
+        if !spec.qk_norm.is_rotated() {
             norm(s)?;
         }
         if let Some(limit) = spec.clip {
@@ -241,7 +248,7 @@ impl<B: Backend> Grouped<B> {
             backend.rotate(&mut s.query, rotation, heads(spec.heads), batch)?;
             backend.rotate(&mut s.key, rotation, heads(spec.kv_heads), batch)?;
         }
-        if spec.qk_norm == QkNorm::Unweighted {
+        if spec.qk_norm.is_rotated() {
             norm(s)?;
         }
         let mut mask = None;
@@ -269,7 +276,10 @@ impl<B: Backend> Grouped<B> {
         let keys = Keys::Grouped { key, value, kv_heads: spec.kv_heads };
         let terms = AttentionTerms { sinks: sinks.as_ref(), bias: bias.as_ref(), mask };
         backend.attend(&s.query, keys, terms, shape, batch, &mut s.attended)?;
-        if spec.gated {
+        if let Some(gate) = gate {
+            gate.apply(backend, &s.normed, &mut s.gate)?;
+        }
+        if spec.output_gate != OutputGate::None {
             backend.sigmoid_gate(&mut s.attended, &s.gate)?;
         }
         output.apply(backend, &s.attended, &mut s.out)
@@ -279,7 +289,7 @@ impl<B: Backend> Grouped<B> {
         AttentionShape {
             heads: spec.heads,
             query_dim: spec.head_dim,
-            value_dim: spec.head_dim,
+            value_dim: spec.value_dim,
             scale: spec.scale,
             temperature: spec.temperature,
             span: spec.span,
@@ -426,7 +436,7 @@ impl<B: Backend> Latent<B> {
             query_dim,
             value_dim,
             scale: self.spec.scale,
-            temperature: None,
+            temperature: self.spec.temperature,
             span: Span::Full,
             first_key,
             end_key: batch.start + batch.length,

@@ -28,7 +28,7 @@ pub struct CrossCache<B: Backend> {
 
 /// One row per token.
 pub(super) enum Rows<B: Backend> {
-    /// `[tokens, kv_heads · head_dim]` each.
+    /// `[tokens, kv_heads · head_dim]` and `[tokens, kv_heads · value_dim]`.
     Grouped { keys: B::Buffer, values: B::Buffer },
     /// `[tokens, latent_dim + rope_dim]`.
     Latent(B::Buffer),

@@ -88,7 +88,7 @@ impl<'m, B: Backend> Decoder<'m, B> {
         let backend = self.model.backend();
         let (mut x, mut memory, mut scratch) = (backend.buffer(), backend.buffer(), Scratch::new(backend));
         let batch = Batch::piece(0, source.len(), source.len());
-        backend.embed(embedding, source, &mut x)?;
+        self.model.embed(embedding, source, &mut x)?;
         for layer in encoder {
             layer.attend_with(backend, &mut x, &batch, &mut scratch, None)?;
             layer.feed(backend, &mut x, &batch, &mut scratch, None)?;
@@ -208,7 +208,7 @@ impl<B: Backend> Sequence<'_, B> {
         let Decoder { model, embedding, .. } = self.decoder;
         let backend = model.backend();
         let batch = Batch::piece(start, end - start, total);
-        backend.embed(embedding, &self.ids[start..end], &mut self.x)?;
+        model.embed(embedding, &self.ids[start..end], &mut self.x)?;
         let cross = self.cross.iter().map(Option::as_ref).chain(std::iter::repeat(None));
         for ((layer, cache), cross) in self.decoder.own_layers().iter().zip(&mut self.caches).zip(cross) {
             layer.extend(backend, &mut self.x, &batch, &mut self.scratch, cache, cross)?;

@@ -4,7 +4,7 @@ use super::source::{AttentionSource, DeltaInput, FeedForwardSource, LayerSource,
 use super::{Error, Result};
 use crate::architecture::{
     Architecture, AttentionSpec, DeltaProjections, FeedForwardSpec, GatedDelta, GroupedAttention,
-    LatentAttention, Packing, Projection, QkNorm, ShortConvolution,
+    LatentAttention, NormKind, OutputGate, Packing, Projection, QkNorm, ShortConvolution,
 };
 use crate::backend::Mlp;
 use crate::checkpoint::{Checkpoint, Dtype, Error as CheckpointError, Stride, Tensor, Weight};
@@ -70,7 +70,7 @@ impl Finder<'_> {
     }
 
     /// `{prefix}.weight` and, where there is one, `{prefix}.bias`.
-    fn linear(&self, prefix: &str, out: usize, input: usize, bias: bool) -> Result<LinearSource> {
+    pub(super) fn linear(&self, prefix: &str, out: usize, input: usize, bias: bool) -> Result<LinearSource> {
         let weight = self.weight(prefix, out, input)?;
         Ok(LinearSource { weight, bias: self.bias(prefix, out, bias)? })
     }
@@ -89,20 +89,36 @@ impl Finder<'_> {
     }
 
     fn norm(&self, prefix: &str) -> Result<NormSource> {
-        let Architecture { hidden_size, norm_bias, .. } = *self.architecture;
+        let Architecture { hidden_size, norm, .. } = *self.architecture;
         Ok(NormSource {
             weight: self.numbers(&format!("{prefix}.weight"), &[hidden_size])?,
-            bias: self.bias(prefix, hidden_size, norm_bias)?,
+            bias: match norm {
+                NormKind::Rms => None,
+                NormKind::Layer { bias: true } => self.bias(prefix, hidden_size, true)?,
+                NormKind::Layer { bias: false } => Some(no_bias(hidden_size)),
+            },
         })
+    }
+
+    fn norm_where(&self, is_there: bool, prefix: &str) -> Result<Option<NormSource>> {
+        is_there.then(|| self.norm(prefix)).transpose()
     }
 
     pub(super) fn layer(&self) -> Result<LayerSource> {
         let (l, names) = (self.l, &self.architecture.names);
         let spec = &self.architecture.layers[l];
+        let placement = self.architecture.norm_placement;
+        let has_experts = matches!(spec.feed_forward, FeedForwardSpec::Moe(_));
+        let output_norms = names.feed_forward_output_norms(l);
+        let output_norm = self.either(&output_norms, ".weight");
         Ok(LayerSource {
             layer: l,
-            input_norm: self.norm(&names.input_norm(l))?,
-            post_attention_norm: self.norm(&names.post_attention_norm(l))?,
+            input_norm: self.norm_where(placement.is_before(), &names.input_norm(l))?,
+            attention_output_norm: self
+                .norm_where(placement.is_behind_attention(), &names.attention_output_norm(l))?,
+            post_attention_norm: self.norm_where(placement.is_before(), &names.post_attention_norm(l))?,
+            feed_forward_output_norm: self
+                .norm_where(placement.is_behind_feed_forward(has_experts), output_norm)?,
             attention: self.attention(&spec.attention)?,
             cross: match &spec.attention {
                 AttentionSpec::Grouped(a) if a.cross => Some(self.cross_attention(a)?),
@@ -125,23 +141,31 @@ impl Finder<'_> {
         match spec {
             AttentionSpec::Grouped(a) => {
                 let (q, kv) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
+                let (values, names) = (a.value_dim, &self.architecture.names);
                 let norm = |which: usize, whole: usize| {
                     let width = if a.qk_norm == QkNorm::Whole { whole } else { a.head_dim };
                     let name = self.architecture.names.qk_norms[which];
                     self.attention_vector(&format!("{name}.weight"), width)
                 };
-                let gated_q = if a.gated { 2 * q } else { q };
+                let sinks = || {
+                    let stored = names.sinks.map(|sinks| names.attention(self.l, sinks));
+                    self.numbers(self.either(&stored, ""), &[a.heads])
+                };
+                let gate = || self.attention_linear("gate_proj", a.heads * values, d, false);
+                let gated_q = if a.output_gate == OutputGate::BehindQuery { 2 * q } else { q };
                 Ok(AttentionSource::Grouped {
                     qkv: [
                         self.attention_linear("q_proj", gated_q, d, a.qkv_bias)?,
                         self.attention_linear("k_proj", kv, d, a.qkv_bias)?,
-                        self.attention_linear("v_proj", kv, d, a.qkv_bias)?,
+                        self.attention_linear("v_proj", a.kv_heads * values, d, a.qkv_bias)?,
                     ],
                     norms: match a.qk_norm {
                         QkNorm::None | QkNorm::Unweighted => None,
-                        QkNorm::PerHead | QkNorm::Whole => Some([norm(0, q)?, norm(1, kv)?]),
+                        QkNorm::PerHead | QkNorm::PerHeadRotated | QkNorm::Whole => {
+                            Some([norm(0, q)?, norm(1, kv)?])
+                        }
                     },
-                    sinks: a.sinks.then(|| self.attention_vector("sinks", a.heads)).transpose()?,
+                    sinks: a.sinks.then(sinks).transpose()?,
                     bias: match a.bias {
                         None => None,
                         Some(bias) => {
@@ -149,10 +173,11 @@ impl Finder<'_> {
                             Some(self.numbers(&name, &[bias.buckets, a.heads])?)
                         }
                     },
+                    gate: (a.output_gate == OutputGate::Separate).then(gate).transpose()?,
                     output: self.attention_linear(
-                        self.architecture.names.attention_output,
+                        names.attention_output,
                         d,
-                        q,
+                        a.heads * values,
                         a.output_bias,
                     )?,
                 })
@@ -175,6 +200,7 @@ impl Finder<'_> {
             norms: None,
             sinks: None,
             bias: None,
+            gate: None,
             output: linear("o_proj", d, q)?,
         };
         Ok((self.norm(&names.cross_norm(l))?, attention))
@@ -250,4 +276,9 @@ impl Finder<'_> {
             activation,
         })
     }
+}
+
+/// The bias of a layer norm that has none.
+pub(super) fn no_bias(length: usize) -> Tensor {
+    Tensor::from_f32("", Dtype::F32, vec![length], &vec![0.0; length])
 }

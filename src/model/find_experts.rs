@@ -1,7 +1,7 @@
 //! Finding router and experts of a layer: separate or fused, plain or packed, stock or in the moepress layout.
 
 use super::find::Finder;
-use super::source::MoeSource;
+use super::source::{LinearSource, MoeSource};
 use super::{Error, Result};
 use crate::architecture::{Choice, ExpertStorage, MoeSpec, Projection};
 use crate::backend::{Base, Expert, Linear, Matrix, Mlp, RouterWeights, StoredExpert};
@@ -20,7 +20,7 @@ impl Finder<'_> {
             let numbers: Vec<usize> = entry.experts.iter().map(|e| e.expert).collect();
             let experts = self.listed_experts(entry, moe, &numbers)?;
             base = self.base(moe, &experts)?;
-            (experts, Vec::new(), numbers)
+            (experts, Fused::default(), numbers)
         } else {
             let (experts, fused) = self.all_experts(moe)?;
             (experts, fused, (0..moe.experts).collect())
@@ -33,7 +33,7 @@ impl Finder<'_> {
                     Weight::plain(gate).map_err(|e| self.error(e))
                 };
                 let gate = shared.gated.then(gate).transpose()?;
-                Some((self.mlp(shared.width, |p| names.shared(l, p))?, gate))
+                Some((self.shared_mlp(shared.width)?, gate))
             }
         };
         let source = MoeSource {
@@ -46,10 +46,33 @@ impl Finder<'_> {
             numbers,
             original_experts: moe.experts,
             shared,
-            fused,
+            fused: fused.tensors,
+            fused_output_major: fused.output_major,
         };
         source.check_choices(l)?;
         Ok(source)
+    }
+
+    /// The shared expert, whichever way it is stored.
+    fn shared_mlp(&self, width: usize) -> Result<Mlp<LinearSource>> {
+        let (names, d) = (&self.architecture.names, self.architecture.hidden_size);
+        let Some([gate_up, down]) = names.shared_gate_up(self.l) else {
+            return self.mlp(width, |p| {
+                let both = names.shared(self.l, p);
+                self.either(&both, ".weight").to_string()
+            });
+        };
+        let stored = self.numbers(&format!("{gate_up}.weight"), &[2 * width, d])?;
+        let rows = |first: usize| {
+            let weight = Weight::plain(stored.rows(first, width)).map_err(|e| self.error(e))?;
+            Ok::<_, Error>(Linear { weight, bias: None })
+        };
+        Ok(Mlp {
+            gate: rows(0)?,
+            up: Some(rows(width)?),
+            down: self.linear(&down, d, width, false)?,
+            activation: self.architecture.dense_activation,
+        })
     }
 
     fn router(&self, moe: &MoeSpec, experts: usize) -> Result<RouterWeights> {
@@ -73,26 +96,58 @@ impl Finder<'_> {
     }
 
     /// The experts of a stock checkpoint, and the tensors that hold them together where the family's own layout does.
-    fn all_experts(&self, moe: &MoeSpec) -> Result<(Vec<StoredExpert>, Vec<Tensor>)> {
+    fn all_experts(&self, moe: &MoeSpec) -> Result<(Vec<StoredExpert>, Fused)> {
         let [gate_up, down] = [false, true].map(|down| self.architecture.names.fused(self.l, down));
-        let storage = self.architecture.names.storage;
-        if let ExpertStorage::Fused { interleaved } = storage {
-            return self.fused(moe, &gate_up[0], &down[0], interleaved);
+        match self.architecture.names.storage {
+            // Only the layout that transformers 5 can write has tensors of these names.
+            ExpertStorage::Separate if self.checkpoint.get(&gate_up[1]).is_some() => {
+                Ok((self.rewritten(moe, &gate_up[1], &down[1])?, Fused::default()))
+            }
+            ExpertStorage::Separate => self.separate(moe),
+            ExpertStorage::OutputMajor => {
+                let names = [self.either(&gate_up, ""), self.either(&down, "")];
+                // Packed ones come apart.
+                if self.checkpoint.get(names[0]).is_none() && self.has_separate() {
+                    return self.separate(moe);
+                }
+                self.output_major_stacks(moe, names)
+            }
+            ExpertStorage::Transposed if self.is_output_major(moe, [&gate_up[0], &down[0]]) => {
+                self.output_major_stacks(moe, [&gate_up[0], &down[0]])
+            }
+            storage @ (ExpertStorage::Transposed | ExpertStorage::Fused { .. }) => {
+                let interleaved = storage == ExpertStorage::Fused { interleaved: true };
+                let (experts, tensors) = self.fused(moe, &gate_up[0], &down[0], interleaved)?;
+                Ok((experts, Fused { tensors, output_major: false }))
+            }
         }
-        // One tensor per expert and matrix, unless there are tensors of these names.
-        let [gate_up, down] = [&gate_up[1], &down[1]];
-        if self.checkpoint.get(gate_up).is_none() {
-            let experts = (0..moe.experts).map(|e| self.expert(e, moe, moe.width, [Kind::Dense; 3]));
-            return Ok((experts.collect::<Result<_>>()?, Vec::new()));
-        }
-        let experts = self.rewritten(moe, gate_up, down)?;
-        let mut stored = Vec::new();
-        if storage == ExpertStorage::OutputMajor {
-            let names =
-                [gate_up, down].into_iter().flat_map(|stem| [stem.clone(), format!("{stem}_scale_inv")]);
-            stored.extend(names.filter_map(|name| self.checkpoint.get(&name).cloned()));
-        }
-        Ok((experts, stored))
+    }
+
+    /// One tensor per expert and matrix.
+    fn separate(&self, moe: &MoeSpec) -> Result<(Vec<StoredExpert>, Fused)> {
+        let experts = (0..moe.experts).map(|e| self.expert(e, moe, moe.width, [Kind::Dense; 3]));
+        Ok((experts.collect::<Result<_>>()?, Fused::default()))
+    }
+
+    fn has_separate(&self) -> bool {
+        self.checkpoint.get(&self.weight_name(0, Projection::Gate)).is_some()
+    }
+
+    /// Experts whose own layout is [`ExpertStorage::OutputMajor`], and the tensors with these names.
+    fn output_major_stacks(&self, moe: &MoeSpec, names: [&str; 2]) -> Result<(Vec<StoredExpert>, Fused)> {
+        let experts = self.rewritten(moe, names[0], names[1])?;
+        let stored = names.iter().flat_map(|name| [(*name).to_string(), format!("{name}_scale_inv")]);
+        let tensors = stored.filter_map(|name| self.checkpoint.get(&name).cloned()).collect();
+        Ok((experts, Fused { tensors, output_major: true }))
+    }
+
+    /// Whether matrices that a family publishes input-major are stored as transformers 5 holds them in memory.
+    fn is_output_major(&self, moe: &MoeSpec, [gate_up, down]: [&str; 2]) -> bool {
+        let (n, d, width) = (moe.experts, self.architecture.hidden_size, moe.width);
+        let has =
+            |name: &str, shape: [usize; 3]| self.checkpoint.get(name).is_some_and(|t| t.shape() == shape);
+        // One of the two is not square.
+        has(gate_up, [n, 2 * width, d]) && has(down, [n, d, width])
     }
 
     /// Experts that transformers 5 fused: gate rows, then up rows.
@@ -296,6 +351,14 @@ impl Finder<'_> {
         };
         assemble(moe, map)
     }
+}
+
+/// The tensors that hold all experts of a layer together, where the family's own layout has such.
+#[derive(Default)]
+struct Fused {
+    tensors: Vec<Tensor>,
+    /// Whether they are `[experts, out, in]`.
+    output_major: bool,
 }
 
 /// How a matrix is stored.

@@ -1,5 +1,5 @@
-//! One layer: x += attention(norm(x)); x += feed_forward(norm(x)); behind an encoder, with an attention to its output
-//! between the two.
+//! One layer: x += attention(norm(x)); x += feed_forward(norm(x)); in some families with norms behind attention and
+//! feed-forward part instead, or as well; behind an encoder, with an attention to its output between the two.
 
 use std::sync::Arc;
 
@@ -15,9 +15,13 @@ use crate::checkpoint::{Dtype, Tensor};
 
 /// A layer prepared for a backend.
 pub struct Layer<B: Backend> {
-    input_norm: Norm<B>,
-    post_attention_norm: Norm<B>,
+    input_norm: Option<Norm<B>>,
+    attention_output_norm: Option<Norm<B>>,
+    post_attention_norm: Option<Norm<B>>,
+    feed_forward_output_norm: Option<Norm<B>>,
     eps: f32,
+    /// Factor of what the halves add.
+    residual_scale: f32,
     attention: Attention<B>,
     /// To the encoder's output, with the norm before it.
     cross: Option<(Norm<B>, Attention<B>)>,
@@ -137,10 +141,14 @@ impl<B: Backend> Layer<B> {
         let spec = &architecture.layers[source.layer].attention;
         let centred = architecture.zero_centred_norms;
         let norm = |source: &NormSource| Norm::prepare(backend, source, centred);
+        let norm_where = |source: &Option<NormSource>| source.as_ref().map(norm).transpose();
         Ok(Layer {
-            input_norm: norm(&source.input_norm)?,
-            post_attention_norm: norm(&source.post_attention_norm)?,
+            input_norm: norm_where(&source.input_norm)?,
+            attention_output_norm: norm_where(&source.attention_output_norm)?,
+            post_attention_norm: norm_where(&source.post_attention_norm)?,
+            feed_forward_output_norm: norm_where(&source.feed_forward_output_norm)?,
             eps: architecture.norm_eps,
+            residual_scale: architecture.residual_scale,
             attention: Attention::prepare(backend, spec, &source.attention, rotation, centred)?,
             cross: match &source.cross {
                 None => None,
@@ -149,7 +157,7 @@ impl<B: Backend> Layer<B> {
                     Some((norm(cross_norm)?, attention))
                 }
             },
-            encoder_norm: source.encoder_norm.as_ref().map(norm).transpose()?,
+            encoder_norm: norm_where(&source.encoder_norm)?,
             feed_forward: FeedForward::prepare(backend, source)?,
         })
     }
@@ -262,9 +270,9 @@ impl<B: Backend> Layer<B> {
         scratch: &mut Scratch<B>,
         cache: Option<&mut LayerCache<B>>,
     ) -> Result<()> {
-        self.input_norm.apply(backend, x, self.eps, &mut scratch.normed)?;
+        self.enter_half(backend, self.input_norm.as_ref(), x, scratch)?;
         self.attention.apply(backend, self.eps, batch, scratch, cache)?;
-        Ok(backend.add(x, &scratch.out)?)
+        self.leave_half(backend, self.attention_output_norm.as_ref(), x, scratch)
     }
 
     /// The feed-forward half.
@@ -276,9 +284,54 @@ impl<B: Backend> Layer<B> {
         scratch: &mut Scratch<B>,
         observe: Option<Observation<'_, B>>,
     ) -> Result<()> {
-        self.post_attention_norm.apply(backend, x, self.eps, &mut scratch.normed)?;
+        self.enter_feed_forward(backend, x, scratch)?;
         self.feed_forward.apply(backend, batch, scratch, observe)?;
+        self.leave_feed_forward(backend, x, scratch)
+    }
+
+    /// The input of the feed-forward part into `scratch.normed`.
+    fn enter_feed_forward(&self, backend: &B, x: &B::Buffer, scratch: &mut Scratch<B>) -> Result<()> {
+        self.enter_half(backend, self.post_attention_norm.as_ref(), x, scratch)
+    }
+
+    /// Adds the output of the feed-forward part in `scratch.out` to `x`.
+    fn leave_feed_forward(&self, backend: &B, x: &mut B::Buffer, scratch: &mut Scratch<B>) -> Result<()> {
+        self.leave_half(backend, self.feed_forward_output_norm.as_ref(), x, scratch)
+    }
+
+    fn enter_half(
+        &self,
+        backend: &B,
+        norm: Option<&Norm<B>>,
+        x: &B::Buffer,
+        scratch: &mut Scratch<B>,
+    ) -> Result<()> {
+        match norm {
+            Some(norm) => Ok(norm.apply(backend, x, self.eps, &mut scratch.normed)?),
+            None => Ok(backend.copy(x, &mut scratch.normed)?),
+        }
+    }
+
+    fn leave_half(
+        &self,
+        backend: &B,
+        norm: Option<&Norm<B>>,
+        x: &mut B::Buffer,
+        scratch: &mut Scratch<B>,
+    ) -> Result<()> {
+        if let Some(norm) = norm {
+            norm.apply(backend, &scratch.out, self.eps, &mut scratch.normed)?;
+            std::mem::swap(&mut scratch.out, &mut scratch.normed);
+        }
+        if self.residual_scale != 1.0 {
+            backend.scale(&mut scratch.out, self.residual_scale)?;
+        }
         Ok(backend.add(x, &scratch.out)?)
+    }
+
+    /// By what factor the output of the feed-forward part enters the residual stream; `None` where a norm lies between.
+    pub fn output_factor(&self) -> Option<f32> {
+        self.feed_forward_output_norm.is_none().then_some(self.residual_scale)
     }
 
     /// Another router for the layer's experts, such as one that cannot choose some of them.
@@ -299,11 +352,11 @@ impl<B: Backend> Layer<B> {
         scratch: &mut Scratch<B>,
         router: &B::Router,
     ) -> Result<()> {
-        self.post_attention_norm.apply(backend, x, self.eps, &mut scratch.normed)?;
+        self.enter_feed_forward(backend, x, scratch)?;
         if let FeedForward::Moe(moe) = &self.feed_forward {
             moe.apply(backend, batch, scratch, Some(router), None)?;
         }
-        Ok(backend.add(x, &scratch.out)?)
+        self.leave_feed_forward(backend, x, scratch)
     }
 
     /// Routes the feed-forward half's input, with `router` or the layer's own, whatever the capacity of experts; leaves `x`
@@ -316,7 +369,7 @@ impl<B: Backend> Layer<B> {
         scratch: &mut Scratch<B>,
         router: Option<&B::Router>,
     ) -> Result<Routes> {
-        self.post_attention_norm.apply(backend, x, self.eps, &mut scratch.normed)?;
+        self.enter_feed_forward(backend, x, scratch)?;
         if let FeedForward::Moe(moe) = &self.feed_forward {
             moe.route(backend, scratch, router)?;
         }
@@ -350,7 +403,7 @@ impl<B: Backend> Layer<B> {
     /// apart, on the host, with room for every token where experts have a capacity. `None` where the layer has no router.
     pub fn dissect(&self, backend: &B, x: &B::Buffer, scratch: &mut Scratch<B>) -> Result<Option<Dissected>> {
         let FeedForward::Moe(moe) = &self.feed_forward else { return Ok(None) };
-        self.post_attention_norm.apply(backend, x, self.eps, &mut scratch.normed)?;
+        self.enter_feed_forward(backend, x, scratch)?;
         moe.route(backend, scratch, None)?;
         moe.run_routed(backend, scratch)?;
         let routed = backend.download(&scratch.out)?;

@@ -32,7 +32,7 @@ pub use stream::{Chunk, Memory, Stream, TOKENS_PER_CHUNK};
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::architecture::{Architecture, Names, Rope};
+use crate::architecture::{Architecture, Names, NormKind, Rope};
 use crate::backend::Backend;
 use crate::checkpoint::{Checkpoint, Dtype, Tensor, Weight};
 
@@ -133,11 +133,21 @@ impl<'a, B: Backend> Model<'a, B> {
         if has_own { self.table(&name) } else { self.embedding() }
     }
 
+    /// The residual stream of the tokens `ids` before the first layer, into `out`.
+    pub(super) fn embed(&self, table: &B::Weight, ids: &[u32], out: &mut B::Buffer) -> Result<()> {
+        self.backend.embed(table, ids, out)?;
+        match self.architecture.embedding_scale {
+            1.0 => Ok(()),
+            scale => Ok(self.backend.scale(out, scale)?),
+        }
+    }
+
     /// The output head: final norm and projection.
     pub fn head(&self) -> Result<Head<B>> {
         // After the last layer, as before every other one.
         self.checkpoint.check_unchanged()?;
-        let Architecture { hidden_size, vocabulary, norm_bias, head_bias, ref names, .. } = self.architecture;
+        let Architecture { hidden_size, vocabulary, norm: kind, head_bias, ref names, .. } =
+            self.architecture;
         let tensor = |name: &str, length: usize| {
             let tensor = self.checkpoint.tensor(name)?;
             tensor.check_shape(&[length])?;
@@ -147,7 +157,11 @@ impl<'a, B: Backend> Model<'a, B> {
         };
         let vector = |name: &str, length: usize| Ok::<_, Error>(self.backend.vector(&tensor(name, length)?)?);
         let norm = names.final_norm();
-        let norm_bias = norm_bias.then(|| vector(&format!("{norm}.bias"), hidden_size)).transpose()?;
+        let norm_bias = match kind {
+            NormKind::Rms => None,
+            NormKind::Layer { bias: true } => Some(vector(&format!("{norm}.bias"), hidden_size)?),
+            NormKind::Layer { bias: false } => Some(self.backend.vector(&find::no_bias(hidden_size))?),
+        };
         // A factor of the head's input is one of the norm's weight.
         let weight = tensor(&format!("{norm}.weight"), hidden_size)?;
         let weight = layer::norm_weight(&weight, self.architecture.zero_centred_norms)?;

@@ -14,9 +14,13 @@ pub struct LayerSource {
     /// 0-based layer.
     pub layer: usize,
     /// Norm before the attention.
-    pub input_norm: NormSource,
+    pub input_norm: Option<NormSource>,
+    /// Norm behind the attention, before its output is added.
+    pub attention_output_norm: Option<NormSource>,
     /// Norm before the feed-forward part.
-    pub post_attention_norm: NormSource,
+    pub post_attention_norm: Option<NormSource>,
+    /// Norm behind the feed-forward part.
+    pub feed_forward_output_norm: Option<NormSource>,
     /// The attention's parameters, in the order in which [`super::Layer`] takes them.
     pub attention: AttentionSource,
     /// Norm before, and parameters of, the attention to the encoder's output.
@@ -30,7 +34,7 @@ pub struct LayerSource {
 /// A linear map with an optional bias.
 pub type LinearSource = Linear<Weight, Tensor>;
 
-/// A norm: RMS, or with a bias a layer norm.
+/// A norm: RMS, or with a bias a layer norm; the bias of one that has none is all zeros.
 #[derive(Clone, Debug)]
 pub struct NormSource {
     /// `[hidden]`.
@@ -52,6 +56,8 @@ pub enum AttentionSource {
         sinks: Option<Tensor>,
         /// Biases by relative position, `[buckets, heads]`.
         bias: Option<Tensor>,
+        /// Projection to the gate of what the heads give.
+        gate: Option<LinearSource>,
         /// Output projection.
         output: LinearSource,
     },
@@ -162,6 +168,8 @@ pub struct MoeSource {
     /// Where the family's stock layout holds all experts of a layer together: the tensors that it does so in, one entry
     /// of the first dimension per expert of the original model. Else empty.
     pub fused: Vec<Tensor>,
+    /// Whether those hold `[experts, out, in]` instead of `[experts, in, out]`; packed ones always do.
+    pub fused_output_major: bool,
 }
 
 impl MoeSource {
@@ -246,7 +254,9 @@ impl LayerSource {
 
     /// Every vector of the layer, and the router.
     pub fn vectors(&self) -> Vec<&Tensor> {
-        let norms = [&self.input_norm, &self.post_attention_norm].into_iter().chain(&self.encoder_norm);
+        let [before, behind] = [&self.input_norm, &self.attention_output_norm];
+        let norms = before.iter().chain(behind).chain(&self.post_attention_norm);
+        let norms = norms.chain(&self.feed_forward_output_norm).chain(&self.encoder_norm);
         let norms = norms.chain(self.cross.iter().map(|(norm, _)| norm));
         let mut all: Vec<&Tensor> = norms.flat_map(NormSource::tensors).collect();
         all.extend(self.linears().into_iter().filter_map(|linear| linear.bias.as_ref()));
@@ -307,7 +317,9 @@ impl AttentionSource {
 
     fn linears(&self) -> Vec<&LinearSource> {
         match self {
-            AttentionSource::Grouped { qkv, output, .. } => qkv.iter().chain([output]).collect(),
+            AttentionSource::Grouped { qkv, gate, output, .. } => {
+                qkv.iter().chain(gate).chain([output]).collect()
+            }
             AttentionSource::Latent { query, query_latent, latent, expand, output, .. } => {
                 let down = query_latent.iter().map(|(down, _)| down);
                 [query, latent, expand, output].into_iter().chain(down).collect()

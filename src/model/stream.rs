@@ -76,7 +76,7 @@ impl<'m, B: Backend> Stream<'m, B> {
             let batch = batch(windows, first, count);
             let start = first * windows.length;
             let mut x = backend.buffer();
-            backend.embed(table, &windows.ids[start..start + batch.tokens()], &mut x)?;
+            model.embed(table, &windows.ids[start..start + batch.tokens()], &mut x)?;
             Ok((x, batch))
         };
         let longest = windows.length.max(windows.decoder.as_ref().map_or(1, |d| d.length));

@@ -269,10 +269,11 @@ impl<B: Backend> Distillation<'_, '_, B> {
                 None => student.dissect(backend, &chunk.x, scratch)?,
                 Some(other) => {
                     student.attend(backend, other, scratch)?;
-                    if let Some(wanted) = &mut wanted {
-                        // What has been lost before the experts is theirs to make up for.
+                    if let (Some(wanted), Some(factor)) = (&mut wanted, student.output_factor()) {
+                        // What has been lost before the experts is theirs to make up for, unless a norm stands behind
+                        // them.
                         let (ours, theirs) = (backend.download(&other.x)?, backend.download(&chunk.x)?);
-                        let drift = theirs.iter().zip(&ours).map(|(t, o)| t - o);
+                        let drift = theirs.iter().zip(&ours).map(|(t, o)| (t - o) / factor);
                         wanted.routed.iter_mut().zip(drift).for_each(|(w, d)| *w += d);
                     }
                     student.dissect(backend, &other.x, scratch)?

@@ -460,6 +460,341 @@ LFM2_MOE = {k: v for k, v in COMMON.items() if k not in ("hidden_act", "attentio
     "tie_word_embeddings": True,
 }
 
+# Every factor away from 1, and published names for experts that are stored together.
+GRANITEMOE = COMMON | {
+    "model_type": "granitemoe",
+    "torch_dtype": "bfloat16",
+    "architectures": ["GraniteMoeForCausalLM"],
+    "intermediate_size": 16,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000,
+    "attention_bias": False,
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.25,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 0.75,
+    "tie_word_embeddings": True,
+}
+
+GRANITEMOESHARED = GRANITEMOE | {
+    "model_type": "granitemoeshared",
+    "architectures": ["GraniteMoeSharedForCausalLM"],
+    "shared_intermediate_size": 24,
+    "tie_word_embeddings": False,
+}
+
+# All layers attend, and without positions.
+GRANITEMOEHYBRID = GRANITEMOESHARED | {
+    "model_type": "granitemoehybrid",
+    "architectures": ["GraniteMoeHybridForCausalLM"],
+    "layer_types": ["attention", "attention"],
+    "position_embedding_type": "nope",
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+}
+
+MINIMAX_M2 = COMMON | {
+    "model_type": "minimax_m2",
+    "torch_dtype": "bfloat16",
+    "architectures": ["MiniMaxM2ForCausalLM"],
+    "head_dim": 12,
+    "intermediate_size": 16,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 5000000,
+    "partial_rotary_factor": 0.5,
+    "scoring_func": "sigmoid",
+    "use_routing_bias": True,
+    "use_qk_norm": True,
+    "qk_norm_type": "per_layer",
+    "num_mtp_modules": 1,
+    "shared_intermediate_size": 0,
+    "sliding_window": None,
+}
+
+GLM4_MOE_LITE = DEEPSEEK_V3 | {
+    "model_type": "glm4_moe_lite",
+    "architectures": ["Glm4MoeLiteForCausalLM"],
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.8,
+    "partial_rotary_factor": 1.0,
+    "mlp_layer_types": ["dense", "sparse"],
+    "rope_theta": 1000000,
+    "rope_scaling": None,
+    "rms_norm_eps": 1e-03,
+    "num_nextn_predict_layers": 1,
+}
+
+AXK1 = DEEPSEEK_V3 | {
+    "model_type": "axk1",
+    "architectures": ["AXK1ForCausalLM"],
+    "num_nextn_predict_layers": 0,
+}
+
+# Windows are longer than the first training's, so that scores grow.
+MISTRAL4 = DEEPSEEK_V3 | {
+    "model_type": "mistral4",
+    "architectures": ["Mistral4ForCausalLM"],
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+    "rope_scaling": None,
+    "rope_parameters": {
+        "type": "yarn",
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 16.0,
+        "original_max_position_embeddings": 8,
+        "max_position_embeddings": 640,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale_all_dim": 1.0,
+        "mscale": 1.0,
+        "llama_4_scaling_beta": 0.3,
+        "partial_rotary_factor": 0.4,
+    },
+}
+
+# Lists with a number for every layer, and a base stretched by alpha, as published.
+HUNYUAN_V1_MOE = COMMON | {
+    "model_type": "hunyuan_v1_moe",
+    "torch_dtype": "bfloat16",
+    "architectures": ["HunYuanMoEV1ForCausalLM"],
+    "head_dim": 12,
+    "intermediate_size": 16,
+    "moe_intermediate_size": [16, 16],
+    "num_experts": 5,
+    "num_shared_expert": [1, 1],
+    "moe_topk": [2, 2],
+    "norm_topk_prob": True,
+    "use_qk_norm": True,
+    "use_mixed_mlp_moe": True,
+    "use_cla": False,
+    "moe_layer_num_skipped": 0,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic"},
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+}
+
+FLEX_OLMO = COMMON | {
+    "model_type": "flex_olmo",
+    "torch_dtype": "bfloat16",
+    "architectures": ["FlexOlmoForCausalLM"],
+    "intermediate_size": 16,
+    "num_experts": 5,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": False,
+    "rope_theta": 500000,
+    "rope_scaling": None,
+    "rms_norm_eps": 1e-06,
+    "attention_bias": False,
+    "pad_token_id": 3,
+}
+
+# A dense layer with a window and a layer with experts and without positions.
+AFMOE = COMMON | {
+    "model_type": "afmoe",
+    "torch_dtype": "bfloat16",
+    "architectures": ["AfmoeForCausalLM"],
+    "head_dim": 12,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 16,
+    "num_dense_layers": 1,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "num_shared_experts": 1,
+    "route_scale": 2.5,
+    "route_norm": True,
+    "score_func": "sigmoid",
+    "n_group": 1,
+    "topk_group": 1,
+    "global_attn_every_n_layers": 2,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "mup_enabled": True,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000,
+    "rope_scaling": None,
+}
+
+SOLAR_OPEN = GLM4_MOE | {
+    "model_type": "solar_open",
+    "architectures": ["SolarOpenForCausalLM"],
+    "first_k_dense_replace": 0,
+    "use_qk_norm": False,
+    "attention_bias": False,
+    "partial_rotary_factor": 1.0,
+    "num_nextn_predict_layers": 0,
+}
+
+EXAONE_MOE = COMMON | {
+    "model_type": "exaone_moe",
+    "torch_dtype": "bfloat16",
+    "architectures": ["ExaoneMoEForCausalLM"],
+    "head_dim": 12,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 16,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "num_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "n_group": 1,
+    "topk_group": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "layer_types": ["sliding_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "sparse"],
+    "sliding_window": 8,
+    "sliding_window_pattern": "LG",
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000,
+    "rope_scaling": None,
+}
+
+HY_V3 = COMMON | {
+    "model_type": "hy_v3",
+    "torch_dtype": "bfloat16",
+    "architectures": ["HYV3ForCausalLM"],
+    "head_dim": 12,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 16,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "num_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "router_scaling_factor": 2.826,
+    "qk_norm": True,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 11158840.0,
+    "rope_scaling": None,
+}
+
+# The keys of the published config, which mean what transformers' own do.
+MIMO_V2_FLASH = COMMON | {
+    "model_type": "mimo_v2_flash",
+    "torch_dtype": "bfloat16",
+    "architectures": ["MiMoV2FlashForCausalLM"],
+    "num_key_value_heads": 1,
+    "head_dim": 12,
+    "v_head_dim": 10,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 12,
+    "swa_v_head_dim": 10,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 6,
+    "n_shared_experts": None,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": None,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "hybrid_layer_pattern": [0, 1],
+    "moe_layer_freq": [0, 1],
+    "sliding_window": 8,
+    "attention_value_scale": 0.707,
+    "add_swa_attention_sink_bias": True,
+    "add_full_attention_sink_bias": False,
+    "attention_bias": False,
+    "partial_rotary_factor": 0.334,
+    "rope_theta": 5000000,
+    "swa_rope_theta": 10000,
+    "layernorm_epsilon": 1e-05,
+}
+
+# A rotation for each kind of attention.
+MELLUM = QWEN3_MOE | {
+    "model_type": "mellum",
+    "torch_dtype": "bfloat16",
+    "architectures": ["MellumForCausalLM"],
+    "layer_types": ["sliding_attention", "full_attention"],
+    "mlp_layer_types": ["sparse", "sparse"],
+    "sliding_window": 8,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "yarn",
+            "rope_theta": 500000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}
+for key in ("rope_theta", "rope_scaling", "use_sliding_window", "decoder_sparse_step", "mlp_only_layers"):
+    del MELLUM[key]
+
+VISION = {
+    "depth": 1,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_heads": 2,
+    "in_channels": 1,
+    "patch_size": 2,
+    "spatial_merge_size": 1,
+    "temporal_patch_size": 1,
+}
+
+QWEN3_VL_MOE = {
+    "model_type": "qwen3_vl_moe",
+    "torch_dtype": "bfloat16",
+    "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+    "image_token_id": 60,
+    "video_token_id": 61,
+    "vision_start_token_id": 62,
+    "vision_end_token_id": 63,
+    "tie_word_embeddings": False,
+    "text_config": {key: value for key, value in QWEN3_MOE.items() if key not in ("architectures", "tie_word_embeddings")}
+    | {
+        "model_type": "qwen3_vl_moe_text",
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "rope_theta": 5000000,
+        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [2, 2, 2]},
+    },
+    "vision_config": VISION
+    | {
+        "model_type": "qwen3_vl_moe",
+        "out_hidden_size": 32,
+        "num_position_embeddings": 4,
+        "deepstack_visual_indexes": [0],
+    },
+}
+
+GLM4V_MOE = {
+    "model_type": "glm4v_moe",
+    "torch_dtype": "bfloat16",
+    "architectures": ["Glm4vMoeForConditionalGeneration"],
+    "image_token_id": 60,
+    "video_token_id": 61,
+    "image_start_token_id": 62,
+    "image_end_token_id": 63,
+    "tie_word_embeddings": False,
+    "text_config": {key: value for key, value in GLM4_MOE.items() if key not in ("architectures", "tie_word_embeddings")}
+    | {
+        "model_type": "glm4v_moe_text",
+        "use_qk_norm": False,
+        "num_nextn_predict_layers": 0,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 1]},
+    },
+    "vision_config": VISION | {"model_type": "glm4v_moe", "out_hidden_size": 32, "image_size": 4},
+}
+
 # Both stacks have layers with and without experts, and windows longer than the exact distances.
 SWITCH_TRANSFORMERS = {
     "model_type": "switch_transformers",
@@ -565,6 +900,32 @@ FIXTURES = {
         "fused": True,
         "written_config": True,
     },
+    "granitemoe": {"config": GRANITEMOE, "dtype": torch.bfloat16, "embedding": 0.1},
+    "granitemoeshared": {"config": GRANITEMOESHARED, "dtype": torch.bfloat16, "embedding": 0.1},
+    "granitemoeshared_fused": {
+        "config": GRANITEMOESHARED,
+        "dtype": torch.bfloat16,
+        "embedding": 0.1,
+        "fused": True,
+        "written_config": True,
+    },
+    "granitemoehybrid": {"config": GRANITEMOEHYBRID, "dtype": torch.bfloat16, "embedding": 0.1},
+    "minimax_m2": {"config": MINIMAX_M2, "dtype": torch.bfloat16},
+    "glm4_moe_lite": {"config": GLM4_MOE_LITE, "dtype": torch.bfloat16, "embedding": 0.02},
+    "axk1": {"config": AXK1, "dtype": torch.bfloat16},
+    "mistral4": {"config": MISTRAL4, "dtype": torch.bfloat16},
+    "hunyuan_v1_moe": {"config": HUNYUAN_V1_MOE, "dtype": torch.bfloat16},
+    "flex_olmo": {"config": FLEX_OLMO, "dtype": torch.bfloat16},
+    "afmoe": {"config": AFMOE, "dtype": torch.bfloat16, "embedding": 0.2},
+    "solar_open": {"config": SOLAR_OPEN, "dtype": torch.bfloat16},
+    "exaone_moe": {"config": EXAONE_MOE, "dtype": torch.bfloat16},
+    "hy_v3": {"config": HY_V3, "dtype": torch.bfloat16},
+    "hy_v3_fused": {"config": HY_V3, "dtype": torch.bfloat16, "fused": True, "written_config": True},
+    "mimo_v2_flash": {"config": MIMO_V2_FLASH, "dtype": torch.bfloat16},
+    "mellum": {"config": MELLUM, "dtype": torch.bfloat16},
+    "qwen3_vl_moe": {"config": QWEN3_VL_MOE, "dtype": torch.bfloat16},
+    "qwen3_vl_moe_fused": {"config": QWEN3_VL_MOE, "dtype": torch.bfloat16, "fused": True, "written_config": True},
+    "glm4v_moe": {"config": GLM4V_MOE, "dtype": torch.bfloat16},
     "switch_transformers": {"config": SWITCH_TRANSFORMERS, "embedding": 1.0},
     "switch_transformers_untied": {
         "config": SWITCH_TRANSFORMERS
@@ -727,12 +1088,12 @@ class Margin:
                 watched(values, 1)
             return self.max(values, *arguments, **options)
 
-        self.max = torch.max
-        torch.topk, torch.max = watched, watched_max
+        self.max, self.method = torch.max, torch.Tensor.topk
+        torch.topk, torch.max, torch.Tensor.topk = watched, watched_max, watched
         return self
 
     def __exit__(self, *_):
-        torch.topk, torch.max = self.topk, self.max
+        torch.topk, torch.max, torch.Tensor.topk = self.topk, self.max, self.method
 
 
 def load(folder, dtype=torch.float32):
@@ -747,7 +1108,8 @@ def has_encoder(config):
 
 def auto_class(folder):
     config = json.loads((folder / "config.json").read_text())
-    if "vision_config" in config:
+    # transformers knows Mistral 4 as a part of models of text and images alone.
+    if "vision_config" in config or config["model_type"] == "mistral4":
         return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForSeq2SeqLM if has_encoder(config) else transformers.AutoModelForCausalLM
 
@@ -776,9 +1138,11 @@ def outputs(folder, ids, mask=None, dtype=torch.float32):
         golden["attention_mask"] = mask
     for i, hidden in enumerate(out.hidden_states):
         golden[f"hidden.{i}"] = hidden.contiguous()
-    if len(out.hidden_states) != model.config.get_text_config().num_hidden_layers + 1:
+    config = model.config.get_text_config()
+    if len(out.hidden_states) != config.num_hidden_layers + 1:
         raise SystemExit(f"{folder}: {len(out.hidden_states)} hidden states")
-    if model.config.get_text_config().rope_parameters["rope_type"] == "dynamic":
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type") == "dynamic" and not rope.get("alpha"):
         golden["decoded_logits"] = decoded(model, ids, 6)
     return golden
 

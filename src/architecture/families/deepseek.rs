@@ -1,14 +1,14 @@
-use super::super::LatentAttention;
-use super::feed_forward;
+use super::super::{ExpertStorage, LatentAttention, Temperature};
 use super::{
     Architecture, AttentionSpec, Common, Config, Defaults, Error, GroupLimit, GroupScore, LayerSpec, MoeSpec,
-    Names, Pairing, Result, WeightRule,
+    Names, NormPlacement, Pairing, Result, WeightRule,
 };
+use super::{expert_layers, feed_forward};
 
 const DEFAULTS: Defaults = Defaults { norm_eps: 1e-6, ..Defaults::USUAL };
 
 fn names() -> Names {
-    Names { shared: "shared_experts", ..Names::default() }
+    Names { shared: ["shared_experts"; 2], ..Names::default() }
 }
 
 /// DeepSeek-V2 (arXiv 2405.04434).
@@ -39,7 +39,8 @@ pub(super) fn v2(config: &Config) -> Result<Architecture> {
     let mut moe =
         MoeSpec { shared: common.shared("n_shared_experts", 2, width)?, ..common.moe(width, weights) };
     moe.router.groups = groups;
-    let mut architecture = layers(common, &moe, Pairing::Adjacent, 0)?;
+    let sparse = later_layers(config, 0)?;
+    let mut architecture = layers(common, &moe, Pairing::Adjacent, 1536, sparse)?;
     architecture.mlp_bias = config.flag_or("mlp_bias", false)?;
     Ok(architecture)
 }
@@ -49,19 +50,105 @@ pub(super) fn v2(config: &Config) -> Result<Architecture> {
 pub(super) fn v3(config: &Config) -> Result<Architecture> {
     let defaults = Defaults { max_positions: 4096, ..DEFAULTS };
     let common = Common::read(config, "deepseek_v3", names(), defaults)?;
-    config.require("scoring_func", "sigmoid")?;
-    let width = config.positive("moe_intermediate_size")?;
-    let moe = MoeSpec {
-        router: common.biased_sigmoid([8, 4], 2.5, true)?,
-        shared: common.shared("n_shared_experts", 1, width)?,
-        ..common.moe(width, WeightRule::RENORMALISED)
-    };
-    let adjacent = config.flag_or("rope_interleave", true)?;
-    layers(common, &moe, if adjacent { Pairing::Adjacent } else { Pairing::Halves }, 3)
+    let moe = biased_moe(&common, [8, 4], 2.5)?;
+    layers(common, &moe, pairing(config)?, 1536, later_layers(config, 3)?)
 }
 
-/// Latent attention everywhere, and experts from layer `first_k_dense_replace` on.
-fn layers(common: Common<'_>, moe: &MoeSpec, pairing: Pairing, default_first: usize) -> Result<Architecture> {
+/// A.X K1 (SK Telecom, 2026): DeepSeek-V3 with a norm behind the experts.
+pub(super) fn axk1(config: &Config) -> Result<Architecture> {
+    let defaults = Defaults { max_positions: 32768, ..DEFAULTS };
+    let names =
+        Names { feed_forward_output_norm: ["post_mlp_layernorm", "mlp.post_mlp_layernorm"], ..names() };
+    let common = Common::read(config, "axk1", names, defaults)?;
+    let moe = biased_moe(&common, [8, 4], 2.5)?;
+    let mut architecture = layers(common, &moe, pairing(config)?, 1536, later_layers(config, 1)?)?;
+    architecture.norm_placement = NormPlacement::BeforeAndBehindExperts;
+    Ok(architecture)
+}
+
+/// GLM-4.7-Flash (2026): the layers of DeepSeek-V3. Layers for multi-token prediction are not part of the forward pass.
+pub(super) fn glm_lite(config: &Config) -> Result<Architecture> {
+    let defaults = Defaults { norm_eps: 1e-5, max_positions: 202_752, ..DEFAULTS };
+    config.require("partial_rotary_factor", 1)?;
+    let common = Common::read(config, "glm4_moe_lite", names(), defaults)?;
+    let moe = biased_moe(&common, [1, 1], 1.8)?;
+    let first = config.size_or("first_k_dense_replace", 1)?;
+    let sparse = expert_layers(config, common.layers, first)?;
+    layers(common, &moe, pairing(config)?, 768, |l| sparse[l])
+}
+
+/// What an absent rotary section of Mistral 4 means.
+const MISTRAL_ROPE: &str = r#"{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 128.0, "beta_fast": 32.0,
+    "beta_slow": 1.0, "original_max_position_embeddings": 8192, "mscale": 1.0, "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1}"#;
+
+/// Mistral 4 (2026): latent attention whose scores grow with the position, and a softmax router.
+pub(super) fn mistral(config: &Config) -> Result<Architecture> {
+    let names = Names { storage: ExpertStorage::OutputMajor, ..names() };
+    let defaults = Defaults { rope_section: Some(MISTRAL_ROPE), max_positions: 1_048_576, ..DEFAULTS };
+    let common = Common::read(config, "mistral4", names, defaults)?;
+    let number = |key: &str| match common.rope.number(key)? {
+        Some(number) => Ok(number as f32),
+        None => Err(Error::invalid(&format!("rope_parameters.{key}"), "is missing")),
+    };
+    let temperature = Temperature {
+        first: 0.0,
+        interval: number("original_max_position_embeddings")?,
+        strength: number("llama_4_scaling_beta")?,
+    };
+    let scale = config.float_or("routed_scaling_factor", 1.0)? as f32;
+    let weights = if config.flag_or("norm_topk_prob", true)? {
+        WeightRule::Renormalised { added: 1e-20, least: 0.0, scale }
+    } else {
+        WeightRule::Scaled(scale)
+    };
+    let width = config.positive("moe_intermediate_size")?;
+    let count = config.size_or("n_group", 1)?;
+    let limit = GroupLimit { count, kept: config.size_or("topk_group", 1)?, score: GroupScore::TwoLargest };
+    let mut moe =
+        MoeSpec { shared: common.shared("n_shared_experts", 1, width)?, ..common.moe(width, weights) };
+    moe.router.groups = (count != 1).then_some(limit);
+    let mut architecture = layers(common, &moe, pairing(config)?, 1024, later_layers(config, 0)?)?;
+    for layer in &mut architecture.layers {
+        if let AttentionSpec::Latent(attention) = &mut layer.attention {
+            attention.temperature = Some(temperature);
+        }
+    }
+    Ok(architecture)
+}
+
+/// The experts of DeepSeek-V3; the defaults are those of `n_group`, `topk_group` and `routed_scaling_factor`.
+fn biased_moe(common: &Common<'_>, groups: [usize; 2], scale: f64) -> Result<MoeSpec> {
+    let config = common.config;
+    config.require("scoring_func", "sigmoid")?;
+    let width = config.positive("moe_intermediate_size")?;
+    Ok(MoeSpec {
+        router: common.biased_sigmoid(groups, scale, true)?,
+        shared: common.shared("n_shared_experts", 1, width)?,
+        ..common.moe(width, WeightRule::RENORMALISED)
+    })
+}
+
+fn pairing(config: &Config) -> Result<Pairing> {
+    Ok(if config.flag_or("rope_interleave", true)? { Pairing::Adjacent } else { Pairing::Halves })
+}
+
+/// Every `moe_layer_freq`-th layer from `first_k_dense_replace` on.
+fn later_layers(config: &Config, default_first: usize) -> Result<impl Fn(usize) -> bool + use<>> {
+    let first = config.size_or("first_k_dense_replace", default_first)?;
+    let frequency = config.size_or("moe_layer_freq", 1)?.max(1);
+    Ok(move |l: usize| l >= first && l.is_multiple_of(frequency))
+}
+
+/// Latent attention everywhere, with queries of rank `query_rank` unless the config says otherwise, and experts where
+/// `sparse` says.
+fn layers(
+    common: Common<'_>,
+    moe: &MoeSpec,
+    pairing: Pairing,
+    query_rank: usize,
+    sparse: impl Fn(usize) -> bool,
+) -> Result<Architecture> {
     let config = common.config;
     let nope_dim = config.positive("qk_nope_head_dim")?;
     let rope_dim = config.positive("qk_rope_head_dim")?;
@@ -70,7 +157,7 @@ fn layers(common: Common<'_>, moe: &MoeSpec, pairing: Pairing, default_first: us
         heads: common.heads,
         // Only a `null` means a full matrix.
         query_rank: match config.size_opt("q_lora_rank")? {
-            None if !config.mentions("q_lora_rank") => Some(1536),
+            None if !config.mentions("q_lora_rank") => Some(query_rank),
             rank => rank,
         },
         latent_dim: config.positive("kv_lora_rank")?,
@@ -80,13 +167,12 @@ fn layers(common: Common<'_>, moe: &MoeSpec, pairing: Pairing, default_first: us
         bias: config.flag_or("attention_bias", false)?,
         rope: common.rope.rope(rope_dim, pairing)?,
         scale: (((nope_dim + rope_dim) as f64).powf(-0.5) * mscale * mscale) as f32,
+        temperature: None,
         latent_eps: 1e-6,
     };
-    let first = config.size_or("first_k_dense_replace", default_first)?;
-    let frequency = config.size_or("moe_layer_freq", 1)?.max(1);
     let width = config.positive("intermediate_size")?;
     common.architecture(|l| LayerSpec {
         attention: AttentionSpec::Latent(attention.clone()),
-        feed_forward: feed_forward(l >= first && l.is_multiple_of(frequency), moe, width),
+        feed_forward: feed_forward(sparse(l), moe, width),
     })
 }

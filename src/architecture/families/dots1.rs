@@ -7,7 +7,7 @@ use super::{feed_forward, window};
 /// dots.llm1 (arXiv 2506.05767): the attention of Qwen3 and the experts of DeepSeek-V3. Its configs write the method of
 /// choice under `scoring_func`; scores are always sigmoids.
 pub(super) fn read(config: &Config) -> Result<Architecture> {
-    let names = Names { shared: "shared_experts", ..Names::default() };
+    let names = Names { shared: ["shared_experts"; 2], ..Names::default() };
     let defaults =
         Defaults { norm_eps: 1e-6, max_positions: 2048, kv_heads: KvHeads::Fixed(32), ..Defaults::USUAL };
     let common = Common::read(config, "dots1", names, defaults)?;

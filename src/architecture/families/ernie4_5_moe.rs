@@ -7,7 +7,7 @@ use super::{
 /// ERNIE 4.5 text models (ERNIE 4.5 Technical Report, 2025).
 pub(super) fn read(config: &Config) -> Result<Architecture> {
     let names = Names {
-        shared: "shared_experts",
+        shared: ["shared_experts"; 2],
         choice_bias: ["moe_statics.e_score_correction_bias", "gate.moe_statics.e_score_correction_bias"],
         choice_bias_is_row: true,
         ..Names::default()

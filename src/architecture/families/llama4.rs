@@ -27,7 +27,7 @@ fn names() -> Names {
         feed_forward: "feed_forward",
         moe: "feed_forward",
         router: ["router"; 2],
-        shared: "shared_expert",
+        shared: ["shared_expert"; 2],
         storage: ExpertStorage::Fused { interleaved: false },
         ..Names::default()
     }
@@ -69,6 +69,7 @@ fn read(config: &Config, family: &'static str, names: Names) -> Result<Architect
         _ => config.flag_or("attn_temperature_tuning", true)?,
     };
     let temperature = Temperature {
+        first: 1.0,
         interval: config.above_zero("floor_scale")?.unwrap_or(8192.0) as f32,
         strength: config.float_or("attn_scale", 0.1)? as f32,
     };

@@ -1,12 +1,20 @@
 //! The families: one function each, from config keys to [`Architecture`].
 
+mod afmoe;
 mod deepseek;
 mod dots1;
 mod ernie4_5_moe;
+mod exaone_moe;
+mod flex_olmo;
 mod glm4_moe;
 mod gpt_oss;
+mod granite;
+mod hunyuan_v1_moe;
+mod hy_v3;
 mod lfm2_moe;
 mod llama4;
+mod mimo_v2_flash;
+mod minimax_m2;
 mod mixtral;
 mod olmoe;
 mod phimoe;
@@ -18,23 +26,38 @@ use super::config::Config;
 use super::rope::{RopeConfig, RopeDefaults};
 use super::{
     Activation, Architecture, AttentionSpec, Choice, Error, FeedForwardSpec, GroupLimit, GroupScore,
-    GroupedAttention, LayerSpec, MoeSpec, Names, Pairing, QkNorm, Result, RouterSpec, Scoring, SharedSpec,
-    Span, WeightRule,
+    GroupedAttention, LayerSpec, MoeSpec, Names, NormKind, NormPlacement, OutputGate, Pairing, QkNorm,
+    Result, RouterSpec, Scoring, SharedSpec, Span, WeightRule,
 };
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 19] = [
+pub(super) const FAMILIES: [(&str, Read); 36] = [
+    ("afmoe", afmoe::read),
+    ("axk1", deepseek::axk1),
     ("deepseek_v2", deepseek::v2),
     ("deepseek_v3", deepseek::v3),
     ("dots1", dots1::read),
     ("ernie4_5_moe", ernie4_5_moe::read),
+    ("exaone_moe", exaone_moe::read),
+    ("flex_olmo", flex_olmo::read),
     ("glm4_moe", glm4_moe::read),
+    ("glm4_moe_lite", deepseek::glm_lite),
+    ("glm4v_moe", glm4_moe::of_images),
     ("gpt_oss", gpt_oss::read),
+    ("granitemoe", granite::plain),
+    ("granitemoehybrid", granite::hybrid),
+    ("granitemoeshared", granite::shared),
+    ("hunyuan_v1_moe", hunyuan_v1_moe::read),
+    ("hy_v3", hy_v3::read),
     ("kimi_k2", deepseek::v3),
     ("lfm2_moe", lfm2_moe::read),
     ("llama4", llama4::published),
     ("llama4_text", llama4::text),
+    ("mellum", qwen::mellum),
+    ("mimo_v2_flash", mimo_v2_flash::read),
+    ("minimax_m2", minimax_m2::read),
+    ("mistral4", deepseek::mistral),
     ("mixtral", mixtral::read),
     ("olmoe", olmoe::read),
     ("phimoe", phimoe::read),
@@ -43,11 +66,13 @@ pub(super) const FAMILIES: [(&str, Read); 19] = [
     ("qwen3_5_moe", qwen3_next::published),
     ("qwen3_5_moe_text", qwen3_next::text),
     ("qwen3_next", qwen3_next::read),
+    ("qwen3_vl_moe", qwen::qwen3_vl),
+    ("solar_open", glm4_moe::solar),
     ("switch_transformers", switch_transformers::read),
 ];
 
 const EXPERT_COUNTS: [&str; 4] = ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"];
-const CHOICE_COUNTS: [&str; 2] = ["num_experts_per_tok", "moe_k"];
+const CHOICE_COUNTS: [&str; 3] = ["num_experts_per_tok", "moe_k", "moe_topk"];
 
 /// What an absent key means; silent in transformers, and different from family to family.
 #[derive(Clone, Copy)]
@@ -103,24 +128,36 @@ struct Common<'c> {
 
 impl<'c> Common<'c> {
     fn read(config: &'c Config, family: &'static str, names: Names, defaults: Defaults) -> Result<Self> {
+        Common::read_with(config, family, names, defaults, config.section("rope_parameters")?)
+    }
+
+    /// As [`Common::read`] with another section in place of `rope_parameters`.
+    fn read_with(
+        config: &'c Config,
+        family: &'static str,
+        names: Names,
+        defaults: Defaults,
+        rope: Option<Config>,
+    ) -> Result<Self> {
         config.require("hidden_act", "silu")?;
-        let max_positions = config.size_or("max_position_embeddings", defaults.max_positions)?;
         let present = |key: &&str| config.get(key).is_some();
         let expert_count_keys: Vec<_> = EXPERT_COUNTS.into_iter().filter(present).collect();
         let count_key =
             expert_count_keys.first().ok_or_else(|| Error::invalid("num_experts", "is missing"))?;
         let top_k_key = config.first(&CHOICE_COUNTS).unwrap_or(CHOICE_COUNTS[0]);
-        let Defaults { rope_theta: theta, rotated: partial, rope_section: section, .. } = defaults;
         Ok(Common {
             family,
             defaults,
             hidden_size: config.positive("hidden_size")?,
             layers: config.positive("num_hidden_layers")?,
             heads: config.positive("num_attention_heads")?,
-            rope: RopeConfig::read(config, RopeDefaults { theta, partial, section }, max_positions)?,
+            rope: rope_of(config, defaults, rope)?,
             names,
             experts: config.positive(count_key)?,
-            top_k: config.positive(top_k_key)?,
+            top_k: match config.uniform_size(top_k_key)? {
+                Some(count) => count,
+                None => config.positive(top_k_key)?,
+            },
             norm_eps: config.float_or("rms_norm_eps", defaults.norm_eps)?,
             expert_count_keys,
             config,
@@ -155,6 +192,8 @@ impl<'c> Common<'c> {
             heads: self.heads,
             kv_heads: self.config.size_or("num_key_value_heads", kv_heads)?,
             head_dim,
+            value_dim: head_dim,
+            value_scale: 1.0,
             qkv_bias: false,
             output_bias: false,
             qk_norm: QkNorm::None,
@@ -166,7 +205,7 @@ impl<'c> Common<'c> {
             temperature: None,
             bias: None,
             cross: false,
-            gated: false,
+            output_gate: OutputGate::None,
         })
     }
 
@@ -219,8 +258,11 @@ impl<'c> Common<'c> {
             hidden_size: self.hidden_size,
             max_positions: self.rope.max_positions(),
             norm_eps: self.norm_eps as f32,
-            norm_bias: false,
+            norm: NormKind::Rms,
             zero_centred_norms: false,
+            norm_placement: NormPlacement::Before,
+            embedding_scale: 1.0,
+            residual_scale: 1.0,
             dense_activation: Activation::SwiGlu,
             mlp_bias: false,
             tied_embeddings: self.config.flag_or("tie_word_embeddings", self.defaults.tied)?,
@@ -242,12 +284,11 @@ fn weight_rule(config: &Config) -> Result<WeightRule> {
     Ok(if renormalise { WeightRule::RENORMALISED } else { WeightRule::Scaled(1.0) })
 }
 
-/// The window that `sliding_window` says, if it says one.
-fn window(config: &Config) -> Result<Span> {
-    Ok(match config.size_opt("sliding_window")? {
-        None | Some(0) => Span::Full,
-        Some(window) => Span::Window(window),
-    })
+/// The rotary embedding that `section` says, which stands in for `rope_parameters`.
+fn rope_of(config: &Config, defaults: Defaults, section: Option<Config>) -> Result<RopeConfig> {
+    let Defaults { rope_theta: theta, rotated: partial, rope_section: default, .. } = defaults;
+    let max_positions = config.size_or("max_position_embeddings", defaults.max_positions)?;
+    RopeConfig::read(config, section, RopeDefaults { theta, partial, section: default }, max_positions)
 }
 
 /// Whether each layer attends to all earlier tokens, by `layer_types`: `full_attention`, or else `other`. `absent` says so
@@ -258,24 +299,60 @@ fn attending_layers(
     other: &str,
     absent: Option<&dyn Fn(usize) -> bool>,
 ) -> Result<Vec<bool>> {
-    const KEY: &str = "layer_types";
-    let Some(types) = config.strings(KEY)? else {
-        let absent = absent.ok_or_else(|| Error::invalid(KEY, "is missing"))?;
+    layers_of_kind(config, "layer_types", layers, ["full_attention", other], absent)
+}
+
+/// Whether each layer has experts, by `mlp_layer_types`; where a config has no such list, those from `first` on have.
+fn expert_layers(config: &Config, layers: usize, first: usize) -> Result<Vec<bool>> {
+    layers_of_kind(config, "mlp_layer_types", layers, ["sparse", "dense"], Some(&|l| l >= first))
+}
+
+/// Which layers the list `key` calls by the first of two names; the others have the second.
+fn layers_of_kind(
+    config: &Config,
+    key: &str,
+    layers: usize,
+    [yes, no]: [&str; 2],
+    absent: Option<&dyn Fn(usize) -> bool>,
+) -> Result<Vec<bool>> {
+    let Some(kinds) = config.strings(key)? else {
+        let absent = absent.ok_or_else(|| Error::invalid(key, "is missing"))?;
         return Ok((0..layers).map(absent).collect());
     };
-    if types.len() != layers {
-        let what = format!("has {} entries, expected {layers}, as num_hidden_layers says", types.len());
-        return Err(Error::invalid(KEY, what));
+    if kinds.len() != layers {
+        let what = format!("has {} entries, expected {layers}, as num_hidden_layers says", kinds.len());
+        return Err(Error::invalid(key, what));
     }
-    let attends = |(l, kind): (usize, &String)| match kind.as_str() {
-        "full_attention" => Ok(true),
-        kind if kind == other => Ok(false),
+    let is = |(l, kind): (usize, &String)| match kind.as_str() {
+        kind if kind == yes => Ok(true),
+        kind if kind == no => Ok(false),
         kind => {
-            let what = format!("is `{kind}` in layer {l}, expected `full_attention` or `{other}`");
-            Err(Error::invalid(KEY, what))
+            let what = format!("is `{kind}` in layer {l}, expected `{yes}` or `{no}`");
+            Err(Error::invalid(key, what))
         }
     };
-    types.iter().enumerate().map(attends).collect()
+    kinds.iter().enumerate().map(is).collect()
+}
+
+/// Section of the config of a model of text and images that speaks of its language model.
+const TEXT_SECTION: &str = "text_config";
+
+/// The language model within a model of text and images, as `read` reads it from its section of the config.
+fn within_images(config: &Config, read: impl Fn(&Config) -> Result<Architecture>) -> Result<Architecture> {
+    let text = config.section(TEXT_SECTION)?.ok_or_else(|| Error::invalid(TEXT_SECTION, "is missing"))?;
+    let mut architecture = read(&text)?;
+    architecture.config_section = Some(TEXT_SECTION);
+    // transformers ties as the whole model says, of which not every config does.
+    architecture.tied_embeddings = config.flag_or("tie_word_embeddings", false)?;
+    Ok(architecture)
+}
+
+/// The window that `sliding_window` says, if it says one.
+fn window(config: &Config) -> Result<Span> {
+    Ok(match config.size_opt("sliding_window")? {
+        None | Some(0) => Span::Full,
+        Some(window) => Span::Window(window),
+    })
 }
 
 fn feed_forward(sparse: bool, moe: &MoeSpec, dense_width: usize) -> FeedForwardSpec {

@@ -1,6 +1,6 @@
 use super::{
-    Architecture, Common, Config, Defaults, Error, GroupedAttention, KvHeads, MoeSpec, Names, Result,
-    Scoring, WeightRule,
+    Architecture, Common, Config, Defaults, Error, GroupedAttention, KvHeads, MoeSpec, Names, NormKind,
+    Result, Scoring, WeightRule,
 };
 use super::{moe_layer, window};
 
@@ -29,7 +29,7 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
     let mut moe: MoeSpec = common.moe(config.positive("intermediate_size")?, WeightRule::Scaled(1.0));
     moe.router.scoring = Scoring::SparseMixer { threshold };
     let mut architecture = common.architecture(|_| moe_layer(&attention, &moe))?;
-    architecture.norm_bias = true;
+    architecture.norm = NormKind::Layer { bias: true };
     architecture.head_bias = config.flag_or("lm_head_bias", false)?;
     Ok(architecture)
 }

@@ -1,8 +1,9 @@
+use super::super::ExpertStorage;
 use super::{
     Architecture, AttentionSpec, Common, Config, Defaults, GroupedAttention, KvHeads, LayerSpec, MoeSpec,
-    Names, QkNorm, Result, SharedSpec, Span,
+    Names, Pairing, QkNorm, Result, SharedSpec, Span, WeightRule,
 };
-use super::{feed_forward, weight_rule, window};
+use super::{attending_layers, expert_layers, feed_forward, rope_of, weight_rule, window, within_images};
 
 const DEFAULTS: Defaults = Defaults { norm_eps: 1e-6, max_positions: 32768, ..Defaults::USUAL };
 
@@ -24,7 +25,7 @@ fn sliding_window(config: &Config) -> Result<Span> {
 
 /// Qwen1.5-MoE and Qwen2-57B-A14B (arXiv 2407.10671).
 pub(super) fn qwen2(config: &Config) -> Result<Architecture> {
-    let names = Names { shared: "shared_expert", ..Names::default() };
+    let names = Names { shared: ["shared_expert"; 2], ..Names::default() };
     let defaults = Defaults { kv_heads: KvHeads::Fixed(16), ..DEFAULTS };
     let common = Common::read(config, "qwen2_moe", names, defaults)?;
     let attention = GroupedAttention { qkv_bias: config.flag_or("qkv_bias", true)?, ..common.grouped()? };
@@ -49,6 +50,74 @@ pub(super) fn qwen2(config: &Config) -> Result<Architecture> {
             ..attention.clone()
         }),
         feed_forward: feed_forward(sparse(l), &moe, width),
+    })
+}
+
+/// Qwen3-VL: the language model within a model of text and images. Text alone has the same positions on every axis of its
+/// rotation.
+pub(super) fn qwen3_vl(config: &Config) -> Result<Architecture> {
+    within_images(config, |text| {
+        let names =
+            Names { model: "model.language_model.", storage: ExpertStorage::Transposed, ..Names::default() };
+        let defaults = Defaults {
+            rope_theta: 500_000.0,
+            max_positions: 128_000,
+            kv_heads: KvHeads::Fixed(16),
+            ..DEFAULTS
+        };
+        let common = Common::read(text, "qwen3_vl_moe", names, defaults)?;
+        text.require("norm_topk_prob", true)?;
+        let bias = text.flag_or("attention_bias", false)?;
+        let attention = GroupedAttention {
+            qkv_bias: bias,
+            output_bias: bias,
+            qk_norm: QkNorm::PerHead,
+            ..common.grouped()?
+        };
+        let moe = common.moe(text.positive("moe_intermediate_size")?, WeightRule::RENORMALISED);
+        let sparse = sparse_layers(text)?;
+        let width = text.positive("intermediate_size")?;
+        common.architecture(|l| LayerSpec {
+            attention: AttentionSpec::Grouped(attention.clone()),
+            feed_forward: feed_forward(sparse(l), &moe, width),
+        })
+    })
+}
+
+/// Mellum 2 (JetBrains, 2026): Qwen3 MoE with a rotation for each kind of attention.
+pub(super) fn mellum(config: &Config) -> Result<Architecture> {
+    let defaults = Defaults {
+        rope_theta: 500_000.0,
+        max_positions: 131_072,
+        kv_heads: KvHeads::Fixed(4),
+        head_dim: Some(128),
+        ..DEFAULTS
+    };
+    let section = |kind: &str| match config.section("rope_parameters")? {
+        None => Ok(None),
+        Some(section) => section.section(kind),
+    };
+    let full_rope = section("full_attention")?;
+    let common = Common::read_with(config, "mellum", Names::default(), defaults, full_rope)?;
+    let sliding = Defaults { rope_theta: 10_000.0, ..defaults };
+    let sliding_rope = rope_of(config, sliding, section("sliding_attention")?)?;
+    let bias = config.flag_or("attention_bias", false)?;
+    let full =
+        GroupedAttention { qkv_bias: bias, output_bias: bias, qk_norm: QkNorm::PerHead, ..common.grouped()? };
+    let sliding = GroupedAttention {
+        rope: Some(sliding_rope.of_head(full.head_dim, Pairing::Halves)?),
+        span: if config.mentions("sliding_window") { window(config)? } else { Span::Window(1024) },
+        ..full.clone()
+    };
+    let renormalise = config.flag_or("norm_topk_prob", true)?;
+    let weights = if renormalise { WeightRule::RENORMALISED } else { WeightRule::Scaled(1.0) };
+    let moe = common.moe(config.positive("moe_intermediate_size")?, weights);
+    let attends = attending_layers(config, common.layers, "sliding_attention", Some(&|_| true))?;
+    let sparse = expert_layers(config, common.layers, 0)?;
+    let width = config.positive("intermediate_size")?;
+    common.architecture(|l| LayerSpec {
+        attention: AttentionSpec::Grouped(if attends[l] { full.clone() } else { sliding.clone() }),
+        feed_forward: feed_forward(sparse[l], &moe, width),
     })
 }
 

@@ -2,7 +2,7 @@ use super::super::{DeltaProjections, ExpertStorage, GatedDelta};
 use super::qwen::sparse_layers;
 use super::{
     Architecture, AttentionSpec, Common, Config, Defaults, Error, FeedForwardSpec, GroupedAttention, KvHeads,
-    LayerSpec, MoeSpec, Names, QkNorm, Result, SharedSpec, WeightRule,
+    LayerSpec, MoeSpec, Names, OutputGate, QkNorm, Result, SharedSpec, WeightRule,
 };
 use super::{attending_layers, feed_forward};
 
@@ -52,7 +52,7 @@ fn read_text(config: &Config, family: &'static str, names: Names) -> Result<Arch
 }
 
 fn names() -> Names {
-    Names { shared: "shared_expert", ..Names::default() }
+    Names { shared: ["shared_expert"; 2], ..Names::default() }
 }
 
 fn text_names() -> Names {
@@ -79,7 +79,7 @@ fn architecture(
         qkv_bias: bias,
         output_bias: bias,
         qk_norm: QkNorm::PerHead,
-        gated: true,
+        output_gate: OutputGate::BehindQuery,
         ..common.grouped()?
     });
     let delta = AttentionSpec::GatedDelta(GatedDelta {

@@ -3,7 +3,7 @@
 
 use super::{
     Activation, Architecture, AttentionSpec, Config, Error, FeedForwardSpec, GroupedAttention, LayerSpec,
-    MoeSpec, Names, QkNorm, Result, RouterSpec, Span, WeightRule,
+    MoeSpec, Names, NormKind, NormPlacement, OutputGate, QkNorm, Result, RouterSpec, Span, WeightRule,
 };
 use crate::architecture::RelativeBias;
 use crate::architecture::rope::MOST_POSITIONS;
@@ -74,6 +74,8 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
                 heads,
                 kv_heads: heads,
                 head_dim,
+                value_dim: head_dim,
+                value_scale: 1.0,
                 qkv_bias: false,
                 output_bias: false,
                 qk_norm: QkNorm::None,
@@ -85,7 +87,7 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
                 temperature: None,
                 bias: Some(RelativeBias { buckets, max_distance, bidirectional: in_encoder }),
                 cross: !in_encoder,
-                gated: false,
+                output_gate: OutputGate::None,
             }),
             feed_forward: if sparse {
                 FeedForwardSpec::Moe(moe.clone())
@@ -100,8 +102,11 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
         hidden_size,
         max_positions: MOST_POSITIONS,
         norm_eps: config.float_or("layer_norm_epsilon", 1e-6)? as f32,
-        norm_bias: false,
+        norm: NormKind::Rms,
         zero_centred_norms: false,
+        norm_placement: NormPlacement::Before,
+        embedding_scale: 1.0,
+        residual_scale: 1.0,
         dense_activation: activation,
         mlp_bias: false,
         tied_embeddings,

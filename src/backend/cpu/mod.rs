@@ -114,6 +114,10 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn copy(&self, x: &CpuBuffer, out: &mut CpuBuffer) -> Result<()> {
+        self.copy_rows(x, 0, x.rows, out)
+    }
+
     fn copy_rows(&self, x: &CpuBuffer, start: usize, count: usize, out: &mut CpuBuffer) -> Result<()> {
         out.reshape(count, x.cols);
         out.data.copy_from_slice(&x.data[start * x.cols..(start + count) * x.cols]);
@@ -314,6 +318,11 @@ impl Backend for Cpu {
 
     fn activate(&self, gate: &mut CpuBuffer, up: Option<&CpuBuffer>, activation: Activation) -> Result<()> {
         pointwise::activate(&mut gate.data, up.map_or(&[], |up| &up.data), activation);
+        Ok(())
+    }
+
+    fn scale(&self, x: &mut CpuBuffer, factor: f32) -> Result<()> {
+        pointwise::scale(&mut x.data, factor);
         Ok(())
     }
 

@@ -123,6 +123,10 @@ impl Task for Swiglu<'_> {
     }
 }
 
+pub(super) fn scale(x: &mut [f32], factor: f32) {
+    x.par_chunks_mut(PIECE).for_each(|x| x.iter_mut().for_each(|v| *v *= factor));
+}
+
 pub(super) fn add(x: &mut [f32], y: &[f32]) {
     x.par_chunks_mut(PIECE).zip(y.par_chunks(PIECE)).for_each(|(x, y)| {
         for (a, b) in x.iter_mut().zip(y) {

@@ -157,7 +157,13 @@ fn fused(
         };
         let stored = names.fused(l, down).into_iter().find(|name| checkpoint.get(name).is_some());
         if let Some(name) = stored {
-            let transposed = matches!(names.storage, ExpertStorage::Fused { .. });
+            let rows = |down: bool| checkpoint.get(&names.fused(l, down)[0])?.shape().get(1).copied();
+            let transposed = match names.storage {
+                ExpertStorage::Separate | ExpertStorage::OutputMajor => false,
+                // One of the two is not square.
+                ExpertStorage::Transposed => [rows(false), rows(true)] != [Some(2 * p), Some(d)],
+                ExpertStorage::Fused { .. } => true,
+            };
             let part = Part { delta, entry: Some(e), transposed };
             resolved.updates.entry(name).or_default().push(part);
             continue;
