@@ -11,7 +11,7 @@ use common::{Mutant, data, run};
 use moepress::architecture::Projection;
 use moepress::backend::cpu::Cpu;
 use moepress::backend::{Expert, Matrix};
-use moepress::checkpoint::{Checkpoint, Dtype, Tensor};
+use moepress::checkpoint::{Checkpoint, Dtype, E4M3, Tensor};
 use moepress::compress::{LayoutChoice, Options};
 use moepress::model::{LayerSource, Model, inspect, open_architecture, profile};
 use moepress::plan::{Action, Budget, Plan};
@@ -152,6 +152,65 @@ fn fused_fp8_is_separate_fp8() {
     let checkpoint = Checkpoint::open(fused.path()).unwrap();
     let message = Model::new(&checkpoint, &Cpu, 8).unwrap().layer(1).err().unwrap().to_string();
     assert!(message.contains("gate and up of 16 rows share a block of scales"), "{message}");
+}
+
+/// FP8 with one scale for a matrix, under the names of static checkpoints: the product of code and scale, and experts
+/// that keep their scales, those of their inputs included.
+#[test]
+fn fp8_with_one_scale_per_matrix() {
+    let packed = Mutant::of("deepseek_v3_fp8");
+    let widened = Mutant::of("deepseek_v3_fp8");
+    let stems = |mutant: &Mutant| -> Vec<String> {
+        let checkpoint = Checkpoint::open(mutant.path()).unwrap();
+        let names = checkpoint.tensors().map(|t| t.name().to_string());
+        names.filter_map(|name| name.strip_suffix(".weight_scale_inv").map(String::from)).collect()
+    };
+    let scale = |stem: &str| 0.001 * (1.0 + stem.len() as f32 + stem.matches('1').count() as f32);
+    for stem in stems(&packed) {
+        let (weight, scales) = (format!("{stem}.weight"), format!("{stem}.weight_scale_inv"));
+        packed.edit_tensors(|tensors| {
+            tensors.remove(&scales);
+            for (name, value) in [("weight_scale", scale(&stem)), ("input_scale", 2.0)] {
+                let name = format!("{stem}.{name}");
+                tensors.insert(name.clone(), Tensor::from_f32(name, Dtype::F32, vec![], &[value]));
+            }
+        });
+        widened.edit_tensors(|tensors| {
+            tensors.remove(&scales);
+            let codes = &tensors[&weight];
+            let values: Vec<f32> =
+                codes.bytes().iter().map(|&code| E4M3[usize::from(code)] * scale(&stem)).collect();
+            let plain = Tensor::from_f32(weight.as_str(), Dtype::F32, codes.shape().to_vec(), &values);
+            tensors.insert(weight, plain);
+        });
+    }
+    widened.set_config("quantization_config", Value::Null);
+    let expected = run(widened.path(), &tokens()).logits;
+    let groups = json!({"group_0": {"targets": ["Linear"], "input_activations": {"num_bits": 8, "type": "float"},
+        "weights": {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": true}}});
+    for quantization in [
+        json!({ "quant_method": "fp8", "activation_scheme": "static" }),
+        json!({ "quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups }),
+    ] {
+        packed.set_config("quantization_config", quantization);
+        let logits = run(packed.path(), &tokens()).logits;
+        let differences = logits.iter().zip(&expected).map(|(a, b)| (a - b).abs());
+        assert!(differences.fold(0.0, f32::max) < 1e-5);
+    }
+    let plan = plan(packed.path(), "reap", Some(Budget::Experts(4)), &[]);
+    let out = tempfile::tempdir().unwrap();
+    let dir = out.path().join("static");
+    assert_eq!(apply(packed.path(), &plan, &STOCK, &dir).unwrap().layout, "hf");
+    for (l, experts) in kept(&plan) {
+        for (new, old) in experts.iter().enumerate() {
+            for suffix in ["weight", "weight_scale", "input_scale"] {
+                let name = |e: usize| format!("model.layers.{l}.mlp.experts.{e}.up_proj.{suffix}");
+                let (found, expected) = (tensor(&dir, &name(new)), tensor(packed.path(), &name(*old)));
+                assert_eq!((found.shape(), found.bytes()), (expected.shape(), expected.bytes()), "{suffix}");
+            }
+        }
+    }
+    assert!(bits(&run(&dir, &tokens()).logits) == bits(&masked(packed.path(), &plan, &tokens())));
 }
 
 /// Every parameter once, whatever the storage: biases count, scales do not.

@@ -34,6 +34,11 @@ impl Config {
         self.0.iter().find(|(_, value)| value.is_object()).map(|(key, _)| key.as_str())
     }
 
+    /// All keys.
+    pub(super) fn keys(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+
     /// Whether `key` is written, if only as `null`.
     pub(super) fn mentions(&self, key: &str) -> bool {
         self.0.contains_key(key)

@@ -73,10 +73,10 @@ pub struct Architecture {
 /// Packed storage of weights, from `quantization_config`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Packing {
-    /// FP8 e4m3 with a scale for every block of this many rows and columns.
+    /// FP8 e4m3 with scales.
     Fp8 {
-        /// Rows and columns of a block.
-        block: [usize; 2],
+        /// Rows and columns of the blocks that have a scale each; `None` where matrices or their rows do.
+        block: Option<[usize; 2]>,
     },
     /// MXFP4 experts.
     Mxfp4,
@@ -616,18 +616,56 @@ fn packing(config: &Config) -> Result<Option<Packing>> {
     match section.string("quant_method")?.as_str() {
         "mxfp4" => Ok(Some(Packing::Mxfp4)),
         "fp8" => match section.sizes("weight_block_size")?.as_deref() {
-            Some(&[rows, cols]) if rows > 0 && cols > 0 => Ok(Some(Packing::Fp8 { block: [rows, cols] })),
-            None => {
-                let what = format!("is missing: one scale for a whole matrix is not supported; {REMEDY}");
-                Err(Error::invalid(&key("weight_block_size"), what))
+            Some(&[rows, cols]) if rows > 0 && cols > 0 => {
+                Ok(Some(Packing::Fp8 { block: Some([rows, cols]) }))
             }
+            None => Ok(Some(Packing::Fp8 { block: None })),
             _ => Err(Error::invalid(&key("weight_block_size"), "expected two numbers above 0")),
         },
+        "compressed-tensors" => compressed_tensors(&section).map(Some),
         other => {
-            let what = format!("is `{other}`; known: fp8 with block scales, mxfp4; {REMEDY}");
+            let what =
+                format!("is `{other}`; known: fp8, compressed-tensors with FP8 weights, mxfp4; {REMEDY}");
             Err(Error::invalid(&key("quant_method"), what))
         }
     }
+}
+
+/// What `config_groups` of the compressed-tensors format say: FP8 weights alone, in one way for all groups.
+fn compressed_tensors(section: &Config) -> Result<Packing> {
+    let key = "quantization_config.config_groups";
+    let groups = section.section("config_groups")?.ok_or_else(|| Error::invalid(key, "is missing"))?;
+    let mut packing = None;
+    for name in groups.keys() {
+        let weights = groups.section(name)?.map(|group| group.section("weights")).transpose()?.flatten();
+        let weights = weights.ok_or_else(|| Error::invalid(key, "has a group without weights"))?;
+        let [kind, strategy] = ["type", "strategy"].map(|k| weights.string(k));
+        let (kind, strategy, bits) = (kind?, strategy?, weights.size("num_bits")?);
+        let found = match (kind.as_str(), bits, strategy.as_str()) {
+            ("float", 8, "tensor" | "channel") => Packing::Fp8 { block: None },
+            ("float", 8, "block") => match weights.sizes("block_structure")?.as_deref() {
+                Some(&[rows, cols]) if rows > 0 && cols > 0 => Packing::Fp8 { block: Some([rows, cols]) },
+                _ => {
+                    return Err(Error::invalid(key, "has a block_structure that is not two numbers above 0"));
+                }
+            },
+            _ => {
+                let what = format!(
+                    "has {bits}-bit weights of type {kind} by {strategy}; known: 8-bit float by tensor, channel or block; \
+                     {REMEDY}"
+                );
+                return Err(Error::invalid(key, what));
+            }
+        };
+        if packing.is_some_and(|packing| packing != found) {
+            return Err(Error::invalid(
+                key,
+                "has groups with scales of different kinds; only one is supported",
+            ));
+        }
+        packing = Some(found);
+    }
+    packing.ok_or_else(|| Error::invalid(key, "is empty"))
 }
 
 /// The `model_type` values that moepress reads.

@@ -43,6 +43,9 @@ pub const fn e8m0(code: u8) -> f32 {
 /// Largest E8M0 code whose product with every FP4 value is a finite f32: 6 · 2^125.
 pub(super) const E8M0_LARGEST: u8 = 252;
 
+/// The same for every FP8 value: 448 · 2^119.
+pub(super) const E8M0_LARGEST_OF_FP8: u8 = 246;
+
 /// The 32 values of one MXFP4 block: 16 bytes of two codes, the lower half-byte first, times 2^(scale − 127).
 pub(super) fn decode_mxfp4(block: &[u8; MX_BLOCK / 2], scale: u8, out: &mut [f32; MX_BLOCK]) {
     let scale = e8m0(scale);
@@ -50,6 +53,9 @@ pub(super) fn decode_mxfp4(block: &[u8; MX_BLOCK / 2], scale: u8, out: &mut [f32
         *pair = [E2M1[usize::from(byte & 15)] * scale, E2M1[usize::from(byte >> 4)] * scale];
     }
 }
+
+/// How the scales of FP8 weights, and of their inputs, are called.
+const SCALES: [&str; 4] = ["_scale_inv", ".weight_scale", ".input_scale", ".activation_scale"];
 
 impl Tensor {
     /// Number of parameters that the tensor stands for: two per byte of MXFP4 blocks, none in the scales of packed
@@ -60,7 +66,8 @@ impl Tensor {
             Dtype::U8 if ends("_blocks") => 2 * self.len() as u64,
             Dtype::U8 if ends("_scales") => 0,
             Dtype::I32 if ends(".rows") => 0,
-            Dtype::F32 | Dtype::BF16 | Dtype::F16 if ends("_scale_inv") => 0,
+            Dtype::F8_E8M0 => 0,
+            Dtype::F32 | Dtype::BF16 | Dtype::F16 if SCALES.iter().any(|suffix| ends(suffix)) => 0,
             _ => self.len() as u64,
         }
     }
@@ -100,6 +107,8 @@ mod tests {
             assert_eq!(f64::from(e8m0(code)), 2f64.powi(exponent), "{code}");
         }
         assert!(e8m0(255).is_nan());
+        let [most, over] = [E8M0_LARGEST_OF_FP8, E8M0_LARGEST_OF_FP8 + 1];
+        assert!((448.0 * e8m0(most)).is_finite() && (448.0 * e8m0(over)).is_infinite());
         assert!((6.0 * e8m0(E8M0_LARGEST)).is_finite() && (6.0 * e8m0(E8M0_LARGEST + 1)).is_infinite());
     }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::packed::{E4M3, E8M0_LARGEST, MX_BLOCK, decode_mxfp4};
+use super::packed::{E4M3, E8M0_LARGEST, E8M0_LARGEST_OF_FP8, MX_BLOCK, decode_mxfp4, e8m0};
 use super::{Dtype, Error, Result, Tensor, decode_f32};
 
 /// A weight matrix W `[rows, cols]` = `[out, in]` as stored. Cheap to clone; nothing is read until it is decoded.
@@ -22,14 +22,16 @@ pub enum Storage {
     /// f32, f16 or bf16, transposed: W[r, c] is at row c of a tensor `[cols, width]`, in column [`Stride::at`] r.
     InputMajor(Tensor, Stride),
     /// FP8 e4m3 `[rows, cols]`, times a scale per block, `[⌈rows / block₀⌉, ⌈cols / block₁⌉]` (DeepSeek-V3, arXiv
-    /// 2412.19437, §3.3.2).
+    /// 2412.19437, §3.3.2); a block may be a row or the whole matrix.
     Fp8 {
         /// The FP8 codes.
         values: Tensor,
-        /// The scales.
+        /// The scales: f32, f16, bf16 or E8M0. A single one may have any shape, one for each row may be a vector.
         scales: Tensor,
         /// Rows and columns of a block.
         block: [usize; 2],
+        /// The scale that the matrix's inputs were calibrated to, where one is stored; inputs are not rounded here.
+        input_scale: Option<Tensor>,
     },
     /// MXFP4: row r of W is row [`Stride::at`] r of these tensors.
     Mxfp4 {
@@ -104,14 +106,31 @@ impl Weight {
     /// Names the tensor that has another type or shape.
     pub fn fp8(values: Tensor, scales: Tensor, block: [usize; 2]) -> Result<Self> {
         check_dtype(&values, Dtype::F8_E4M3, "F8_E4M3")?;
-        scales.check_float()?;
+        if scales.dtype() != Dtype::F8_E8M0 {
+            scales.check_float()?;
+        }
         let &[rows, cols] = values.shape() else {
             let (name, found) = (values.name().into(), values.shape().to_vec());
             return Err(Error::Shape { name, found, expected: vec![0, 0] });
         };
         let block = block.map(|b| b.max(1));
-        scales.check_shape(&[rows.div_ceil(block[0]), cols.div_ceil(block[1])])?;
-        Ok(Weight { name: values.name().into(), rows, cols, storage: Storage::Fp8 { values, scales, block } })
+        let blocks = [rows.div_ceil(block[0]), cols.div_ceil(block[1])];
+        let is_short =
+            blocks == [1, 1] && scales.len() == 1 || scales.shape() == [rows] && blocks == [rows, 1];
+        if !is_short {
+            scales.check_shape(&blocks)?;
+        }
+        let name = values.name().into();
+        Ok(Weight { name, rows, cols, storage: Storage::Fp8 { values, scales, block, input_scale: None } })
+    }
+
+    /// The same FP8 matrix with the scale that its inputs were calibrated to; nothing changes in one of another type.
+    #[must_use]
+    pub fn with_input_scale(mut self, scale: Tensor) -> Self {
+        if let Storage::Fp8 { input_scale, .. } = &mut self.storage {
+            *input_scale = Some(scale);
+        }
+        self
     }
 
     /// The MXFP4 matrix of `count` rows whose row r is row `rows.at(r)` of `blocks` `[stored rows, cols / 32, 16]` and
@@ -177,7 +196,10 @@ impl Weight {
         let bytes = match &self.storage {
             Storage::Plain(tensor) => tensor.bytes().len(),
             Storage::InputMajor(tensor, _) => self.len() * tensor.dtype().bitsize() / 8,
-            Storage::Fp8 { values, scales, .. } => values.bytes().len() + scales.bytes().len(),
+            Storage::Fp8 { values, scales, input_scale, .. } => {
+                let input = input_scale.as_ref().map_or(0, |scale| scale.bytes().len());
+                values.bytes().len() + scales.bytes().len() + input
+            }
             Storage::Mxfp4 { .. } => self.len() / 2 + self.len() / MX_BLOCK,
         };
         bytes as u64
@@ -226,7 +248,10 @@ impl Weight {
         match &self.storage {
             Storage::Plain(tensor) | Storage::InputMajor(tensor, _) => tensor.check_finite(),
             Storage::Fp8 { values, scales, .. } => {
-                scales.check_finite()?;
+                match scales.dtype() {
+                    Dtype::F8_E8M0 => first(scales, f32::INFINITY, |code| code > E8M0_LARGEST_OF_FP8)?,
+                    _ => scales.check_finite()?,
+                }
                 first(values, f32::NAN, |code| code & 0x7f == 0x7f)
             }
             Storage::Mxfp4 { scales, .. } => first(scales, f32::INFINITY, |code| code > E8M0_LARGEST),
@@ -265,13 +290,13 @@ impl Weight {
                     _ => gather(tensor, columns, cols, out, |b| half::bf16::from_le_bytes(b).to_f32()),
                 }
             }
-            Storage::Fp8 { values, scales, block } => {
+            Storage::Fp8 { values, scales, block, .. } => {
                 let per_row = cols.div_ceil(block[1]);
                 let mut factors = vec![0.0; per_row];
                 let size = scales.dtype().bitsize() / 8 * per_row;
                 for (r, row) in (first..).zip(out.chunks_exact_mut(cols)) {
                     let at = r / block[0] * size;
-                    decode_f32(scales.dtype(), &scales.bytes()[at..at + size], &mut factors);
+                    decode_scales(scales.dtype(), &scales.bytes()[at..at + size], &mut factors);
                     let codes = values.bytes()[r * cols..(r + 1) * cols].chunks(block[1]);
                     for ((out, codes), factor) in row.chunks_mut(block[1]).zip(codes).zip(&factors) {
                         for (o, &code) in out.iter_mut().zip(codes) {
@@ -302,7 +327,7 @@ impl Weight {
     }
 
     /// The tensors that hold this matrix alone: `{stem}.weight` `[rows, cols]`, with `{stem}.weight_scale_inv` where it
-    /// is FP8; `{stem}.weight_blocks` `[rows, cols / 32, 16]` and `{stem}.weight_scales` `[rows, cols / 32]` where it is
+    /// is FP8 (or `weight_scale`, as its scales were called, and the scale of its inputs, where there is one); `{stem}.weight_blocks` `[rows, cols / 32, 16]` and `{stem}.weight_scales` `[rows, cols / 32]` where it is
     /// MXFP4. Values and scales are copied as they are.
     pub fn tensors(&self, stem: &str) -> Vec<Tensor> {
         let named = |tensor: Tensor, what: &str| tensor.renamed(format!("{stem}.{what}"));
@@ -323,14 +348,29 @@ impl Weight {
                 let shape = vec![self.rows, self.cols];
                 vec![Tensor::owned(format!("{stem}.weight"), tensor.dtype(), shape, bytes)]
             }
-            Storage::Fp8 { values, scales, .. } => {
-                vec![named(values.clone(), "weight"), named(scales.clone(), "weight_scale_inv")]
+            Storage::Fp8 { values, scales, input_scale, .. } => {
+                let is_plain = scales.name().ends_with(".weight_scale");
+                let scale_name = if is_plain { "weight_scale" } else { "weight_scale_inv" };
+                let mut tensors = vec![named(values.clone(), "weight"), named(scales.clone(), scale_name)];
+                if let Some(scale) = input_scale {
+                    let name = scale.name().rsplit('.').next().unwrap_or_default().to_string();
+                    tensors.push(named(scale.clone(), &name));
+                }
+                tensors
             }
             Storage::Mxfp4 { blocks, scales, rows } => vec![
                 named(select(blocks, *rows), "weight_blocks"),
                 named(select(scales, *rows), "weight_scales"),
             ],
         }
+    }
+}
+
+/// Scales as f32, whichever type they have.
+fn decode_scales(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
+    match dtype {
+        Dtype::F8_E8M0 => out.iter_mut().zip(bytes).for_each(|(o, &code)| *o = e8m0(code)),
+        _ => decode_f32(dtype, bytes, out),
     }
 }
 
@@ -416,6 +456,40 @@ mod tests {
         let names: Vec<_> = weight.tensors("e").iter().map(|t| t.name().to_string()).collect();
         assert_eq!(names, ["e.weight", "e.weight_scale_inv"]);
         assert_eq!(weight.tensors("e").iter().map(Tensor::parameters).sum::<u64>(), 35);
+    }
+
+    /// One scale for the matrix or for each row, under the names and in the shapes that checkpoints have, and scales that
+    /// are powers of two in one byte.
+    #[test]
+    fn fp8_scales_of_every_kind() {
+        let codes: Vec<u8> = (0..6).map(|i| 0x31 + 9 * i).collect();
+        let values = || Tensor::owned("w.weight", Dtype::F8_E4M3, vec![2, 3], codes.clone());
+        let one = |shape: Vec<usize>| Tensor::from_f32("w.weight_scale", Dtype::BF16, shape, &[0.5]);
+        let plain: Vec<f32> = codes.iter().map(|&c| E4M3[usize::from(c)]).collect();
+        for shape in [vec![], vec![1], vec![1, 1]] {
+            let weight = Weight::fp8(values(), one(shape.clone()), [2, 3]).unwrap();
+            assert_eq!(weight.to_f32(), plain.iter().map(|v| v * 0.5).collect::<Vec<_>>());
+            let input = Tensor::from_f32("w.input_scale", Dtype::F32, vec![], &[2.0]);
+            let stored = weight.with_input_scale(input).tensors("e");
+            let names: Vec<_> = stored.iter().map(Tensor::name).collect();
+            assert_eq!(names, ["e.weight", "e.weight_scale", "e.input_scale"]);
+            assert_eq!(stored[1].shape(), shape);
+            assert_eq!(stored.iter().map(Tensor::parameters).sum::<u64>(), 6);
+        }
+        for shape in [vec![2], vec![2, 1]] {
+            let rows = Tensor::from_f32("s", Dtype::F32, shape, &[3.0, 0.1]);
+            let weight = Weight::fp8(values(), rows, [1, 3]).unwrap();
+            let expected: Vec<f32> = (0..6).map(|i| plain[i] * [3.0, 0.1][i / 3]).collect();
+            assert_eq!((weight.to_f32(), decoded(&weight, 1, 1)), (expected.clone(), expected[3..].to_vec()));
+        }
+        let powers = |codes: [u8; 4]| Tensor::owned("s", Dtype::F8_E8M0, vec![2, 2], codes.to_vec());
+        let weight = Weight::fp8(values(), powers([127, 130, 120, 0]), [1, 2]).unwrap();
+        let factors = [1.0, 1.0, 8.0, 2f32.powi(-7), 2f32.powi(-7), 2f32.powi(-127)];
+        assert_eq!(weight.to_f32(), plain.iter().zip(factors).map(|(v, f)| v * f).collect::<Vec<_>>());
+        assert!(weight.check_finite().is_ok());
+        let error =
+            Weight::fp8(values(), powers([127, 255, 0, 0]), [1, 2]).unwrap().check_finite().unwrap_err();
+        assert_eq!(error.to_string(), "s holds inf at flat index 1; weights must be finite");
     }
 
     #[test]

@@ -7,7 +7,9 @@ use crate::architecture::{
     LatentAttention, NormKind, OutputGate, Packing, Projection, QkNorm, ShortConvolution,
 };
 use crate::backend::Mlp;
-use crate::checkpoint::{Checkpoint, Dtype, Error as CheckpointError, Stride, Tensor, Weight};
+use crate::checkpoint::{
+    Checkpoint, Dtype, Error as CheckpointError, Result as CheckpointResult, Stride, Tensor, Weight,
+};
 
 /// Finds tensors of one layer.
 pub(super) struct Finder<'a> {
@@ -40,7 +42,7 @@ impl Finder<'_> {
         names.iter().find(present).unwrap_or(&names[0])
     }
 
-    /// The matrix `[out, input]` stored as `{stem}.weight`, with `{stem}.weight_scale_inv` where it is FP8, or as
+    /// The matrix `[out, input]` stored as `{stem}.weight`, with `{stem}.weight_scale_inv` or `weight_scale` where it is FP8, or as
     /// `{stem}.weight_blocks` and `{stem}.weight_scales` where it is MXFP4.
     pub(super) fn weight(&self, stem: &str, out: usize, input: usize) -> Result<Weight> {
         let named = |what: &str| format!("{stem}.weight{what}");
@@ -50,8 +52,7 @@ impl Finder<'_> {
         } else {
             let tensor = self.tensor(&named(""), &[out, input])?;
             if tensor.dtype() == Dtype::F8_E4M3 {
-                let scales = self.checkpoint.tensor(&named("_scale_inv")).map_err(|e| self.error(e))?;
-                Weight::fp8(tensor, scales, self.fp8_block())
+                self.fp8(stem, tensor, [out, input])
             } else {
                 Weight::plain(tensor)
             }
@@ -61,12 +62,34 @@ impl Finder<'_> {
         Ok(weight)
     }
 
-    /// Rows and columns that share a scale in FP8.
-    pub(super) fn fp8_block(&self) -> [usize; 2] {
+    /// The matrix of FP8 `values` with its scales, and that of its inputs, where there is one.
+    fn fp8(&self, stem: &str, values: Tensor, [out, input]: [usize; 2]) -> CheckpointResult<Weight> {
+        let names = ["_scale_inv", "_scale"].map(|what| format!("{stem}.weight{what}"));
+        let scales = self.checkpoint.tensor(self.either(&names, ""))?;
+        let block = match (self.declared_fp8_block(), scales.len()) {
+            (Some(block), _) => block,
+            (None, 1) => [out, input],
+            (None, count) if count == out && [&[out][..], &[out, 1]].contains(&scales.shape()) => [1, input],
+            (None, _) => Packing::USUAL_FP8_BLOCK,
+        };
+        let weight = Weight::fp8(values, scales, block)?;
+        let inputs = ["input_scale", "activation_scale"].map(|what| format!("{stem}.{what}"));
+        Ok(match self.checkpoint.get(self.either(&inputs, "")) {
+            None => weight,
+            Some(scale) => weight.with_input_scale(scale.clone()),
+        })
+    }
+
+    fn declared_fp8_block(&self) -> Option<[usize; 2]> {
         match self.architecture.packing {
             Some(Packing::Fp8 { block }) => block,
-            _ => Packing::USUAL_FP8_BLOCK,
+            _ => None,
         }
+    }
+
+    /// Rows and columns that share a scale in FP8 matrices that are stored together.
+    pub(super) fn fp8_block(&self) -> [usize; 2] {
+        self.declared_fp8_block().unwrap_or(Packing::USUAL_FP8_BLOCK)
     }
 
     /// `{prefix}.weight` and, where there is one, `{prefix}.bias`.

@@ -187,7 +187,7 @@ impl Finder<'_> {
             return Err(Error::Inconsistent { layer: self.l, what });
         }
         let blocks = [experts, out.div_ceil(block[0]), input.div_ceil(block[1])];
-        let scales = self.numbers(&format!("{name}_scale_inv"), &blocks)?;
+        let scales = self.tensor(&format!("{name}_scale_inv"), &blocks)?;
         Ok(OutputMajor { values, scales: Some((scales, block)) })
     }
 
