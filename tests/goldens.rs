@@ -86,6 +86,8 @@ repository_goldens!(
     minimax_m2,
     glm4_moe_lite,
     axk1,
+    deepseek_v32,
+    glm_moe_dsa,
     mistral4,
     hunyuan_v1_moe,
     flex_olmo,

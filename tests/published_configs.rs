@@ -102,7 +102,7 @@ fn mixtral_qwen_and_olmoe() {
     assert_eq!(read(&with(&qwen3(), newer)).max_positions, 262_144);
     let packed = json!({"quantization_config": {"activation_scheme": "dynamic", "modules_to_not_convert": ["lm_head"],
         "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}});
-    assert_eq!(read(&with(&qwen3(), packed)).packing, Some(Packing::Fp8 { block: [128, 128] }));
+    assert_eq!(read(&with(&qwen3(), packed)).packing, Some(Packing::Fp8 { block: Some([128, 128]) }));
     let olmoe = json!({"architectures": ["OlmoeForCausalLM"], "attention_bias": false, "clip_qkv": null,
         "eos_token_id": 50279, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 1024,
         "max_position_embeddings": 4096, "model_type": "olmoe", "norm_topk_prob": false, "num_attention_heads": 16,
@@ -126,7 +126,7 @@ fn deepseek_moonlight_and_kimi() {
     assert_eq!(sizes(&read(&lite)), [27, 26, 64, 6, 2816]);
     let v3 = read(&deepseek_v3());
     assert_eq!(sizes(&v3), [61, 58, 256, 8, 2048]);
-    assert_eq!(v3.packing, Some(Packing::Fp8 { block: Packing::USUAL_FP8_BLOCK }));
+    assert_eq!(v3.packing, Some(Packing::Fp8 { block: Some(Packing::USUAL_FP8_BLOCK) }));
     let moonlight = json!({"first_k_dense_replace": 1, "hidden_size": 2048, "intermediate_size": 11264,
         "max_position_embeddings": 8192, "moe_intermediate_size": 1408, "n_group": 1, "n_routed_experts": 64,
         "n_shared_experts": 2, "num_attention_heads": 16, "num_experts_per_tok": 6, "num_hidden_layers": 27,
@@ -324,18 +324,136 @@ fn gpt_oss_llama_and_switch() {
     refused(&with(&switch, json!({"expert_capacity": 0})), "expert_capacity is 0, expected at least 1");
 }
 
+fn granite() -> Value {
+    json!({"architectures": ["GraniteMoeForCausalLM"], "attention_bias": false, "attention_dropout": 0.1,
+        "attention_multiplier": 0.015625, "bos_token_id": 0, "embedding_multiplier": 12.0, "hidden_act": "silu",
+        "hidden_size": 1536, "intermediate_size": 512, "logits_scaling": 6.0, "max_position_embeddings": 131_072,
+        "model_type": "granitemoe", "num_attention_heads": 24, "num_experts_per_tok": 8, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "num_local_experts": 40, "residual_multiplier": 0.22, "rms_norm_eps": 1e-6,
+        "rope_scaling": null, "rope_theta": 10_000_000, "tie_word_embeddings": true, "vocab_size": 49155})
+}
+
+fn minimax() -> Value {
+    json!({"architectures": ["MiniMaxM2ForCausalLM"], "attn_type_list": [1, 1, 1], "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 3072, "intermediate_size": 1536, "max_position_embeddings": 196_608, "model_type": "minimax_m2",
+        "num_attention_heads": 48, "num_experts_per_tok": 8, "num_hidden_layers": 62, "num_key_value_heads": 8,
+        "num_local_experts": 256, "num_mtp_modules": 3, "qk_norm_type": "per_layer", "rms_norm_eps": 1e-6,
+        "rope_theta": 5_000_000, "rotary_dim": 64, "scoring_func": "sigmoid", "shared_intermediate_size": 0,
+        "sliding_window": null, "tie_word_embeddings": false, "use_mtp": true, "use_qk_norm": true,
+        "use_routing_bias": true, "vocab_size": 200_064, "quantization_config": {"activation_scheme": "dynamic",
+        "fmt": "float8_e4m3fn", "quant_method": "fp8", "weight_block_size": [128, 128]}})
+}
+
+fn hunyuan() -> Value {
+    json!({"architectures": ["HunYuanMoEV1ForCausalLM"], "attention_bias": false, "attention_head_dim": 128, "head_dim": 128,
+        "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 3072, "max_position_embeddings": 32768,
+        "mlp_bias": false, "model_type": "hunyuan_v1_moe", "moe_intermediate_size": [3072, 3072],
+        "moe_layer_num_skipped": 0, "moe_topk": [8, 8], "norm_type": "rms", "num_attention_heads": 32,
+        "num_experts": 64, "num_hidden_layers": 32, "num_key_value_heads": 8, "num_shared_expert": [1, 1],
+        "rms_norm_eps": 1e-5, "rope_scaling": {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0,
+        "mscale": 1.0, "mscale_all_dim": 1.0, "type": "dynamic"}, "rope_theta": 10000.0, "tie_word_embeddings": true,
+        "use_cla": false, "use_mixed_mlp_moe": true, "use_qk_norm": true, "vocab_size": 128_167})
+}
+
+/// The rotated elements of the first layer's heads.
+fn rotated(architecture: &Architecture) -> usize {
+    architecture.layers[0].attention.rope().map_or(0, moepress::architecture::Rope::dim)
+}
+
+#[test]
+fn granite_minimax_and_hunyuan() {
+    let architecture = read(&granite());
+    assert_eq!(sizes(&architecture), [32, 32, 40, 8, 0]);
+    let factors = [architecture.embedding_scale, architecture.residual_scale, architecture.head_scale];
+    assert_eq!(factors, [12.0, 0.22, 1.0 / 6.0]);
+    let shared = json!({"model_type": "granitemoeshared", "shared_intermediate_size": 1024});
+    assert_eq!(sizes(&read(&with(&granite(), shared))), [32, 32, 40, 8, 1024]);
+    let hybrid =
+        |kinds: Value| with(&granite(), json!({"model_type": "granitemoehybrid", "layer_types": kinds}));
+    refused(&hybrid(json!(["mamba", "attention"])), "layer_types has `mamba` layers, only \"attention\"");
+    refused(&hybrid(Value::Null), "layer_types is missing, which means Mamba layers");
+
+    let architecture = read(&minimax());
+    assert_eq!((sizes(&architecture), rotated(&architecture)), ([62, 62, 256, 8, 0], 64));
+    for (change, expected) in [
+        (json!({"attn_type_list": [1, 0, 1]}), "attn_type_list has layers without softmax attention"),
+        (json!({"scoring_func": "softmax"}), "scoring_func is \"softmax\", only \"sigmoid\""),
+        (json!({"use_routing_bias": false}), "use_routing_bias is false, only true is supported here"),
+        (json!({"shared_intermediate_size": 64}), "shared_intermediate_size is 64, only 0"),
+        (json!({"rotary_dim": 256}), "rotary_dim is 256, expected at most head_dim = 128"),
+    ] {
+        refused(&with(&minimax(), change), expected);
+    }
+
+    let architecture = read(&hunyuan());
+    assert_eq!((sizes(&architecture), rotated(&architecture)), ([32, 32, 64, 8, 3072], 128));
+    for (change, expected) in [
+        (json!({"moe_topk": [8, 4]}), "moe_topk differs between layers"),
+        (json!({"moe_intermediate_size": [64, 64]}), "moe_intermediate_size is 64, only 3072"),
+        (json!({"use_cla": true}), "use_cla is true, only false"),
+        (json!({"rope_scaling": {"type": "dynamic", "alpha": 0.5}}), "rope_scaling.alpha is 0.5"),
+    ] {
+        refused(&with(&hunyuan(), change), expected);
+    }
+}
+
+#[test]
+fn relatives_of_deepseek_and_glm() {
+    let lite = with(
+        &deepseek_v3(),
+        json!({"model_type": "glm4_moe_lite", "n_group": 1, "topk_group": 1, "n_routed_experts": 64,
+        "num_experts_per_tok": 4, "first_k_dense_replace": 1, "rope_scaling": null}),
+    );
+    assert_eq!(sizes(&read(&lite)), [61, 60, 64, 4, 2048]);
+    refused(
+        &with(&lite, json!({"mlp_layer_types": ["dense"]})),
+        "mlp_layer_types has 1 entries, expected 61",
+    );
+    refused(&with(&lite, json!({"partial_rotary_factor": 0.5})), "partial_rotary_factor is 0.5, only 1");
+    // An indexer chooses among more tokens than it takes only in longer texts.
+    for family in ["deepseek_v32", "glm_moe_dsa"] {
+        let sparse =
+            json!({"model_type": family, "index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128});
+        let sparse = with(&deepseek_v3(), sparse);
+        assert_eq!((sizes(&read(&sparse)), read(&sparse).max_positions), ([61, 58, 256, 8, 2048], 2048));
+        refused(&with(&sparse, json!({"rope_interleave": false})), "rope_interleave is false");
+    }
+    let glm = json!({"model_type": "glm4v_moe", "text_config": {"hidden_size": 64, "num_hidden_layers": 2}});
+    refused(&glm, "num_experts is missing");
+    refused(&json!({"model_type": "qwen3_vl_moe"}), "text_config is missing");
+}
+
 #[test]
 fn other_quantisation_is_named_with_what_would_do() {
     let packed = |config: &Value, section: Value| with(config, json!({"quantization_config": section}));
-    for method in ["gptq", "awq", "bitsandbytes", "compressed-tensors", "modelopt", "fbgemm_fp8"] {
+    for method in ["gptq", "awq", "bitsandbytes", "modelopt", "fbgemm_fp8"] {
         let expected = format!(
-            "quantization_config.quant_method is `{method}`; known: fp8 with block scales, mxfp4; take"
+            "quantization_config.quant_method is `{method}`; known: fp8, compressed-tensors with FP8 weights, mxfp4; take"
         );
         refused(&packed(&mixtral(), json!({"quant_method": method, "bits": 4})), &expected);
     }
-    let expected =
-        "quantization_config.weight_block_size is missing: one scale for a whole matrix is not supported";
-    refused(&packed(&mixtral(), json!({"quant_method": "fp8", "activation_scheme": "static"})), expected);
+    let of_matrices = packed(&mixtral(), json!({"quant_method": "fp8", "activation_scheme": "static"}));
+    assert_eq!(read(&of_matrices).packing, Some(Packing::Fp8 { block: None }));
+    let group = |weights: Value| json!({"group": {"targets": ["Linear"], "weights": weights}});
+    let compressed = |groups: Value| {
+        packed(&mixtral(), json!({"quant_method": "compressed-tensors", "config_groups": groups}))
+    };
+    let float = json!({"num_bits": 8, "type": "float", "strategy": "channel"});
+    assert_eq!(read(&compressed(group(float.clone()))).packing, Some(Packing::Fp8 { block: None }));
+    let blocks = with(&float, json!({"strategy": "block", "block_structure": [128, 128]}));
+    assert_eq!(
+        read(&compressed(group(blocks.clone()))).packing,
+        Some(Packing::Fp8 { block: Some([128, 128]) })
+    );
+    let both = json!({"a": {"weights": float}, "b": {"weights": blocks}});
+    refused(&compressed(both), "has groups with scales of different kinds");
+    let whole = json!({"num_bits": 4, "type": "int", "strategy": "group"});
+    refused(
+        &compressed(group(whole)),
+        "config_groups has 4-bit weights of type int by group; known: 8-bit float",
+    );
+    refused(&compressed(json!({})), "config_groups is empty");
+    refused(&compressed(json!({"group": {}})), "config_groups has a group without weights");
     let text = with(&llama4()["text_config"], json!({"quantization_config": {"quant_method": "awq"}}));
     refused(&with(&llama4(), json!({"text_config": text})), "quant_method is `awq`");
 }

@@ -73,6 +73,9 @@ fn experts_get_closer_in_every_form_and_layout() {
         ("qwen3_moe_fused", "frequency", "0.25", "recovered", "hf"),
         ("gpt_oss", "low-rank", "0.5", "recovered", "moepress"),
         ("llama4_text", "low-rank", "0.5", "original", "moepress"),
+        // What the experts give enters the residual stream by a factor, and through a norm.
+        ("granitemoe", "reap", "0.3", "recovered", "hf"),
+        ("flex_olmo", "low-rank", "0.5", "recovered", "moepress"),
     ];
     for (i, (model, method, remove, input, layout)) in cases.into_iter().enumerate() {
         let model = data(model);

@@ -14,7 +14,7 @@ use common::{data, generate};
 const SKIPPED: i32 = 77;
 
 /// All without a group limit, which does not let deepseek_v2 keep three experts.
-const MODELS: [&str; 30] = [
+const MODELS: [&str; 31] = [
     "mixtral",
     "mixtral_sliding_window",
     "qwen2_moe",
@@ -28,6 +28,7 @@ const MODELS: [&str; 30] = [
     "minimax_m2",
     "glm4_moe_lite",
     "glm4v_moe",
+    "glm_moe_dsa",
     "hunyuan_v1_moe",
     "flex_olmo",
     "afmoe",

@@ -530,6 +530,25 @@ GLM4_MOE_LITE = DEEPSEEK_V3 | {
     "num_nextn_predict_layers": 1,
 }
 
+# The indexer takes more tokens than there are.
+DEEPSEEK_V32 = DEEPSEEK_V3 | {
+    "model_type": "deepseek_v32",
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "index_topk": 32,
+    "index_head_dim": 12,
+    "index_n_heads": 2,
+}
+
+GLM_MOE_DSA = GLM4_MOE_LITE | {
+    "model_type": "glm_moe_dsa",
+    "architectures": ["GlmMoeDsaForCausalLM"],
+    "index_topk": 32,
+    "index_head_dim": 12,
+    "index_n_heads": 2,
+    "indexer_types": ["full", "shared"],
+    "num_nextn_predict_layers": 0,
+}
+
 AXK1 = DEEPSEEK_V3 | {
     "model_type": "axk1",
     "architectures": ["AXK1ForCausalLM"],
@@ -912,6 +931,8 @@ FIXTURES = {
     "granitemoehybrid": {"config": GRANITEMOEHYBRID, "dtype": torch.bfloat16, "embedding": 0.1},
     "minimax_m2": {"config": MINIMAX_M2, "dtype": torch.bfloat16},
     "glm4_moe_lite": {"config": GLM4_MOE_LITE, "dtype": torch.bfloat16, "embedding": 0.02},
+    "deepseek_v32": {"config": DEEPSEEK_V32 | {"num_nextn_predict_layers": 0}, "dtype": torch.bfloat16},
+    "glm_moe_dsa": {"config": GLM_MOE_DSA, "dtype": torch.bfloat16},
     "axk1": {"config": AXK1, "dtype": torch.bfloat16},
     "mistral4": {"config": MISTRAL4, "dtype": torch.bfloat16},
     "hunyuan_v1_moe": {"config": HUNYUAN_V1_MOE, "dtype": torch.bfloat16},

@@ -54,6 +54,32 @@ pub(super) fn v3(config: &Config) -> Result<Architecture> {
     layers(common, &moe, pairing(config)?, 1536, later_layers(config, 3)?)
 }
 
+/// DeepSeek-V3.2 (arXiv 2512.02556).
+pub(super) fn v32(config: &Config) -> Result<Architecture> {
+    let defaults = Defaults { max_positions: 163_840, ..DEFAULTS };
+    sparse_attention(Common::read(config, "deepseek_v32", names(), defaults)?, [8, 4], 1536)
+}
+
+/// GLM-5 (2026): the layers of DeepSeek-V3.2.
+pub(super) fn glm_dsa(config: &Config) -> Result<Architecture> {
+    let defaults = Defaults { norm_eps: 1e-5, max_positions: 202_752, ..DEFAULTS };
+    sparse_attention(Common::read(config, "glm_moe_dsa", names(), defaults)?, [1, 1], 2048)
+}
+
+/// DeepSeek-V3 with indexers that choose `index_topk` keys for every query. A text of at most as many tokens loses none by
+/// that, so that is how long texts can be; indexers do not run.
+fn sparse_attention(common: Common<'_>, groups: [usize; 2], query_rank: usize) -> Result<Architecture> {
+    let config = common.config;
+    config.require("rope_interleave", true)?;
+    let chosen = config.positive_or("index_topk", 2048)?;
+    let moe = biased_moe(&common, groups, 2.5)?;
+    let first = config.size_or("first_k_dense_replace", 3)?;
+    let sparse = expert_layers(config, common.layers, first)?;
+    let mut architecture = layers(common, &moe, Pairing::Adjacent, query_rank, |l| sparse[l])?;
+    architecture.max_positions = architecture.max_positions.min(chosen);
+    Ok(architecture)
+}
+
 /// A.X K1 (SK Telecom, 2026): DeepSeek-V3 with a norm behind the experts.
 pub(super) fn axk1(config: &Config) -> Result<Architecture> {
     let defaults = Defaults { max_positions: 32768, ..DEFAULTS };

@@ -32,17 +32,19 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 36] = [
+pub(super) const FAMILIES: [(&str, Read); 38] = [
     ("afmoe", afmoe::read),
     ("axk1", deepseek::axk1),
     ("deepseek_v2", deepseek::v2),
     ("deepseek_v3", deepseek::v3),
+    ("deepseek_v32", deepseek::v32),
     ("dots1", dots1::read),
     ("ernie4_5_moe", ernie4_5_moe::read),
     ("exaone_moe", exaone_moe::read),
     ("flex_olmo", flex_olmo::read),
     ("glm4_moe", glm4_moe::read),
     ("glm4_moe_lite", deepseek::glm_lite),
+    ("glm_moe_dsa", deepseek::glm_dsa),
     ("glm4v_moe", glm4_moe::of_images),
     ("gpt_oss", gpt_oss::read),
     ("granitemoe", granite::plain),
