@@ -42,7 +42,7 @@ const MODELS: [&str; 31] = [
     "granitemoeshared_fused",
     "minimax_m2",
     "axk1",
-    "mistral4",
+    "mistral3",
     "hunyuan_v1_moe",
     "flex_olmo",
     "afmoe",

@@ -89,6 +89,7 @@ repository_goldens!(
     deepseek_v32,
     glm_moe_dsa,
     mistral4,
+    mistral3,
     hunyuan_v1_moe,
     flex_olmo,
     afmoe,

@@ -421,6 +421,9 @@ fn relatives_of_deepseek_and_glm() {
     let glm = json!({"model_type": "glm4v_moe", "text_config": {"hidden_size": 64, "num_hidden_layers": 2}});
     refused(&glm, "num_experts is missing");
     refused(&json!({"model_type": "qwen3_vl_moe"}), "text_config is missing");
+    let dense =
+        json!({"model_type": "mistral3", "text_config": {"model_type": "mistral", "hidden_size": 64}});
+    refused(&dense, "model_type is \"mistral\", only \"mistral4\" is supported here");
 }
 
 #[test]

@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use common::compress::{apply, bits, masked, plan, tokens};
@@ -209,6 +210,56 @@ fn fp8_with_one_scale_per_matrix() {
                 assert_eq!((found.shape(), found.bytes()), (expected.shape(), expected.bytes()), "{suffix}");
             }
         }
+    }
+    assert!(bits(&run(&dir, &tokens()).logits) == bits(&masked(packed.path(), &plan, &tokens())));
+}
+
+/// The same where all experts are stored together: one scale for each, and one for its inputs.
+#[test]
+fn fused_fp8_with_one_scale_per_expert() {
+    let (packed, widened) = (Mutant::of("mistral4"), Mutant::of("mistral4"));
+    for (name, rows) in [("gate_up_proj", 32), ("down_proj", 32)] {
+        let name = format!("model.layers.1.mlp.experts.{name}");
+        let codes = |tensors: &BTreeMap<String, Tensor>| -> (Vec<usize>, Vec<u8>) {
+            let stored = &tensors[&name];
+            let codes = stored.to_f32().unwrap().iter().map(|v| (v.to_bits() >> 16) as u8 & 0xb7).collect();
+            (stored.shape().to_vec(), codes)
+        };
+        let scale = |e: usize| 0.01 * (1.0 + e as f32);
+        packed.edit_tensors(|tensors| {
+            let (shape, codes) = codes(tensors);
+            assert_eq!(shape[1], rows);
+            let one = |name: String, shape: Vec<usize>, values: Vec<f32>| {
+                Tensor::from_f32(name, Dtype::F32, shape, &values)
+            };
+            let scales = one(format!("{name}_scale_inv"), vec![8, 1, 1], (0..8).map(scale).collect());
+            let inputs = one(format!("{name}_activation_scale"), vec![8], (0..8).map(|e| e as f32).collect());
+            for tensor in [Tensor::owned(name.as_str(), Dtype::F8_E4M3, shape, codes), scales, inputs] {
+                tensors.insert(tensor.name().into(), tensor);
+            }
+        });
+        widened.edit_tensors(|tensors| {
+            let (shape, codes) = codes(tensors);
+            let per_expert = codes.len() / 8;
+            let value = |(i, &code): (usize, &u8)| E4M3[usize::from(code)] * scale(i / per_expert);
+            let values: Vec<f32> = codes.iter().enumerate().map(value).collect();
+            tensors.insert(name.clone(), Tensor::from_f32(name.as_str(), Dtype::F32, shape, &values));
+        });
+    }
+    packed.set_config("quantization_config", json!({ "quant_method": "fp8", "activation_scheme": "static" }));
+    let differences =
+        run(packed.path(), &tokens()).logits.into_iter().zip(run(widened.path(), &tokens()).logits);
+    assert!(differences.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) < 1e-5);
+    // Whatever is dropped, a router without groups can say.
+    packed.set_config("n_group", json!(1));
+    let plan = plan(packed.path(), "random", Some(Budget::Experts(6)), &[("seed", "3")]);
+    let out = tempfile::tempdir().unwrap();
+    let dir = out.path().join("static");
+    assert_eq!(apply(packed.path(), &plan, &STOCK, &dir).unwrap().layout, "hf");
+    for (l, experts) in kept(&plan) {
+        let name = format!("model.layers.{l}.mlp.experts.down_proj_activation_scale");
+        let expected: Vec<f32> = experts.iter().map(|e| *e as f32).collect();
+        assert_eq!(tensor(&dir, &name).to_f32().unwrap(), expected);
     }
     assert!(bits(&run(&dir, &tokens()).logits) == bits(&masked(packed.path(), &plan, &tokens())));
 }

@@ -55,7 +55,7 @@ pub(super) fn decode_mxfp4(block: &[u8; MX_BLOCK / 2], scale: u8, out: &mut [f32
 }
 
 /// How the scales of FP8 weights, and of their inputs, are called.
-const SCALES: [&str; 4] = ["_scale_inv", ".weight_scale", ".input_scale", ".activation_scale"];
+const SCALES: [&str; 4] = ["_scale_inv", ".weight_scale", ".input_scale", "activation_scale"];
 
 impl Tensor {
     /// Number of parameters that the tensor stands for: two per byte of MXFP4 blocks, none in the scales of packed

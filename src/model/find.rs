@@ -80,7 +80,7 @@ impl Finder<'_> {
         })
     }
 
-    fn declared_fp8_block(&self) -> Option<[usize; 2]> {
+    pub(super) fn declared_fp8_block(&self) -> Option<[usize; 2]> {
         match self.architecture.packing {
             Some(Packing::Fp8 { block }) => block,
             _ => None,

@@ -136,7 +136,8 @@ impl Finder<'_> {
     /// Experts whose own layout is [`ExpertStorage::OutputMajor`], and the tensors with these names.
     fn output_major_stacks(&self, moe: &MoeSpec, names: [&str; 2]) -> Result<(Vec<StoredExpert>, Fused)> {
         let experts = self.rewritten(moe, names[0], names[1])?;
-        let stored = names.iter().flat_map(|name| [(*name).to_string(), format!("{name}_scale_inv")]);
+        let suffixes = ["", "_scale_inv", "_activation_scale"];
+        let stored = names.iter().flat_map(|name| suffixes.map(|suffix| format!("{name}{suffix}")));
         let tensors = stored.filter_map(|name| self.checkpoint.get(&name).cloned()).collect();
         Ok((experts, Fused { tensors, output_major: true }))
     }
@@ -178,6 +179,13 @@ impl Finder<'_> {
             return Ok(OutputMajor { values, scales: None });
         }
         let [experts, out, input] = shape;
+        let name_of_scales = format!("{name}_scale_inv");
+        let stored = self.checkpoint.get(&name_of_scales);
+        if self.declared_fp8_block().is_none()
+            && let Some(scales) = stored.filter(|scales| scales.len() == experts)
+        {
+            return Ok(OutputMajor { values, scales: Some((scales.clone(), None)) });
+        }
         let block = self.fp8_block();
         if part != out && !part.is_multiple_of(block[0]) {
             let what = format!(
@@ -187,8 +195,8 @@ impl Finder<'_> {
             return Err(Error::Inconsistent { layer: self.l, what });
         }
         let blocks = [experts, out.div_ceil(block[0]), input.div_ceil(block[1])];
-        let scales = self.tensor(&format!("{name}_scale_inv"), &blocks)?;
-        Ok(OutputMajor { values, scales: Some((scales, block)) })
+        let scales = self.tensor(&name_of_scales, &blocks)?;
+        Ok(OutputMajor { values, scales: Some((scales, Some(block))) })
     }
 
     /// Experts of a family that publishes them fused: input-major, or packed and output-major.
@@ -388,8 +396,8 @@ fn assemble(
 struct OutputMajor {
     /// `[experts, out, in]`.
     values: Tensor,
-    /// Of FP8, and the rows and columns of a block.
-    scales: Option<(Tensor, [usize; 2])>,
+    /// Of FP8, and the rows and columns of a block; one for each expert where there are no blocks.
+    scales: Option<(Tensor, Option<[usize; 2]>)>,
 }
 
 impl OutputMajor {
@@ -398,7 +406,11 @@ impl OutputMajor {
         let values = self.values.entry(e).rows(first, count);
         match &self.scales {
             None => Weight::plain(values),
-            Some((scales, block)) => {
+            Some((scales, None)) => {
+                let whole = [count, values.shape()[1]];
+                Weight::fp8(values, scales.entry(e), whole)
+            }
+            Some((scales, Some(block))) => {
                 let scales = scales.entry(e).rows(first / block[0], count.div_ceil(block[0]));
                 Weight::fp8(values, scales, *block)
             }

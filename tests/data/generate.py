@@ -582,6 +582,26 @@ MISTRAL4 = DEEPSEEK_V3 | {
     },
 }
 
+MISTRAL3 = {
+    "model_type": "mistral3",
+    "torch_dtype": "bfloat16",
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "image_token_index": 60,
+    "tie_word_embeddings": False,
+    "text_config": {k: v for k, v in MISTRAL4.items() if k not in ("architectures", "tie_word_embeddings")},
+    "vision_config": {
+        "model_type": "pixtral",
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 4,
+        "num_channels": 1,
+        "patch_size": 2,
+        "image_size": 4,
+    },
+}
+
 # Lists with a number for every layer, and a base stretched by alpha, as published.
 HUNYUAN_V1_MOE = COMMON | {
     "model_type": "hunyuan_v1_moe",
@@ -935,6 +955,7 @@ FIXTURES = {
     "glm_moe_dsa": {"config": GLM_MOE_DSA, "dtype": torch.bfloat16},
     "axk1": {"config": AXK1, "dtype": torch.bfloat16},
     "mistral4": {"config": MISTRAL4, "dtype": torch.bfloat16},
+    "mistral3": {"config": MISTRAL3, "dtype": torch.bfloat16},
     "hunyuan_v1_moe": {"config": HUNYUAN_V1_MOE, "dtype": torch.bfloat16},
     "flex_olmo": {"config": FLEX_OLMO, "dtype": torch.bfloat16},
     "afmoe": {"config": AFMOE, "dtype": torch.bfloat16, "embedding": 0.2},

@@ -3,7 +3,7 @@ use super::{
     Architecture, AttentionSpec, Common, Config, Defaults, Error, GroupLimit, GroupScore, LayerSpec, MoeSpec,
     Names, NormPlacement, Pairing, Result, WeightRule,
 };
-use super::{expert_layers, feed_forward};
+use super::{expert_layers, feed_forward, within_images};
 
 const DEFAULTS: Defaults = Defaults { norm_eps: 1e-6, ..Defaults::USUAL };
 
@@ -110,9 +110,26 @@ const MISTRAL_ROPE: &str = r#"{"rope_type": "yarn", "rope_theta": 10000.0, "fact
 
 /// Mistral 4 (2026): latent attention whose scores grow with the position, and a softmax router.
 pub(super) fn mistral(config: &Config) -> Result<Architecture> {
-    let names = Names { storage: ExpertStorage::OutputMajor, ..names() };
+    read_mistral(config, "mistral4", Names { storage: ExpertStorage::OutputMajor, ..names() })
+}
+
+/// Mistral 4 as published, within a model of text and images.
+pub(super) fn mistral_of_images(config: &Config) -> Result<Architecture> {
+    within_images(config, true, |text| {
+        text.require("model_type", "mistral4")?;
+        let names = Names {
+            model: "language_model.model.",
+            head: "language_model.lm_head",
+            storage: ExpertStorage::OutputMajor,
+            ..names()
+        };
+        read_mistral(text, "mistral3", names)
+    })
+}
+
+fn read_mistral(config: &Config, family: &'static str, names: Names) -> Result<Architecture> {
     let defaults = Defaults { rope_section: Some(MISTRAL_ROPE), max_positions: 1_048_576, ..DEFAULTS };
-    let common = Common::read(config, "mistral4", names, defaults)?;
+    let common = Common::read(config, family, names, defaults)?;
     let number = |key: &str| match common.rope.number(key)? {
         Some(number) => Ok(number as f32),
         None => Err(Error::invalid(&format!("rope_parameters.{key}"), "is missing")),

@@ -15,7 +15,7 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
 /// GLM-4.5V: the language model within a model of text and images. Text alone has the same positions on every axis of its
 /// rotation.
 pub(super) fn of_images(config: &Config) -> Result<Architecture> {
-    within_images(config, |text| {
+    within_images(config, false, |text| {
         let defaults = Defaults { max_positions: 65536, ..DEFAULTS };
         let names = Names { model: "model.language_model.", ..names() };
         let common = Common::read(text, "glm4v_moe", names, defaults)?;

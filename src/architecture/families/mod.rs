@@ -32,7 +32,7 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 38] = [
+pub(super) const FAMILIES: [(&str, Read); 39] = [
     ("afmoe", afmoe::read),
     ("axk1", deepseek::axk1),
     ("deepseek_v2", deepseek::v2),
@@ -59,6 +59,7 @@ pub(super) const FAMILIES: [(&str, Read); 38] = [
     ("mellum", qwen::mellum),
     ("mimo_v2_flash", mimo_v2_flash::read),
     ("minimax_m2", minimax_m2::read),
+    ("mistral3", deepseek::mistral_of_images),
     ("mistral4", deepseek::mistral),
     ("mixtral", mixtral::read),
     ("olmoe", olmoe::read),
@@ -339,13 +340,18 @@ fn layers_of_kind(
 /// Section of the config of a model of text and images that speaks of its language model.
 const TEXT_SECTION: &str = "text_config";
 
-/// The language model within a model of text and images, as `read` reads it from its section of the config.
-fn within_images(config: &Config, read: impl Fn(&Config) -> Result<Architecture>) -> Result<Architecture> {
+/// The language model within a model of text and images, as `read` reads it from its section of the config; whether the
+/// head is the embedding table where the config does not say.
+fn within_images(
+    config: &Config,
+    tied: bool,
+    read: impl Fn(&Config) -> Result<Architecture>,
+) -> Result<Architecture> {
     let text = config.section(TEXT_SECTION)?.ok_or_else(|| Error::invalid(TEXT_SECTION, "is missing"))?;
     let mut architecture = read(&text)?;
     architecture.config_section = Some(TEXT_SECTION);
     // transformers ties as the whole model says, of which not every config does.
-    architecture.tied_embeddings = config.flag_or("tie_word_embeddings", false)?;
+    architecture.tied_embeddings = config.flag_or("tie_word_embeddings", tied)?;
     Ok(architecture)
 }
 

@@ -56,7 +56,7 @@ pub(super) fn qwen2(config: &Config) -> Result<Architecture> {
 /// Qwen3-VL: the language model within a model of text and images. Text alone has the same positions on every axis of its
 /// rotation.
 pub(super) fn qwen3_vl(config: &Config) -> Result<Architecture> {
-    within_images(config, |text| {
+    within_images(config, false, |text| {
         let names =
             Names { model: "model.language_model.", storage: ExpertStorage::Transposed, ..Names::default() };
         let defaults = Defaults {
