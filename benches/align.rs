@@ -7,7 +7,7 @@ use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use moepress::architecture::Activation;
 use moepress::backend::{Linear, Mlp};
 use moepress::checkpoint::{Dtype, Tensor, Weight};
-use moepress::compress::align;
+use moepress::compress::{Matching, align};
 use moepress::linalg::{Matrix, assignment};
 use moepress::model::LinearSource;
 
@@ -44,7 +44,7 @@ fn alignment(c: &mut Criterion) {
     for (width, hidden) in SHAPES {
         let (a, b) = (expert(width, hidden, 1), expert(width, hidden, 10));
         group.bench_function(BenchmarkId::new("experts", format!("{width}x{hidden}")), |bench| {
-            bench.iter(|| align(black_box(&a), black_box(&b)).expect("finite"));
+            bench.iter(|| align(black_box(&a), black_box(&b), Matching::Weights).expect("finite"));
         });
         let costs = Matrix::new(width, width, noise(width * width, 3).collect()).expect("square");
         group.bench_function(BenchmarkId::new("assignment", width), |bench| {

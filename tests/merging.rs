@@ -13,7 +13,9 @@ use moepress::architecture::Projection;
 use moepress::backend::cpu::Cpu;
 use moepress::backend::{Expert, Linear, Matrix, Mlp, StoredExpert};
 use moepress::checkpoint::{Checkpoint, Dtype, Tensor, encode_f64};
-use moepress::compress::{FactorOptions, LayoutChoice, Options, Whitening, align, apply_layer, factorise};
+use moepress::compress::{
+    FactorOptions, LayoutChoice, Matching, Options, Whitening, align, apply_layer, factorise,
+};
 use moepress::model::{
     FeedForwardSource, HeadScratch, LayerSource, LinearSource, Model, MoeSource, Stream, inspect,
     open_architecture, profile,
@@ -220,7 +222,8 @@ fn a_planted_permutation_is_recovered() {
         }
     });
     let disguised = moe(mutant.path());
-    let found = align(&dense(&disguised.experts[1]), &dense(&disguised.experts[3])).unwrap();
+    let found =
+        align(&dense(&disguised.experts[1]), &dense(&disguised.experts[3]), Matching::Weights).unwrap();
     let mut inverse = vec![0; width];
     order.iter().enumerate().for_each(|(new, &old)| inverse[old] = new);
     assert_eq!(found.permutation, inverse);
@@ -260,7 +263,7 @@ fn biases_move_with_their_neurons() {
         down: map(down, target.down.bias.clone()),
         activation: target.activation,
     };
-    let found = align(&target, &member).unwrap();
+    let found = align(&target, &member, Matching::Weights).unwrap();
     assert_eq!((found.cost, found.permutation), (0.0, order));
     let mut layer = moe.clone();
     let whole = member

@@ -14,7 +14,7 @@ use moepress::backend::cpu::Cpu;
 use moepress::backend::{Backend, Expert, Linear, Matrix, Mlp, StoredExpert};
 use moepress::calibrate::{Options as Calibration, Sample, Statistics, calibrate};
 use moepress::checkpoint::{Checkpoint, Dtype};
-use moepress::compress::{FactorOptions, Options, align, apply_layer, compress};
+use moepress::compress::{FactorOptions, Matching, Options, align, apply_layer, compress};
 use moepress::eval::perplexity;
 use moepress::model::{FeedForwardSource, LayerSource, LinearSource, Model, MoeSource, open_architecture};
 use moepress::plan::{Action, Budget, LayerPlan, Plan, Request, method};
@@ -97,7 +97,9 @@ fn alignments_are_those_of_the_reference() {
             for entry in layer["alignment"].as_array().unwrap() {
                 let number = |key: &str| entry[key].as_u64().unwrap() as usize;
                 let (target, member) = (number("ref"), number("expert"));
-                let found = align(&dense(&moe.experts[target]), &dense(&moe.experts[member])).unwrap();
+                let found =
+                    align(&dense(&moe.experts[target]), &dense(&moe.experts[member]), Matching::Weights)
+                        .unwrap();
                 for (cost, key) in [(found.cost, "cost_aligned"), (found.unaligned_cost, "cost_identity")] {
                     let expected = entry[key].as_f64().unwrap();
                     let place = format!("{name} layer {l}: {member} to {target}: {key}");

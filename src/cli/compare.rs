@@ -46,7 +46,8 @@ pub(crate) struct Args {
         allow_negative_numbers = true
     )]
     remove: Vec<f64>,
-    /// Methods, each with options behind colons: reap,low-rank:whiten=false [default: all]
+    /// Methods, each with options behind colons: reap,low-rank:whiten=false [default: all but those that search on
+    /// tokens or need another checkpoint]
     #[arg(long, value_name = "M,…", value_delimiter = ',')]
     methods: Vec<String>,
     /// Draw perplexity against bytes
@@ -99,8 +100,9 @@ impl Args {
 
     fn candidates(&self) -> Result<Vec<Candidate>, Failure> {
         if self.methods.is_empty() {
-            // Those that search on tokens plan for minutes where the others take seconds.
-            let planned = methods().iter().filter(|m| !m.needs().tokens);
+            // Those that search on tokens plan for minutes where the others take seconds; those that compare with another
+            // checkpoint have to be told which.
+            let planned = methods().iter().filter(|m| !m.needs().tokens && !m.needs().checkpoint);
             return Ok(planned.map(|&method| Candidate { method, options: [].into() }).collect());
         }
         self.methods.iter().map(|text| candidate(text)).collect()

@@ -36,7 +36,12 @@ fn as_json(method: &dyn Method) -> Value {
     json!({
         "name": method.name(),
         "description": method.description(),
-        "needs": { "statistics": needs.statistics, "second_moments": needs.second_moments, "tokens": needs.tokens },
+        "needs": {
+            "statistics": needs.statistics,
+            "second_moments": needs.second_moments,
+            "tokens": needs.tokens,
+            "checkpoint": needs.checkpoint,
+        },
         "options": method.options().iter().map(option).collect::<Vec<_>>(),
         "paper": method.paper().map(|p| json!({ "title": p.title, "arxiv": p.arxiv })),
     })
@@ -65,6 +70,7 @@ fn page(group: &[&dyn Method]) -> String {
             (needs.statistics, "statistics"),
             (needs.second_moments, "second moments, or tokens when compressing"),
             (needs.tokens, "the model and tokens"),
+            (needs.checkpoint, "the model and another checkpoint"),
         ];
         let wanted: Vec<&str> = wanted.iter().filter(|(needed, _)| *needed).map(|(_, what)| *what).collect();
         let needs = if wanted.is_empty() {

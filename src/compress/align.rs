@@ -2,14 +2,17 @@
 //!
 //! The hidden neurons of an expert may stand in any order: permuting the rows of gate and up and the columns of down
 //! alike leaves its function as it is. Experts that are to be averaged are brought into the order in which their neurons
-//! are nearest to each other: weight matching (Ainsworth et al., "Git Re-Basin", arXiv 2209.04836, §3.2), here over all
-//! matrices of an MLP together, three of a gated one, as in MC-SMoE (arXiv 2310.01334, §3.1) over two.
+//! are nearest to each other: by their weights ("Git Re-Basin", Ainsworth et al., arXiv 2209.04836, §3.2), here over all
+//! matrices of an MLP together, three of a gated one, as in MC-SMoE (arXiv 2310.01334, §3.1) over two; by what they are on
+//! common tokens (the same, §3.1); or by both, as REAM does (arXiv 2604.04356).
 
 use rayon::prelude::*;
 
+use super::activations::{Inputs, Products, products};
+
 use crate::architecture::Projection;
 use crate::backend::Mlp;
-use crate::backend::cpu::{multiply, transpose};
+use crate::backend::cpu::transpose;
 use crate::checkpoint::Tensor;
 use crate::linalg::{Matrix, assignment};
 use crate::model::LinearSource;
@@ -21,46 +24,111 @@ use super::{Error, Result};
 pub struct Alignment {
     /// For each hidden neuron of the reference the neuron that takes its place.
     pub permutation: Vec<usize>,
-    /// Σ over neurons of the squared distance to the reference's neuron: its row of gate, its row of up and its column
-    /// of down, and their biases.
+    /// Σ over neurons of the distance to the reference's neuron, as [`Matching`] defines it.
     pub cost: f64,
     /// The same in the order in which they are stored.
     pub unaligned_cost: f64,
+}
+
+/// By what two hidden neurons are compared. The weights of a neuron are its row of gate, its row of up and its column of
+/// down, and its biases; its activations are its values on some tokens, which both experts run on.
+#[derive(Clone, Copy, Debug)]
+pub enum Matching<'a> {
+    /// The squared distance of their weights.
+    Weights,
+    /// 1 − Pearson's correlation of their activations, as in the published code of MC-SMoE, there on the tokens that chose
+    /// both experts. A neuron that is the same on all tokens correlates with none.
+    Activations(&'a Inputs),
+    /// The distance of their activations plus that of their weights, each divided by its norm (0 stays 0): the published
+    /// code of REAM, but for the 64 principal components to which that first reduces weights.
+    Both(&'a Inputs),
+}
+
+impl Matching<'_> {
+    fn inputs(&self) -> Option<&Inputs> {
+        match self {
+            Matching::Weights => None,
+            Matching::Activations(inputs) | Matching::Both(inputs) => Some(inputs),
+        }
+    }
 }
 
 /// Aligns `member` to `reference`, both dense and of one shape. Of orders that are equally near the stored one is kept.
 /// Costs are summed in f32 products and f64; the same on any number of threads.
 ///
 /// # Errors
-/// [`Error::Missing`] where the shapes differ or a value is not finite.
-pub fn align(reference: &Mlp<LinearSource>, member: &Mlp<LinearSource>) -> Result<Alignment> {
+/// [`Error::Missing`] where the shapes differ, there is no token to run on, or a value is not finite.
+pub fn align(
+    reference: &Mlp<LinearSource>,
+    member: &Mlp<LinearSource>,
+    matching: Matching<'_>,
+) -> Result<Alignment> {
     let (width, other) = (reference.gate.weight.rows(), member.gate.weight.rows());
     if width != other {
         return Err(Error::Missing(format!("{other} hidden neurons cannot be aligned to {width}")));
     }
-    let mut costs = vec![0.0; width * width];
-    for part in Part::ALL {
-        let (Some(a), Some(b)) = (part.of(reference)?, part.of(member)?) else { continue };
-        subtract_products(&a, &b, &mut costs);
-    }
-    let costs = Matrix::new(width, width, costs);
-    let permutation = costs.and_then(assignment).map_err(|e| Error::Missing(e.to_string()))?;
-    let (mut cost, mut unaligned_cost) = (0.0, 0.0);
-    for part in Part::ALL {
-        let (Some(a), Some(b)) = (part.of(reference)?, part.of(member)?) else { continue };
-        cost += a.distance(&b, |i| permutation[i]);
-        unaligned_cost += a.distance(&b, |i| i);
-    }
+    let active = matching.inputs().map(|inputs| products(reference, member, inputs)).transpose()?;
+    let costs = match (matching, &active) {
+        (Matching::Activations(_), Some(active)) => active.decorrelations(),
+        (_, active) => {
+            let weights = weights(reference, member)?;
+            match active {
+                // The squared norms that make it half the squared distance do not depend on the assignment.
+                None => weights.dot.iter().map(|p| -p).collect(),
+                Some(active) => {
+                    let both = active.distances().into_iter().zip(weights.distances());
+                    both.map(|(a, w)| a + w).collect()
+                }
+            }
+        }
+    };
+    let sum = |of: &dyn Fn(usize) -> usize| (0..width).map(|i| costs[i * width + of(i)]).sum::<f64>();
+    let solve = |costs: &[f64]| {
+        let costs = Matrix::new(width, width, costs.to_vec());
+        costs.and_then(assignment).map_err(|e| Error::Missing(e.to_string()))
+    };
+    let permutation = solve(&costs)?;
+    let (cost, unaligned_cost) = match matching {
+        Matching::Weights => {
+            (distance(reference, member, |i| permutation[i])?, distance(reference, member, |i| i)?)
+        }
+        _ => (sum(&|i| permutation[i]), sum(&|i| i)),
+    };
     if cost < unaligned_cost {
         return Ok(Alignment { permutation, cost, unaligned_cost });
     }
     Ok(Alignment { permutation: (0..width).collect(), cost: unaligned_cost, unaligned_cost })
 }
 
+/// Σ over neurons i of the squared distance of the weights of neuron i of `reference` and of(i) of `member`.
+fn distance(
+    reference: &Mlp<LinearSource>,
+    member: &Mlp<LinearSource>,
+    of: impl Fn(usize) -> usize + Sync,
+) -> Result<f64> {
+    let mut cost = 0.0;
+    for part in Part::ALL {
+        let (Some(a), Some(b)) = (part.of(reference)?, part.of(member)?) else { continue };
+        cost += a.distance(&b, &of);
+    }
+    Ok(cost)
+}
+
+/// The inner products of the weights of all pairs of neurons.
+fn weights(reference: &Mlp<LinearSource>, member: &Mlp<LinearSource>) -> Result<Products> {
+    let mut sums = Products::new(reference.gate.weight.rows());
+    for part in Part::ALL {
+        let (Some(a), Some(b)) = (part.of(reference)?, part.of(member)?) else { continue };
+        sums.add(&a.values, &b.values, a.cols);
+    }
+    Ok(sums)
+}
+
 /// Bytes that [`align`] takes for experts of this size.
-pub(super) fn memory(width: usize, hidden_size: usize) -> usize {
-    // Costs in f64 with one product in f32; two parts in f32, one of them also before it is transposed.
-    width * (12 * width + 12 * hidden_size)
+pub(super) fn memory(width: usize, hidden_size: usize, matching: Matching<'_>) -> usize {
+    // Costs in f64 twice with one product in f32; two parts in f32, one of them also before it is transposed.
+    width * (20 * width + 12 * hidden_size)
+        + matching.inputs().map_or(0, |inputs| inputs.memory(width, hidden_size))
 }
 
 /// What belongs to hidden neurons.
@@ -118,12 +186,4 @@ impl Rows {
         let rows: Vec<f64> = self.values.par_chunks_exact(self.cols).enumerate().map(row).collect();
         rows.iter().sum()
     }
-}
-
-/// costs[i, j] −= ⟨a[i], b[j]⟩. The squared norms that make it half the squared distance do not depend on the
-/// assignment.
-fn subtract_products(a: &Rows, b: &Rows, costs: &mut [f64]) {
-    let mut products = vec![0.0; costs.len()];
-    multiply(&a.values, &b.values, a.cols, false, &mut products);
-    costs.par_iter_mut().zip(&products).with_min_len(1 << 14).for_each(|(c, p)| *c -= f64::from(*p));
 }

@@ -6,9 +6,10 @@ use rayon::prelude::*;
 
 use serde_json::Value;
 
+use super::activations::Inputs;
 use super::channels::{self, ChannelOptions, Problem};
 use super::delta::{self, BaseKind, BaseOptions};
-use super::factorise::{FactorOptions, Whitening, factorise_on, factorise_with_rows};
+use super::factorise::{AlignBy, FactorOptions, Whitening, factorise_on, factorise_with_rows};
 use super::merge::{Merged, merge};
 use super::{Alignment, Error, Result};
 use crate::architecture::Projection;
@@ -72,10 +73,16 @@ impl ApplyOptions {
             Some(_) => Err(wrong(name, "true or false")),
         };
         let (whiten, align) = (flag("whiten", false)?, flag("align", true)?);
+        let align_by = match option("align_by") {
+            None | Some("weights") => AlignBy::Weights,
+            Some("activations") => AlignBy::Activations,
+            Some("both") => AlignBy::Both,
+            Some(_) => return Err(wrong("align_by", "weights, activations or both")),
+        };
         let criterion = Criterion::of(&plan.options).map_err(|expected| wrong("criterion", &expected))?;
         let refit = refit(&plan.options).map_err(|expected| wrong("refit", &expected))?;
         Ok(ApplyOptions {
-            factors: FactorOptions { dtype, densify, whiten, align, merge_dtype },
+            factors: FactorOptions { dtype, densify, whiten, align, align_by, merge_dtype },
             channels: ChannelOptions { criterion, refit },
             base: BaseOptions { kind, align: flag("align", false)? },
         })
@@ -85,6 +92,21 @@ impl ApplyOptions {
 impl From<FactorOptions> for ApplyOptions {
     fn from(factors: FactorOptions) -> Self {
         ApplyOptions { factors, ..ApplyOptions::default() }
+    }
+}
+
+/// What was measured of a layer before it is compressed.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Observed<'a> {
+    /// Sums over its tokens.
+    pub moments: Option<&'a Moments>,
+    /// Inputs of its experts, where experts are compared by what they are on tokens ([`AlignBy`]).
+    pub inputs: Option<&'a Inputs>,
+}
+
+impl<'a> From<Option<&'a Moments>> for Observed<'a> {
+    fn from(moments: Option<&'a Moments>) -> Self {
+        Observed { moments, inputs: None }
     }
 }
 
@@ -108,21 +130,21 @@ impl<'a> Measured<'a> {
 }
 
 /// Applies `plan` to the experts of `source`: merges first, so that what becomes of an expert that takes in others becomes
-/// of their mean. `moments` holds what was measured of the layer and is needed: for constants [`Moment::Count`] and
+/// of their mean. `observed` holds what was measured of the layer and is needed: for constants [`Moment::Count`] and
 /// [`Moment::OutputSum`]; where low-rank experts and differences are to be whitened [`Moment::InputGram`] for gate and up,
 /// [`Moment::HiddenGram`] for down; for channels what their criterion is made of, and [`Moment::GateHiddenGram`] for a
 /// refit.
 ///
 /// # Errors
 /// Names the layer and expert, and what cannot be done.
-pub fn apply_layer(
+pub fn apply_layer<'a>(
     plan: &LayerPlan,
     source: &MoeSource,
-    moments: Option<&Moments>,
+    observed: impl Into<Observed<'a>>,
     options: impl Into<ApplyOptions>,
 ) -> Result<CompressedLayer> {
-    let options = options.into();
-    let merged = merge(plan, source, options.factors)?;
+    let (options, Observed { moments, inputs }) = (options.into(), observed.into());
+    let merged = merge(plan, source, inputs, options.factors)?;
     let source = merged.as_ref().map_or(source, |m| &m.moe);
     let slots: Vec<usize> =
         plan.experts.iter().filter(|e| plan.has_row(&e.action)).map(|e| e.expert).collect();

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use rayon::prelude::*;
 
-use super::align;
+use super::align::{self, Matching};
 use super::apply::Measured;
 use super::factorise::{FactorOptions, factors, stem, stored};
 use super::merge::{dense_mlp, in_batches};
@@ -123,8 +123,9 @@ fn orders(
     let mlp = |slot: usize| dense_mlp(source, slot).map_err(refuse(slot));
     let target = mlp(reference)?;
     let others = slots.iter().copied().filter(|slot| *slot != reference).collect();
-    let size = |_: &usize| align::memory(target.gate.weight.rows(), target.gate.weight.cols());
-    let order = |slot| Ok((slot, align::align(&target, &mlp(slot)?)?.permutation));
+    let size =
+        |_: &usize| align::memory(target.gate.weight.rows(), target.gate.weight.cols(), Matching::Weights);
+    let order = |slot| Ok((slot, align::align(&target, &mlp(slot)?, Matching::Weights)?.permutation));
     Ok(in_batches(others, size, order)?.into_iter().collect())
 }
 

@@ -16,8 +16,22 @@ pub struct FactorOptions {
     pub whiten: bool,
     /// Whether the hidden neurons of experts are aligned before they are merged.
     pub align: bool,
+    /// By what.
+    pub align_by: AlignBy,
     /// Type of the matrices of merged experts; `None` for that of their targets, or bf16 where those are packed.
     pub merge_dtype: Option<Dtype>,
+}
+
+/// By what the hidden neurons of experts are aligned before they are merged, see [`Matching`](super::Matching).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AlignBy {
+    /// Their weights.
+    #[default]
+    Weights,
+    /// Their activations on the layer's inputs.
+    Activations,
+    /// The two together.
+    Both,
 }
 
 /// The data that a factorisation has to be good on.

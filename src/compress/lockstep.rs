@@ -3,11 +3,11 @@
 use std::time::{Duration, Instant};
 
 use super::layout::Layout;
-use super::measure::Follower;
+use super::measure::{Follower, Wanted};
 use super::run::{Job, Record};
 use super::{Options, Result};
 use crate::architecture::Profile;
-use crate::backend::{Backend, Moment};
+use crate::backend::Backend;
 use crate::model::{FeedForwardSource, LayerSource, Model};
 use crate::plan::Plan;
 
@@ -46,7 +46,7 @@ impl<'a, 'm, B: Backend> Lockstep<'a, 'm, B> {
     ) -> Result<(Self, Vec<Result<()>>)> {
         let mut jobs = Vec::new();
         let mut outcomes = Vec::new();
-        let mut second: Option<Vec<Moment>> = None;
+        let mut wanted: Option<Wanted> = None;
         for plan in plans {
             let job = plan.check(profile).map_err(Into::into).and_then(|()| {
                 let job = Job::new(model.checkpoint(), profile, plan, options)?;
@@ -61,17 +61,16 @@ impl<'a, 'm, B: Backend> Lockstep<'a, 'm, B> {
             };
             outcomes.push(Ok(()));
             let own = match options.tokens {
-                Some(tokens) if job.propagate => Some(Follower::new(model, tokens, job.second(), true)?),
+                Some(tokens) if job.propagate => Some(Follower::new(model, tokens, job.wanted(), true)?),
                 _ => None,
             };
             if job.follow && own.is_none() {
-                let union = second.get_or_insert_default();
-                union.extend(job.second().into_iter().filter(|m| !union.contains(m)).collect::<Vec<_>>());
+                wanted.get_or_insert_default().join(job.wanted());
             }
             jobs.push((job, own));
         }
-        let shared = match (second, options.tokens) {
-            (Some(second), Some(tokens)) => Some(Follower::new(model, tokens, second, false)?),
+        let shared = match (wanted, options.tokens) {
+            (Some(wanted), Some(tokens)) => Some(Follower::new(model, tokens, wanted, false)?),
             _ => None,
         };
         Ok((Lockstep { model, jobs, shared }, outcomes))

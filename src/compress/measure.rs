@@ -1,6 +1,7 @@
-//! Second moments and scores measured while compressing, from a residual stream that advances with the layers.
+//! Second moments, scores and inputs measured while compressing, from a residual stream that advances with the layers.
 
-use super::Result;
+use super::apply::Observed;
+use super::{Inputs, Result};
 use crate::backend::{Backend, Moment, MomentDims, Moments};
 use crate::calibrate::Residual;
 use crate::model::{LayerSource, Model, Observation, Stream};
@@ -10,19 +11,52 @@ use crate::tokens::Windows;
 pub(super) struct Follower<'a, 'm, B: Backend> {
     model: &'a Model<'m, B>,
     stream: Stream<'m, B>,
-    second: Vec<Moment>,
+    wanted: Wanted,
     /// Whether later layers see the compressed earlier ones.
     propagate: bool,
+    /// Tokens that pass a layer, padding included: of an encoder, and of what predicts.
+    tokens: [usize; 2],
+}
+
+/// What is measured beside the ordinary moments.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Wanted {
+    /// Second moments.
+    pub(super) second: Vec<Moment>,
+    /// Inputs of experts.
+    pub(super) inputs: bool,
+}
+
+impl Wanted {
+    /// Adds what `other` wants.
+    pub(super) fn join(&mut self, other: Wanted) {
+        self.second.extend(other.second.into_iter().filter(|m| !self.second.contains(m)).collect::<Vec<_>>());
+        self.inputs |= other.inputs;
+    }
+}
+
+/// What was measured of a layer.
+pub(super) struct Measurement {
+    pub(super) moments: Moments,
+    inputs: Option<Inputs>,
+}
+
+impl Measurement {
+    pub(super) fn observed(&self) -> Observed<'_> {
+        Observed { moments: Some(&self.moments), inputs: self.inputs.as_ref() }
+    }
 }
 
 impl<'a, 'm, B: Backend> Follower<'a, 'm, B> {
     pub(super) fn new(
         model: &'a Model<'m, B>,
         windows: &Windows,
-        second: Vec<Moment>,
+        wanted: Wanted,
         propagate: bool,
     ) -> Result<Self> {
-        Ok(Follower { model, stream: Stream::new(model, windows)?, second, propagate })
+        let tokens = [true, false].map(|in_encoder| windows.of_layer(in_encoder));
+        let tokens = tokens.map(|windows| windows.count * windows.length);
+        Ok(Follower { model, stream: Stream::new(model, windows)?, wanted, propagate, tokens })
     }
 
     /// Puts the stream where the last run left it; returns the number of finished layers.
@@ -39,7 +73,7 @@ impl<'a, 'm, B: Backend> Follower<'a, 'm, B> {
 
     /// Measures the original layer on the stream. Unless the stream propagates, it then stands behind the layer;
     /// otherwise it stands between the layer's attention and its experts, and [`Follower::leave`] has to follow.
-    pub(super) fn measure(&mut self, source: &LayerSource) -> Result<Option<Moments>> {
+    pub(super) fn measure(&mut self, source: &LayerSource) -> Result<Option<Measurement>> {
         let backend = self.model.backend();
         let layer = self.model.prepare(source)?;
         let Some(moe) = source.moe() else {
@@ -59,8 +93,15 @@ impl<'a, 'm, B: Backend> Follower<'a, 'm, B> {
                 .max()
                 .map_or(0, |f| *f as usize + 1),
         };
-        let mut observer = backend.observer(dims, &self.second)?;
+        let mut observer = backend.observer(dims, &self.wanted.second)?;
         let mut copy = backend.buffer();
+        let mut inputs = match self.wanted.inputs {
+            true => Some(Inputs::new(Vec::new(), architecture.hidden_size)?),
+            false => None,
+        };
+        let [encoder, decoder] = self.tokens;
+        let tokens = if architecture.in_encoder(source.layer) { encoder } else { decoder };
+        let (step, mut passed) = (tokens.div_ceil(Inputs::TOKENS).max(1), 0);
         let Stream { chunks, scratch, .. } = &mut self.stream;
         for chunk in chunks {
             layer.attend(backend, chunk, scratch)?;
@@ -71,8 +112,17 @@ impl<'a, 'm, B: Backend> Follower<'a, 'm, B> {
             } else {
                 layer.feed(backend, &mut chunk.x, &chunk.batch, scratch, observe)?;
             }
+            if let Some(inputs) = &mut inputs {
+                let rows = layer.fed(backend, scratch)?;
+                for row in (0..chunk.batch.tokens()).filter(|&t| chunk.batch.is_real(t)) {
+                    if passed % step == 0 {
+                        inputs.push(&rows, row);
+                    }
+                    passed += 1;
+                }
+            }
         }
-        Ok(Some(backend.moments(observer)?))
+        Ok(Some(Measurement { moments: backend.moments(observer)?, inputs }))
     }
 
     /// Passes the compressed experts of a layer, where the stream propagates.

@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 
 use rayon::prelude::*;
 
-use super::align::{self, Alignment, align};
-use super::factorise::FactorOptions;
+use super::activations::Inputs;
+use super::align::{self, Alignment, Matching, align};
+use super::factorise::{AlignBy, FactorOptions};
 use super::{Error, Result};
 use crate::architecture::Projection;
 use crate::backend::{Expert, Linear, Matrix, Mlp, Moment, Moments, StoredExpert};
@@ -35,11 +36,17 @@ const MEMORY: usize = 4 << 30;
 
 /// Carries out the `merge` actions of `plan`: each target becomes the mean of its members and itself, weighted by the
 /// plan's shares, summed in f64 and rounded once to [`FactorOptions::merge_dtype`]. With [`FactorOptions::align`], hidden
-/// neurons of members are first brought into the target's order. `None` where nothing is merged.
+/// neurons of members are first brought into the target's order, where [`AlignBy`] says so by what they are on `inputs`.
+/// `None` where nothing is merged.
 ///
 /// # Errors
 /// Names the expert that has no dense matrices, or others than its target.
-pub(super) fn merge(plan: &LayerPlan, source: &MoeSource, options: FactorOptions) -> Result<Option<Merged>> {
+pub(super) fn merge(
+    plan: &LayerPlan,
+    source: &MoeSource,
+    inputs: Option<&Inputs>,
+    options: FactorOptions,
+) -> Result<Option<Merged>> {
     let mut members: BTreeMap<usize, Vec<Member>> = BTreeMap::new();
     for entry in &plan.experts {
         if let Action::Merge { into, weight } = entry.action {
@@ -62,14 +69,15 @@ pub(super) fn merge(plan: &LayerPlan, source: &MoeSource, options: FactorOptions
         }
     }
     if options.align {
+        let matching = matching(plan.layer, inputs, options.align_by)?;
         let pairs: Vec<(usize, &mut Member)> =
             members.iter_mut().flat_map(|(into, group)| group.iter_mut().map(|m| (*into, m))).collect();
         let size = |(into, _): &(usize, &mut Member)| {
             let gate = &dense[into].gate.weight;
-            align::memory(gate.rows(), gate.cols())
+            align::memory(gate.rows(), gate.cols(), matching)
         };
         in_batches(pairs, size, |(into, member)| {
-            member.alignment = Some(align(&dense[&into], &dense[&member.slot])?);
+            member.alignment = Some(align(&dense[&into], &dense[&member.slot], matching)?);
             Ok(())
         })?;
     }
@@ -94,6 +102,18 @@ pub(super) fn merge(plan: &LayerPlan, source: &MoeSource, options: FactorOptions
         }
     }
     Ok(Some(Merged { moe, members }))
+}
+
+/// By what the experts of layer `layer` are aligned.
+fn matching(layer: usize, inputs: Option<&Inputs>, by: AlignBy) -> Result<Matching<'_>> {
+    let inputs = inputs.ok_or_else(|| {
+        Error::Missing(format!("layer {layer}: the inputs on which experts are compared were not measured"))
+    });
+    Ok(match by {
+        AlignBy::Weights => Matching::Weights,
+        AlignBy::Activations => Matching::Activations(inputs?),
+        AlignBy::Both => Matching::Both(inputs?),
+    })
 }
 
 fn alias(expert: &StoredExpert) -> Option<usize> {

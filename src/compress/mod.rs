@@ -1,6 +1,7 @@
 //! Carries out a plan: the only place that writes weights. Streams over the checkpoint a layer at a time, leaves every
 //! finished layer on disk, and puts the result in place only when it is whole.
 
+mod activations;
 mod align;
 mod apply;
 mod channels;
@@ -19,12 +20,13 @@ mod run;
 mod spectra;
 mod weights;
 
-pub use align::{Alignment, align};
-pub use apply::{ApplyOptions, CompressedLayer, apply_layer};
+pub use activations::Inputs;
+pub use align::{Alignment, Matching, align};
+pub use apply::{ApplyOptions, CompressedLayer, Observed, apply_layer};
 pub use channels::ChannelOptions;
 pub use delta::{BaseKind, BaseOptions};
 pub use error::Error;
-pub use factorise::{FactorOptions, Whitening, factorise, factorise_with_rows};
+pub use factorise::{AlignBy, FactorOptions, Whitening, factorise, factorise_with_rows};
 pub(crate) use layout::manifest_entry;
 pub use layout::{Layout, LayoutChoice};
 pub use lockstep::{Lockstep, PlannedLayer, stored_bytes};

@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 
 use super::apply::{ApplyOptions, apply_layer};
 use super::layout::{Layout, LayoutChoice, manifest_entry};
-use super::measure::Follower;
+use super::measure::{Follower, Measurement, Wanted};
 use super::needs::Need;
 use super::output::{Output, other_tensors, outside_layers};
 use super::{Alignment, Error, Result};
@@ -104,7 +104,7 @@ pub fn compress<B: Backend>(
     let output = Output::create(partial.clone(), layers + 1)?;
     let mut follower = match options.tokens.filter(|_| job.follow) {
         None => None,
-        Some(tokens) => Some(Follower::new(model, tokens, job.second(), job.propagate)?),
+        Some(tokens) => Some(Follower::new(model, tokens, job.wanted(), job.propagate)?),
     };
     // Layers that are on disk, and no more of them than the residual stream has passed.
     let finished = |l: usize| output.has_shard(l).then(|| Record::read(&work, l)).flatten();
@@ -256,11 +256,11 @@ impl<'a> Job<'a> {
         Moment::ALL.into_iter().filter(needed).collect()
     }
 
-    /// Second moments that the stream measures.
-    pub(super) fn second(&self) -> Vec<Moment> {
-        let mut moments = self.needed();
-        moments.retain(|m| Moment::SECOND.contains(m));
-        moments
+    /// What the stream measures beside the ordinary moments.
+    pub(super) fn wanted(&self) -> Wanted {
+        let mut second = self.needed();
+        second.retain(|m| Moment::SECOND.contains(m));
+        Wanted { second, inputs: self.needs.iter().any(|need| need.inputs) }
     }
 
     /// Everything that the output depends on.
@@ -279,7 +279,7 @@ impl<'a> Job<'a> {
     }
 
     /// Compresses the experts of one layer in place.
-    pub(super) fn layer(&self, source: &mut LayerSource, measured: Option<&Moments>) -> Result<String> {
+    pub(super) fn layer(&self, source: &mut LayerSource, measured: Option<&Measurement>) -> Result<String> {
         let l = source.layer;
         let FeedForwardSource::Moe(moe) = &mut source.feed_forward else { return Ok("dense".into()) };
         let Some(index) = self.plan.layers.iter().position(|p| p.layer == l) else {
@@ -292,11 +292,11 @@ impl<'a> Job<'a> {
             }
             _ => None,
         };
-        let moments = measured.or(stored.as_ref());
-        if let (true, Some(moments)) = (self.propagate, moments) {
+        let observed = measured.map_or_else(|| stored.as_ref().into(), Measurement::observed);
+        if let (true, Some(moments)) = (self.propagate, observed.moments) {
             self.choose_again(&mut plan, index, moments)?;
         }
-        let compressed = apply_layer(&plan, moe, moments, self.apply)?;
+        let compressed = apply_layer(&plan, moe, observed, self.apply)?;
         *moe = compressed.moe;
         let stored = moe.experts.iter().filter(|e| e.form() != "alias").count();
         let mut detail = format!("{stored} of {} experts", plan.experts.len());

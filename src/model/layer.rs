@@ -334,6 +334,11 @@ impl<B: Backend> Layer<B> {
         self.feed_forward_output_norm.is_none().then_some(self.residual_scale)
     }
 
+    /// What the feed-forward half saw last, `[tokens, hidden]` on the host: the residual stream behind its norm.
+    pub fn fed(&self, backend: &B, scratch: &Scratch<B>) -> Result<Vec<f32>> {
+        Ok(backend.download(&scratch.normed)?)
+    }
+
     /// Another router for the layer's experts, such as one that cannot choose some of them.
     ///
     /// # Errors

@@ -269,7 +269,7 @@ pub(super) fn profile(profile: &Profile) -> Result<()> {
 }
 
 /// Ascending numbers for people: `0 to 3, 5, 7 to 9`.
-fn spans(numbers: &[usize]) -> String {
+pub(super) fn spans(numbers: &[usize]) -> String {
     let mut spans: Vec<(usize, usize)> = Vec::new();
     for &n in numbers {
         match spans.last_mut() {

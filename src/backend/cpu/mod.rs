@@ -29,6 +29,7 @@ pub use attention::CpuRotation;
 pub use experts::CpuExperts;
 pub use linear::CpuWeight;
 pub(crate) use multiply::{multiply, transpose};
+pub(crate) use pointwise::{activate, add_bias};
 pub use route::{CpuRouter, CpuRouting};
 pub use simd::{Isa, UnknownIsa};
 

@@ -47,7 +47,8 @@ pub(super) fn rms_norm_heads(x: &mut CpuBuffer, weight: &[f32], eps: f32) {
     x.data.par_chunks_exact_mut(weight.len()).with_min_len(64).for_each(|head| normalise(head, weight, eps));
 }
 
-pub(super) fn add_bias(x: &mut [f32], bias: &[f32]) {
+/// Adds `bias` to every row of `x`.
+pub(crate) fn add_bias(x: &mut [f32], bias: &[f32]) {
     x.par_chunks_exact_mut(bias.len()).with_min_len(16).for_each(|row| {
         for (v, b) in row.iter_mut().zip(bias) {
             *v += b;
@@ -63,8 +64,8 @@ pub(super) fn clamp(x: &mut CpuBuffer, limit: f32) {
     });
 }
 
-/// `up` is used by gated activations alone.
-pub(super) fn activate(gate: &mut [f32], up: &[f32], activation: Activation) {
+/// The activation of `gate`, in place; `up` is used by gated ones alone.
+pub(crate) fn activate(gate: &mut [f32], up: &[f32], activation: Activation) {
     if !activation.is_gated() {
         return gate.par_chunks_mut(PIECE).for_each(|gate| activate_alone(gate, activation));
     }

@@ -82,7 +82,7 @@ pub(super) static METHODS: [Narrow; 2] = [
             arxiv: "2508.02322",
         },
         description: "drops the hidden channels of the least energy, over all experts of a layer together",
-        needs: Needs { statistics: true, second_moments: false, tokens: false },
+        needs: Needs { statistics: true, second_moments: false, tokens: false, checkpoint: false },
         options: &CAMERA,
     },
     Narrow {
@@ -92,7 +92,7 @@ pub(super) static METHODS: [Narrow; 2] = [
             arxiv: "2408.09632",
         },
         description: "drops the hidden channels of the least ridge leverage and refits the down matrix (Nyström)",
-        needs: Needs { statistics: false, second_moments: true, tokens: false },
+        needs: Needs { statistics: false, second_moments: true, tokens: false, checkpoint: false },
         options: &MODEGPT,
     },
 ];

@@ -59,6 +59,8 @@ pub struct Needs {
     pub second_moments: bool,
     /// The tokens themselves, for the plan.
     pub tokens: bool,
+    /// Another checkpoint, which an option names.
+    pub checkpoint: bool,
 }
 
 /// Spectra of expert matrices, from whoever owns the weights.

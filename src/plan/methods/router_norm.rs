@@ -55,7 +55,7 @@ impl Method for RouterNorm {
     }
 
     fn needs(&self) -> Needs {
-        Needs::default()
+        Needs { checkpoint: true, ..Needs::default() }
     }
 
     fn options(&self) -> &'static [OptionSpec] {

@@ -245,6 +245,56 @@ fn mc_smoe_factorises_what_it_stores() {
     );
 }
 
+/// The default rank is for matrices of a real model: where it saves nothing the matrices stay, and the plan says so. A rank
+/// that was asked for and cannot be is an error.
+#[test]
+fn ranks_that_save_nothing_leave_matrices_alone() {
+    let (profile, statistics) = two_layers();
+    let make = |method: &str, options: &[&str]| {
+        plan(method, &profile, Some(&statistics), Some(Budget::Experts(3)), options).unwrap()
+    };
+    let (merged, both) = (make("m-smoe", &[]), make("mc-smoe", &[]));
+    assert_eq!(both.layers, merged.layers);
+    let warned = "layer 1 to 2: factors of rank 32 and dense rows would not be smaller than the matrices, which stay as they \
+                  are; give a smaller rank";
+    assert_eq!(both.warnings, [&merged.warnings[..], &[warned.into()]].concat());
+    assert_eq!(make("mc-smoe", &["rank=2"]).warnings, merged.warnings);
+}
+
+/// Routers that choose among groups of experts first: REAM keeps the most salient of each group, methods whose groups are
+/// what they are say what to do.
+#[test]
+fn rows_that_go_leave_group_limited_routers_enough() {
+    let grouped = profile(vec![MoeProfile { groups: 3, top_groups: 2, ..layer(1, 6, 3) }]);
+    let logits: Vec<f64> = (0..36).map(|i| if i % 7 == 0 { 1.0 } else { 0.1 }).collect();
+    let outputs: Vec<f64> = (0..48).map(|i| f64::from(i * 7 % 11) - 5.0).collect();
+    let statistics = [measured(&[9.0, 8.0, 7.0, 6.0, 2.0, 1.0], &logits, &outputs)];
+    let make =
+        |method: &str, n, options: &[&str]| plan(method, &grouped, Some(&statistics), Some(n), options);
+    // Any two groups hold three experts: one group may lose one row, where the plan without groups would lose two of the last.
+    let five = make("ream", Budget::Experts(5), &[]).unwrap();
+    assert_eq!(groups(&five.layers[0]).iter().map(|g| g[0]).collect::<Vec<_>>(), [0, 1, 2, 3, 4]);
+    let says = |method, n| make(method, n, &["router=fuse"]).unwrap_err().to_string();
+    assert_eq!(
+        says("ream", Budget::Experts(3)),
+        "--experts 3: would drop 3 of the 6 experts of layer 1, which must keep 5; the smallest possible is 5; --set \
+         router=redirect keeps all rows and can merge more"
+    );
+    assert_eq!(make("ream", Budget::Experts(3), &["router=redirect"]).unwrap().experts_kept(), [3]);
+    let wide = profile(vec![MoeProfile { groups: 2, top_groups: 1, ..layer(1, 6, 2) }]);
+    let make = |method: &str, options: &[&str]| {
+        plan(method, &wide, Some(&statistics), Some(Budget::Experts(4)), options)
+    };
+    // The three most used are all of the first group, and so would be its rows.
+    assert_eq!(
+        make("m-smoe", &["router=fuse"]).unwrap_err().to_string(),
+        "option router=fuse: layer 1 would keep [3, 1] rows in the groups of its router, of which any 1 must hold the 2 \
+         that a token chooses; use redirect, which keeps all rows, or remove less"
+    );
+    let kept = make("ream", &[]).unwrap();
+    assert_eq!(groups(&kept.layers[0]).iter().map(|g| g[0]).collect::<Vec<_>>(), [0, 1, 3, 4]);
+}
+
 #[test]
 fn ream_groups_around_the_most_salient() {
     let profile = profile(vec![layer(1, 4, 1)]);
@@ -291,7 +341,8 @@ fn messages() {
             "hc-smoe",
             Some(Budget::Experts(1)),
             &["router=fuse"],
-            "--experts 1: would drop 3 of the 4 experts of layer 1, which must keep 2; the smallest possible is 2",
+            "--experts 1: would drop 3 of the 4 experts of layer 1, which must keep 2; the smallest possible is 2; \
+             --set router=redirect keeps all rows and can merge more",
         ),
         ("ream", Some(Budget::Experts(5)), &[], "--experts 5: layer 1 has 4 experts; use fewer"),
         (

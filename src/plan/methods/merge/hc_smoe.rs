@@ -1,7 +1,7 @@
 //! HC-SMoE: experts with similar outputs, by hierarchical clustering.
 
 use super::linkage::{Linkage, cluster, cut};
-use super::{EXCLUDE, Groups, Job, MERGE_DTYPE, align_option, counts, router_option, rows};
+use super::{EXCLUDE, Groups, Job, MERGE_DTYPE, align_by_option, align_option, counts, router_option, rows};
 use crate::architecture::MoeProfile;
 use crate::backend::{Moment, Moments};
 use crate::plan::error::Place;
@@ -12,7 +12,7 @@ use crate::plan::{OptionSpec, Plan, Result, check};
 /// The method.
 pub(in crate::plan) struct HcSmoe;
 
-static OPTIONS: [OptionSpec; 6] = [
+static OPTIONS: [OptionSpec; 7] = [
     OptionSpec {
         name: "basis",
         kind: OptionKind::Choice(&["all", "routed"]),
@@ -27,6 +27,7 @@ static OPTIONS: [OptionSpec; 6] = [
         help: "distance of clusters: the mean, least or greatest of their members",
     },
     align_option("false"),
+    align_by_option("weights"),
     router_option("redirect"),
     EXCLUDE,
     MERGE_DTYPE,

@@ -1,12 +1,15 @@
 //! M-SMoE and MC-SMoE: "Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy".
 
-use super::{EXCLUDE, Groups, Job, MERGE_DTYPE, align_option, counts, logit_cosines, router_option};
+use super::{
+    EXCLUDE, Groups, Job, MERGE_DTYPE, align_by_option, align_option, counts, logit_cosines, router_option,
+};
 use crate::architecture::MoeProfile;
+use crate::plan::check::{self, spans};
 use crate::plan::file::LayerPlan;
 use crate::plan::methods::{FACTOR_DTYPE, Method, Needs, Paper, Request};
 use crate::plan::options::{self, OptionKind};
 use crate::plan::score::descending;
-use crate::plan::{Action, Budget, Error, OptionSpec, Plan, Projection, Ranks, Result, check};
+use crate::plan::{Action, Budget, Error, OptionSpec, Plan, Projection, Ranks, Result};
 
 /// Merging alone.
 pub(in crate::plan) static M_SMOE: MSmoe = MSmoe { compress: false };
@@ -18,7 +21,7 @@ pub(in crate::plan) struct MSmoe {
     compress: bool,
 }
 
-static OPTIONS: [OptionSpec; 10] = [
+static OPTIONS: [OptionSpec; 11] = [
     OptionSpec {
         name: "grouping",
         kind: OptionKind::Choice(&["exact", "strict", "uniform"]),
@@ -33,6 +36,7 @@ static OPTIONS: [OptionSpec; 10] = [
         help: "most experts in a group",
     },
     align_option("true"),
+    align_by_option("weights"),
     router_option("redirect"),
     EXCLUDE,
     MERGE_DTYPE,
@@ -84,7 +88,7 @@ impl Method for MSmoe {
     }
 
     fn options(&self) -> &'static [OptionSpec] {
-        if self.compress { &OPTIONS } else { &OPTIONS[..6] }
+        if self.compress { &OPTIONS } else { &OPTIONS[..7] }
     }
 
     fn plan(&self, request: &Request<'_>) -> Result<Plan> {
@@ -111,12 +115,25 @@ impl Method for MSmoe {
             let layer = |i: usize| group(layers[i], &frequencies[i], &cosines[i], counts[i], capacity);
             (0..layers.len()).map(layer).collect::<Result<Vec<Groups>>>()
         };
-        let mut actions = Vec::new();
+        let (mut actions, mut dense) = (Vec::new(), Vec::new());
         if self.compress {
             let rank = options::integer(&job.options, "rank").unwrap_or(32) as usize;
             let rows = options::fraction(&job.options, "dense_rows").unwrap_or(0.1);
+            let hidden = request.profile.hidden_size;
             for (i, layer) in job.layers() {
-                actions.push((i, decomposed(request.profile.hidden_size, layer, rank, rows)?));
+                let most = hidden.min(layer.width);
+                if rank > most && request.options.contains_key("rank") {
+                    let (layer, width) = (layer.layer, layer.width);
+                    let expected = format!(
+                        "expected at most {most} for the matrices of layer {layer}, {width} × {hidden}"
+                    );
+                    return Err(Error::Option { option: "rank".into(), value: rank.to_string(), expected });
+                }
+                let action = decomposed(hidden, layer, rank, rows);
+                if action == Action::Keep {
+                    dense.push(layer.layer);
+                }
+                actions.push((i, action));
             }
         }
         let decompose = |plans: &mut [LayerPlan]| {
@@ -134,7 +151,14 @@ impl Method for MSmoe {
             }
             _ => job.meet(groups, &frequencies, decompose)?,
         };
-        let warnings = job.warnings()?;
+        let mut warnings = job.warnings()?;
+        if !dense.is_empty() {
+            let (layers, rank) = (spans(&dense), &job.options["rank"]);
+            warnings.push(format!(
+                "layer {layers}: factors of rank {rank} and dense rows would not be smaller than the matrices, which stay as \
+                 they are; give a smaller rank"
+            ));
+        }
         Plan::assemble(request.profile, self.name(), job.options, request.source.cloned(), plans, warnings)
     }
 }
@@ -214,13 +238,8 @@ fn group(
 
 /// What becomes of a merged expert: factors of this rank and a share of dense rows, rounded to whole ones, for every
 /// matrix where they save something.
-fn decomposed(hidden_size: usize, layer: &MoeProfile, rank: usize, share: f64) -> Result<Action> {
+fn decomposed(hidden_size: usize, layer: &MoeProfile, rank: usize, share: f64) -> Action {
     let (d, p) = (hidden_size, layer.width);
-    if rank > d.min(p) {
-        let expected =
-            format!("expected at most {} for the matrices of layer {}, {p} × {d}", d.min(p), layer.layer);
-        return Err(Error::Option { option: "rank".into(), value: rank.to_string(), expected });
-    }
     let (mut ranks, mut rows) = (Ranks::default(), Ranks::default());
     for &matrix in layer.projections() {
         let (out, input) = if matrix == Projection::Down { (d, p) } else { (p, d) };
@@ -230,7 +249,7 @@ fn decomposed(hidden_size: usize, layer: &MoeProfile, rank: usize, share: f64) -
             *rows.get_mut(matrix) = (dense > 0).then_some(dense);
         }
     }
-    Ok(if ranks.is_dense() { Action::Keep } else { Action::LowRank { rank: ranks, rows } })
+    if ranks.is_dense() { Action::Keep } else { Action::LowRank { rank: ranks, rows } }
 }
 
 #[cfg(test)]
@@ -254,9 +273,9 @@ mod tests {
         let switch = MoeProfile { width: 3072, ungated: true, ..layer(0, 32, 1) };
         let rank = Ranks { gate: Some(32), up: None, down: Some(32) };
         let rows = Ranks { gate: Some(307), up: None, down: Some(77) };
-        assert_eq!(decomposed(768, &switch, 32, 0.1).ok(), Some(Action::LowRank { rank, rows }));
-        assert_eq!(decomposed(768, &switch, 32, 0.0).ok(), Some(Action::low_rank(rank)));
-        assert_eq!(decomposed(768, &switch, 32, 0.96).ok(), Some(Action::Keep));
+        assert_eq!(decomposed(768, &switch, 32, 0.1), Action::LowRank { rank, rows });
+        assert_eq!(decomposed(768, &switch, 32, 0.0), Action::low_rank(rank));
+        assert_eq!(decomposed(768, &switch, 32, 0.96), Action::Keep);
     }
 
     /// Frequencies equal to the threshold: the published rule drops them all, the exact one fills up.

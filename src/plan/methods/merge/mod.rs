@@ -19,16 +19,29 @@ use crate::plan::budget::{self, Room};
 use crate::plan::costs::{Costs, FactorDtype};
 use crate::plan::error::Place;
 use crate::plan::file::{LayerPlan, MergedRows};
+use crate::plan::groups::GroupState;
 use crate::plan::options::{self, OptionKind, Options};
 use crate::plan::score;
 use crate::plan::{Action, Budget, Error, OptionSpec, Result};
 
 const ALIGN_HELP: &str = "bring the hidden neurons of merged experts into the order of the one they go into, the nearest \
-                          by weights, before averaging";
+                          to its own, before averaging";
 
 /// The option `align` with this default.
 const fn align_option(default: &'static str) -> OptionSpec {
     OptionSpec { name: "align", kind: OptionKind::Flag, default: Some(default), help: ALIGN_HELP }
+}
+
+/// The option `align_by` with this default.
+const fn align_by_option(default: &'static str) -> OptionSpec {
+    OptionSpec {
+        name: "align_by",
+        kind: OptionKind::Choice(&["weights", "activations", "both"]),
+        default: Some(default),
+        help: "what makes hidden neurons near: weights; activations, the correlation of their values on calibration tokens, \
+               every expert on every token; both, the distance of weights plus that of activations, each divided by its \
+               norm. The last two need --tokens while compressing",
+    }
 }
 
 /// The option `router` with this default.
@@ -100,9 +113,30 @@ impl<'a> Job<'a> {
         profile.moe_layers.iter().enumerate().filter(|(_, l)| !self.excluded.contains(&l.layer))
     }
 
-    /// The fewest groups of a layer: one, or where rows go as many as are chosen per token.
+    /// The fewest groups of a layer: one, or where rows go as many as a token must find.
     fn floor(&self, layer: &MoeProfile) -> usize {
-        if self.rows == MergedRows::Fuse { layer.top_k } else { 1 }
+        if self.rows == MergedRows::Fuse {
+            layer.experts - GroupState::new(layer, layer.top_k).removable()
+        } else {
+            1
+        }
+    }
+
+    /// Errors where the rows that go leave a group-limited router too few in some choice of its groups.
+    fn check_rows(&self, plans: Vec<LayerPlan>) -> Result<Vec<LayerPlan>> {
+        for (plan, layer) in plans.iter().zip(&self.profile.moe_layers) {
+            let mut state = GroupState::new(layer, layer.top_k);
+            plan.without_row().for_each(|e| state.remove(state.of(e)));
+            if !state.is_enough() {
+                let (sizes, MoeProfile { layer, top_k, top_groups, .. }) = (state.sizes(), layer);
+                let expected = format!(
+                    "layer {layer} would keep {sizes:?} rows in the groups of its router, of which any {top_groups} must \
+                     hold the {top_k} that a token chooses; use redirect, which keeps all rows, or remove less"
+                );
+                return Err(Error::Option { option: "router".into(), value: "fuse".into(), expected });
+            }
+        }
+        Ok(plans)
     }
 
     /// Plans whose groups are chosen by `groups`, for a number per layer that meets the budget and is at least
@@ -113,7 +147,7 @@ impl<'a> Job<'a> {
         mass: &[Vec<f64>],
         finish: impl Fn(&mut [LayerPlan]),
     ) -> Result<Vec<LayerPlan>> {
-        let rooms: Vec<Room<'_>> =
+        let rooms: Vec<Room<'a>> =
             self.layers().map(|(_, layer)| Room { layer, most: layer.experts - self.floor(layer) }).collect();
         let costs = Costs::of_options(self.profile, &self.options);
         let plans = |merged: &[usize]| {
@@ -124,7 +158,19 @@ impl<'a> Job<'a> {
             Ok(plans)
         };
         let Budget::Bytes(size) = self.budget else {
-            return plans(&budget::drops_per_layer(self.budget, &costs, &rooms)?);
+            let merged = budget::drops_per_layer(self.budget, &costs, &rooms).map_err(|e| {
+                let open = |room: &Room<'a>| Room { layer: room.layer, most: room.layer.experts - 1 };
+                let open: Vec<Room<'_>> = rooms.iter().map(open).collect();
+                match e {
+                    Error::Budget(problem) if budget::drops_per_layer(self.budget, &costs, &open).is_ok() => {
+                        Error::Budget(format!(
+                            "{problem}; --set router=redirect keeps all rows and can merge more"
+                        ))
+                    }
+                    other => other,
+                }
+            })?;
+            return self.check_rows(plans(&merged)?);
         };
         budget::refuse_enough(size, &costs)?;
         // The same share of every layer, by steps of one expert of the largest.
@@ -135,7 +181,7 @@ impl<'a> Job<'a> {
             rooms.iter().map(|room| share(room).min(room.most)).collect()
         };
         let step = budget::fewest_steps(size, most, |step| Ok(costs.on_disk_after(&plans(&merged(step))?)))?;
-        plans(&merged(step))
+        self.check_rows(plans(&merged(step))?)
     }
 
     /// The plans of all layers: `groups` and `mass`, what each expert weighs in its group's mean, are of those that take

@@ -1,23 +1,26 @@
 //! REAM: the experts with the highest REAP saliency take in those whose outputs and router logits are most alike.
 //!
-//! Three things differ from the published code. Outputs are compared by their gated sum over routed tokens, where that
-//! runs every expert on every token; hidden neurons are aligned by their weights alone, where that adds the distance of
-//! their activations and first reduces the weights to 64 principal components; and each layer is grouped by what was
-//! measured in the original model, unless `propagate=true` asks for the published order.
+//! What differs from the published code: outputs are compared by their gated sum over routed tokens, where that runs every
+//! expert on every token; hidden neurons are aligned by their weights, as published only with `align_by=both`, and then
+//! without first reducing the weights to 64 principal components; and each layer is grouped by what was measured in the
+//! original model, unless `propagate=true` asks for the published order.
 
-use super::{EXCLUDE, Groups, Job, MERGE_DTYPE, align_option, logit_cosines, router_option, rows};
+use super::{
+    EXCLUDE, Groups, Job, MERGE_DTYPE, align_by_option, align_option, logit_cosines, router_option, rows,
+};
 use crate::architecture::MoeProfile;
 use crate::backend::{Moment, Moments};
-use crate::plan::file::LayerPlan;
+use crate::plan::file::{LayerPlan, MergedRows};
 use crate::plan::methods::{Method, Needs, Paper, Request};
 use crate::plan::options::{self, OptionKind, Options};
 use crate::plan::score::{self, Rule, descending};
+use crate::plan::select::Layer;
 use crate::plan::{Action, Error, OptionSpec, Plan, Result, check};
 
 /// The method.
 pub(in crate::plan) struct Ream;
 
-static OPTIONS: [OptionSpec; 6] = [
+static OPTIONS: [OptionSpec; 7] = [
     OptionSpec {
         name: "group_size",
         kind: OptionKind::Integer(2),
@@ -26,6 +29,7 @@ static OPTIONS: [OptionSpec; 6] = [
                the next one",
     },
     align_option("true"),
+    align_by_option("weights"),
     router_option("fuse"),
     EXCLUDE,
     MERGE_DTYPE,
@@ -67,8 +71,9 @@ impl Method for Ream {
             views.push(View::new(layer, &job.moments[i])?);
         }
         let size = group_size(&job.options);
-        let groups =
-            |wanted: &[usize]| views.iter().zip(wanted).map(|(view, n)| view.group(*n, size)).collect();
+        let groups = |wanted: &[usize]| {
+            views.iter().zip(wanted).map(|(view, n)| view.group(*n, size, job.rows)).collect()
+        };
         let saliency: Vec<Vec<f64>> = views.iter().map(|v| v.saliency.clone()).collect();
         let plans = job.meet(groups, &saliency, |_| {})?;
         let warnings = job.warnings()?;
@@ -94,7 +99,7 @@ pub fn regroup_layer(
     let options = options::resolve(method, &OPTIONS, &options::given(options))?;
     let view = View::new(layer, moments)?;
     let count = plan.experts.iter().filter(|e| e.action.is_stored()).count();
-    let groups = view.group(count, group_size(&options))?;
+    let groups = view.group(count, group_size(&options), plan.router)?;
     let mut fresh = LayerPlan::new(plan.layer, plan.top_k, vec![Action::Keep; layer.experts]);
     (fresh.router, fresh.skip) = (plan.router, plan.skip);
     super::merge_groups(&mut fresh, &groups, &view.saliency);
@@ -131,8 +136,9 @@ impl<'a> View<'a> {
         Ok(View { layer, saliency, similarity })
     }
 
-    /// The `count` most salient experts, in descending order each with the nearest that are left.
-    fn group(&self, count: usize, size: usize) -> Result<Groups> {
+    /// The `count` most salient experts, in descending order each with the nearest that are left. Where rows go and the
+    /// router is group-limited, the most salient of each of its groups.
+    fn group(&self, count: usize, size: usize, rows: MergedRows) -> Result<Groups> {
         let experts = self.layer.experts;
         if count.saturating_mul(size) < experts {
             let (layer, least) = (self.layer.layer, experts.div_ceil(count));
@@ -142,8 +148,15 @@ impl<'a> View<'a> {
             return Err(Error::Option { option: "group_size".into(), value: size.to_string(), expected });
         }
         let mut order = descending(&self.saliency);
-        let mut left = order.split_off(count);
+        let mut left = match rows {
+            MergedRows::Redirect => order.split_off(count),
+            MergedRows::Fuse => {
+                let choice = Layer::new(self.layer, 0, vec![false; experts]);
+                choice.choose(&score::worst_first(&self.saliency), experts - count)?
+            }
+        };
         left.sort_unstable();
+        order.retain(|e| left.binary_search(e).is_err());
         let group = |centre: usize| {
             // Stable, so that ties go to the lower expert.
             left.sort_by(|a, b| {
