@@ -11,17 +11,19 @@ use std::path::Path;
 use rayon::prelude::*;
 
 use super::rule::{Change, Choices, Mask, Rule, Tokens};
+use super::table::{Table, TableWork};
 use crate::plan::Loss;
 
 /// Tokens that one thread works on at a time; fixed, so that sums do not depend on the number of threads.
 const SEGMENT: usize = 256;
 
-/// Candidates that one thread works on at a time.
+/// Candidates that one thread works on at a time, one by one and by a table of outcomes.
 const SLICE: usize = 32;
+const TABLE_SLICE: usize = 4096;
 
 /// Everything about one layer that its losses depend on.
 pub(super) struct LayerGrams {
-    rule: Rule,
+    pub(super) rule: Rule,
     /// Vectors per token: experts, and one more where inputs differ from the original's.
     vectors: usize,
     blocks: Vec<Block>,
@@ -92,6 +94,7 @@ impl LayerGrams {
     /// The loss of every set of dropped experts.
     pub(super) fn losses(&self, dropped: &[Vec<usize>]) -> io::Result<Vec<Loss>> {
         let masks: Vec<Mask> = dropped.iter().map(|set| self.rule.mask(set)).collect();
+        let table = self.table(&masks);
         let mut sums = Sums::new(masks.len());
         let mut loaded = Vec::new();
         for block in &self.blocks {
@@ -106,21 +109,26 @@ impl LayerGrams {
                     &loaded
                 }
             };
-            sums.add(block.batch, &self.squares(&block.tokens, grams, &masks));
+            sums.add(block.batch, &self.squares(&block.tokens, grams, &masks, table.as_ref()));
         }
         Ok(sums.finish())
     }
 
     /// Σ ‖D‖² over the tokens of a block, for every mask.
-    fn squares(&self, tokens: &Tokens, grams: &[f32], masks: &[Mask]) -> Vec<f64> {
-        let (segments, slices) = (tokens.count.div_ceil(SEGMENT), masks.len().div_ceil(SLICE));
+    fn squares(&self, tokens: &Tokens, grams: &[f32], masks: &[Mask], table: Option<&Table>) -> Vec<f64> {
+        let at_once = if table.is_some() { TABLE_SLICE } else { SLICE };
+        let (segments, slices) = (tokens.count.div_ceil(SEGMENT), masks.len().div_ceil(at_once));
         let part = |i: usize| {
-            let (first, slice) = (i / slices * SEGMENT, i % slices * SLICE);
-            let masks = &masks[slice..masks.len().min(slice + SLICE)];
+            let (first, slice) = (i / slices * SEGMENT, i % slices * at_once);
+            let masks = &masks[slice..masks.len().min(slice + at_once)];
             let mut sums = vec![0.0; masks.len()];
             let mut work = Work::default();
             for t in first..tokens.count.min(first + SEGMENT) {
                 let gram = &grams[t * self.size()..(t + 1) * self.size()];
+                if let Some(table) = table.filter(|_| !tokens.exact[t]) {
+                    self.add_squares(tokens, t, gram, (masks, slice), table, &mut work, &mut sums);
+                    continue;
+                }
                 for (sum, mask) in sums.iter_mut().zip(masks) {
                     *sum += self.square(tokens, t, gram, mask, &mut work);
                 }
@@ -130,16 +138,39 @@ impl LayerGrams {
         let parts: Vec<Vec<f64>> = (0..segments * slices).into_par_iter().map(part).collect();
         let mut squares = vec![0.0; masks.len()];
         for (i, part) in parts.iter().enumerate() {
-            let slice = i % slices * SLICE;
+            let slice = i % slices * at_once;
             squares[slice..].iter_mut().zip(part).for_each(|(square, sum)| *square += sum);
         }
         squares
     }
 
+    /// Squares by a table, where there is one, and by themselves.
+    #[cfg(test)]
+    pub(super) fn both_ways(&self, masks: &[Mask]) -> Vec<(f64, f64)> {
+        let mut pairs = vec![(0.0, 0.0); masks.len()];
+        for block in &self.blocks {
+            let Gram::Memory(grams) = &block.gram else { continue };
+            let table = self.table(masks);
+            let with = self.squares(&block.tokens, grams, masks, table.as_ref());
+            let without = self.squares(&block.tokens, grams, masks, None);
+            pairs.iter_mut().zip(with.iter().zip(&without)).for_each(|(p, (a, b))| {
+                p.0 += a;
+                p.1 += b;
+            });
+        }
+        pairs
+    }
+
+    /// The vector that is there whatever is chosen.
+    pub(super) fn add_extra(&self, vectors: &mut Vec<(usize, f64)>) {
+        if self.vectors > self.rule.experts() {
+            vectors.push((self.rule.experts(), 1.0));
+        }
+    }
+
     /// ‖Σ cⱼ fⱼ‖² of one token, the extra vector with coefficient 1.
     fn square(&self, tokens: &Tokens, t: usize, gram: &[f32], mask: &Mask, work: &mut Work) -> f64 {
         let (ids, weights) = self.rule.original(tokens, t);
-        let extra = self.vectors > self.rule.experts();
         work.vectors.clear();
         match self.rule.choose(tokens, t, mask, &mut work.choices) {
             Change::None => {}
@@ -147,41 +178,52 @@ impl LayerGrams {
                 let pairs = ids.iter().zip(weights);
                 work.vectors.extend(pairs.map(|(id, w)| (usize::from(*id), w - factor * w)));
             }
-            Change::Other => {
-                work.vectors.extend(ids.iter().zip(weights).map(|(id, w)| (usize::from(*id), *w)));
-                for (id, a) in work.choices.ids.iter().zip(&work.choices.weights) {
-                    let id = usize::from(*id);
-                    match work.vectors.iter_mut().find(|(other, _)| *other == id) {
-                        Some((_, c)) => *c -= a,
-                        None => work.vectors.push((id, -a)),
-                    }
-                }
-            }
+            Change::Other => work.add_change(ids, weights),
         }
-        if extra {
-            work.vectors.push((self.rule.experts(), 1.0));
-        }
-        let entry = |a: usize, b: usize| {
-            let (high, low) = (a.max(b), a.min(b));
-            f64::from(gram[high * (high + 1) / 2 + low])
-        };
-        let mut square = 0.0;
-        for (i, &(a, c)) in work.vectors.iter().enumerate() {
-            if c != 0.0 {
-                let cross: f64 = work.vectors[..i].iter().map(|&(b, d)| d * entry(a, b)).sum();
-                square += c * (c * entry(a, a) + 2.0 * cross);
-            }
-        }
-        square.max(0.0)
+        self.add_extra(&mut work.vectors);
+        quadratic(gram, &work.vectors)
     }
 }
 
-/// What [`LayerGrams::square`] works with.
+/// ‖Σ cⱼ fⱼ‖² for these vectors and coefficients.
+pub(super) fn quadratic(gram: &[f32], vectors: &[(usize, f64)]) -> f64 {
+    let mut square = 0.0;
+    for (i, &(a, c)) in vectors.iter().enumerate() {
+        if c != 0.0 {
+            let cross: f64 = vectors[..i].iter().map(|&(b, d)| d * entry(gram, a, b)).sum();
+            square += c * (c * entry(gram, a, a) + 2.0 * cross);
+        }
+    }
+    square.max(0.0)
+}
+
+/// ⟨fₐ, f_b⟩ of a packed triangle.
+pub(super) fn entry(gram: &[f32], a: usize, b: usize) -> f64 {
+    let (high, low) = (a.max(b), a.min(b));
+    f64::from(gram[high * (high + 1) / 2 + low])
+}
+
+/// What losses of tokens are computed with.
 #[derive(Default)]
-struct Work {
-    choices: Choices,
+pub(super) struct Work {
+    pub(super) choices: Choices,
     /// Vectors and their coefficients.
-    vectors: Vec<(usize, f64)>,
+    pub(super) vectors: Vec<(usize, f64)>,
+    pub(super) table: TableWork,
+}
+
+impl Work {
+    /// The coefficients of a change from the experts `ids` with `weights` to what is chosen now.
+    pub(super) fn add_change(&mut self, ids: &[u16], weights: &[f64]) {
+        self.vectors.extend(ids.iter().zip(weights).map(|(id, w)| (usize::from(*id), *w)));
+        for (id, a) in self.choices.ids.iter().zip(&self.choices.weights) {
+            let id = usize::from(*id);
+            match self.vectors.iter_mut().find(|(other, _)| *other == id) {
+                Some((_, c)) => *c -= a,
+                None => self.vectors.push((id, -a)),
+            }
+        }
+    }
 }
 
 /// Squares of candidates, summed up over batches.

@@ -8,10 +8,12 @@ mod exact;
 mod grams;
 mod journal;
 mod measure;
+mod outcomes;
 mod rows;
 mod rule;
 mod source;
 mod state;
+mod table;
 mod tails;
 
 pub use source::Search;

@@ -33,9 +33,9 @@ pub(super) struct Tokens {
     /// exp(l − max l), or the sigmoid of l, `[tokens, experts]`.
     scores: Vec<f64>,
     /// Sum of a token's scores.
-    totals: Vec<f64>,
+    pub(super) totals: Vec<f64>,
     /// Tokens for which only the router's own arithmetic decides: two logits are as close as its rounding.
-    exact: Vec<bool>,
+    pub(super) exact: Vec<bool>,
     /// What the router chooses from all experts, `[tokens, top_k]`.
     ids: Vec<u16>,
     weights: Vec<f64>,
@@ -183,47 +183,90 @@ impl Rule {
 
     /// The first live experts of the token's order, and their weights.
     fn walk(&self, tokens: &Tokens, t: usize, mask: &Mask, work: &mut Choices) {
-        let (e, spec) = (self.experts(), &self.full.spec);
-        let scores = &tokens.scores[t * e..(t + 1) * e];
-        let order = &tokens.order[t * e..(t + 1) * e];
+        let order = self.order(tokens, t);
         let live = |id: &&u16| mask.without.live.get(usize::from(**id)).is_some_and(|live| *live);
         work.ids.clear();
-        work.ids.extend(order.iter().filter(live).take(spec.top_k));
+        work.ids.extend(order.iter().filter(live).take(self.full.spec.top_k));
+        let rest = if self.fixed || !self.softmax { 1.0 } else { self.rest(tokens, t, mask) };
+        self.weigh(tokens, t, rest, work);
+    }
+
+    /// The weights of the experts in `work`; `rest` is the sum of the scores of all that can be chosen, where weights
+    /// depend on it.
+    pub(super) fn weigh(&self, tokens: &Tokens, t: usize, rest: f64, work: &mut Choices) {
+        let (spec, scores) = (&self.full.spec, self.scores(tokens, t));
         work.weights.clear();
         if spec.target == WeightTarget::Input {
             work.weights.resize(work.ids.len(), 1.0);
             return;
         }
         let chosen = work.ids.iter().map(|&id| scores[usize::from(id)]);
+        let sum: f64 = chosen.clone().sum();
         match spec.weights {
             WeightRule::Renormalised { added: 0.0, least: 0.0, scale } => {
-                let sum: f64 = chosen.clone().sum();
                 work.weights.extend(chosen.map(|s| s / sum * f64::from(scale)));
             }
-            WeightRule::Renormalised { added, least, scale } => {
-                let whole = if self.softmax { self.rest(tokens, t, mask) } else { 1.0 };
-                let sum = chosen.clone().sum::<f64>() / whole + f64::from(added);
-                let factor = f64::from(scale) / (whole * sum.max(f64::from(least)));
-                work.weights.extend(chosen.map(|s| s * factor));
-            }
             WeightRule::Scaled(scale) => {
-                let whole = if self.softmax { self.rest(tokens, t, mask) } else { 1.0 };
-                work.weights.extend(chosen.map(|s| s / whole * f64::from(scale)));
+                work.weights.extend(chosen.map(|s| s / self.whole(rest) * f64::from(scale)));
+            }
+            WeightRule::Renormalised { .. } => {
+                let factor = self.factor(sum, rest);
+                work.weights.extend(chosen.map(|s| s * factor));
             }
         }
     }
 
+    /// What scores are divided by before they become weights.
+    fn whole(&self, rest: f64) -> f64 {
+        if self.softmax { rest } else { 1.0 }
+    }
+
+    /// What the scores of chosen experts are multiplied by, given their `sum`.
+    pub(super) fn factor(&self, sum: f64, rest: f64) -> f64 {
+        let whole = self.whole(rest);
+        match self.full.spec.weights {
+            WeightRule::Scaled(scale) => f64::from(scale) / whole,
+            WeightRule::Renormalised { added, least, scale } => {
+                f64::from(scale) / (whole * (sum / whole + f64::from(added)).max(f64::from(least)))
+            }
+        }
+    }
+
+    /// A token's experts in the order of choice; those that cannot be chosen are left out, and `u16::MAX` fills up.
+    pub(super) fn order<'a>(&self, tokens: &'a Tokens, t: usize) -> &'a [u16] {
+        &tokens.order[t * self.experts()..(t + 1) * self.experts()]
+    }
+
+    /// A token's scores.
+    pub(super) fn scores<'a>(&self, tokens: &'a Tokens, t: usize) -> &'a [f64] {
+        &tokens.scores[t * self.experts()..(t + 1) * self.experts()]
+    }
+
+    /// Whether a token's weights depend on nothing but which experts are chosen.
+    pub(super) fn is_fixed(&self) -> bool {
+        self.fixed
+    }
+
+    /// Experts that are chosen, and experts that can be.
+    pub(super) fn choice(&self) -> (usize, usize) {
+        (self.full.spec.top_k, self.full.live.iter().filter(|live| **live).count())
+    }
+
     /// Sum of the scores of the experts that can be chosen.
     fn rest(&self, tokens: &Tokens, t: usize, mask: &Mask) -> f64 {
-        let e = self.experts();
-        let scores = &tokens.scores[t * e..(t + 1) * e];
-        let total = tokens.totals[t];
-        let rest = total - mask.dropped.iter().map(|&d| scores[d]).sum::<f64>();
+        let scores = self.scores(tokens, t);
+        self.rest_without(tokens, t, mask, mask.dropped.iter().map(|&d| scores[d]).sum())
+    }
+
+    /// The same, given the sum of the scores that `mask` drops.
+    pub(super) fn rest_without(&self, tokens: &Tokens, t: usize, mask: &Mask, dropped: f64) -> f64 {
+        let (scores, total) = (self.scores(tokens, t), tokens.totals[t]);
+        let rest = total - dropped;
         // Where nearly everything goes, the difference has lost its digits.
         if rest > 1e-3 * total {
             rest
         } else {
-            (0..e).filter(|&i| mask.without.live[i]).map(|i| scores[i]).sum()
+            (0..self.experts()).filter(|&i| mask.without.live[i]).map(|i| scores[i]).sum()
         }
     }
 }
