@@ -147,9 +147,8 @@ fn the_best_order_is_that_of_the_definitions() {
             let value = decorrelation(&active[0][i], &active[1][j]);
             if value.is_nan() { 1.0 } else { value }
         };
-        let cases: [(Matching<'_>, &dyn Fn(usize, usize) -> f64); 2] =
-            [(Matching::Activations(&inputs), &alone), (Matching::Both(&inputs), &both)];
-        for (matching, cost) in cases {
+        for matching in [Matching::Activations(&inputs), Matching::Both(&inputs)] {
+            let cost = |i, j| if matches!(matching, Matching::Both(_)) { both(i, j) } else { alone(i, j) };
             let found = align(&reference, &member, matching).unwrap();
             let costs = (0..width * width).map(|at| cost(at / width, at % width)).collect();
             let best = assignment(Dense::new(width, width, costs).unwrap()).unwrap();
@@ -175,9 +174,8 @@ fn activations_see_through_weights_that_no_input_meets() {
     let order: Vec<usize> = (0..width).map(|i| (i * 7 + 2) % width).collect();
     let disguised = |map: &LinearSource, seed: u64| {
         let own = map.weight.to_f32();
-        let mut rows = noise(width * d, seed);
+        let mut rows: Vec<f32> = noise(width * d, seed).iter().map(|v| 3.0 * v).collect();
         for (row, &i) in rows.chunks_exact_mut(d).zip(&order) {
-            row.iter_mut().for_each(|v| *v *= 3.0);
             row[..d / 2].copy_from_slice(&own[i * d..i * d + d / 2]);
         }
         linear(width, d, &rows, None)
@@ -262,7 +260,7 @@ fn merging_by_activations_while_compressing() {
         let plans = [&weights, &whitened, &both];
         let (mut lockstep, outcomes) = Lockstep::new(&opened, &profile, &plans, &options).unwrap();
         let takes_part = outcomes.iter().filter(|o| o.is_ok()).count();
-        let alone = Checkpoint::open(&out.path().join(format!("{name}-1-\"both\""))).unwrap();
+        let alone = Checkpoint::open(out.path().join(format!("{name}-1-\"both\""))).unwrap();
         for l in 0..opened.architecture().layers.len() {
             let source = LayerSource::open(&checkpoint, opened.architecture(), l).unwrap();
             let own = LayerSource::open(&alone, &open_architecture(&alone).unwrap(), l).unwrap();

@@ -29,7 +29,7 @@ impl Inputs {
     /// # Errors
     /// [`Error::Missing`] where the values are no such matrix.
     pub fn new(values: Vec<f32>, hidden_size: usize) -> Result<Self> {
-        if hidden_size == 0 || values.len() % hidden_size != 0 {
+        if hidden_size == 0 || !values.len().is_multiple_of(hidden_size) {
             let count = values.len();
             return Err(Error::Missing(format!("{count} values are no rows of {hidden_size} inputs")));
         }

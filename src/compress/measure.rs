@@ -95,31 +95,29 @@ impl<'a, 'm, B: Backend> Follower<'a, 'm, B> {
         };
         let mut observer = backend.observer(dims, &self.wanted.second)?;
         let mut copy = backend.buffer();
-        let mut inputs = match self.wanted.inputs {
-            true => Some(Inputs::new(Vec::new(), architecture.hidden_size)?),
-            false => None,
-        };
+        let inputs = self.wanted.inputs.then(|| Inputs::new(Vec::new(), architecture.hidden_size));
+        let mut inputs = inputs.transpose()?;
         let [encoder, decoder] = self.tokens;
         let tokens = if architecture.in_encoder(source.layer) { encoder } else { decoder };
         let (step, mut passed) = (tokens.div_ceil(Inputs::TOKENS).max(1), 0);
         let Stream { chunks, scratch, .. } = &mut self.stream;
         for chunk in chunks {
             layer.attend(backend, chunk, scratch)?;
-            let observe = Some(Observation { observer: &mut observer, sample: &[] });
-            if self.propagate {
-                backend.copy_rows(&chunk.x, 0, chunk.batch.tokens(), &mut copy)?;
-                layer.feed(backend, &mut copy, &chunk.batch, scratch, observe)?;
-            } else {
-                layer.feed(backend, &mut chunk.x, &chunk.batch, scratch, observe)?;
-            }
             if let Some(inputs) = &mut inputs {
-                let rows = layer.fed(backend, scratch)?;
+                let rows = layer.feed_input(backend, &chunk.x, scratch)?;
                 for row in (0..chunk.batch.tokens()).filter(|&t| chunk.batch.is_real(t)) {
                     if passed % step == 0 {
                         inputs.push(&rows, row);
                     }
                     passed += 1;
                 }
+            }
+            let observe = Some(Observation { observer: &mut observer, sample: &[] });
+            if self.propagate {
+                backend.copy_rows(&chunk.x, 0, chunk.batch.tokens(), &mut copy)?;
+                layer.feed(backend, &mut copy, &chunk.batch, scratch, observe)?;
+            } else {
+                layer.feed(backend, &mut chunk.x, &chunk.batch, scratch, observe)?;
             }
         }
         Ok(Some(Measurement { moments: backend.moments(observer)?, inputs }))

@@ -334,8 +334,9 @@ impl<B: Backend> Layer<B> {
         self.feed_forward_output_norm.is_none().then_some(self.residual_scale)
     }
 
-    /// What the feed-forward half saw last, `[tokens, hidden]` on the host: the residual stream behind its norm.
-    pub fn fed(&self, backend: &B, scratch: &Scratch<B>) -> Result<Vec<f32>> {
+    /// What the feed-forward part sees of the residual stream `x`: `[tokens, hidden]` on the host.
+    pub fn feed_input(&self, backend: &B, x: &B::Buffer, scratch: &mut Scratch<B>) -> Result<Vec<f32>> {
+        self.enter_feed_forward(backend, x, scratch)?;
         Ok(backend.download(&scratch.normed)?)
     }
 

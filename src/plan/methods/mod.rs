@@ -51,6 +51,7 @@ pub struct Paper {
 }
 
 /// What a method needs besides the sizes of the checkpoint, with its default options.
+#[allow(clippy::struct_excessive_bools, reason = "each is a need of its own")]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Needs {
     /// Statistics of calibration tokens, for the plan.
