@@ -15,63 +15,73 @@ __device__ const T* row_of(const void* base, int64_t row, int ld) {
     return static_cast<const T*>(base) + row * ld;
 }
 
-// Columns `col` and up of a row that the caller owns: its end may be short, and the row unaligned.
-template <class T>
-__device__ void load_columns(const T* row, int col, int cols, bool aligned, float (&v)[VECTOR]) {
-    if (aligned && col + VECTOR <= cols) {
-        load_vector(row + col, v);
-        return;
-    }
-    for (int i = 0; i < VECTOR; ++i) v[i] = col + i < cols ? load_element(row + col + i) : 0.0f;
-}
-
 __device__ bool is_aligned(const void* p, int64_t row_bytes) {
     return reinterpret_cast<uintptr_t>(p) % 16 == 0 && row_bytes % 16 == 0;
 }
 
+// Adds weight · y of the token's slots, in their order. Four slots are read before one is added: with one token, latency
+// is all there is.
 template <class T>
-__device__ void combine(const MoeCombineParams& p) {
-    const int64_t token = blockIdx.x;
+__device__ void add_slots(const MoeCombineParams& p, int64_t token, int col, float (&sum)[VECTOR]) {
+    constexpr int BATCH = 4;
     const int32_t* const sources = p.slot_source + token * p.slots;
     const float* const weights = p.slot_weight + token * p.slots;
+    for (int first = 0; first < p.slots; first += BATCH) {
+        int source[BATCH];
+        float weight[BATCH], v[BATCH][VECTOR];
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const bool there = first + i < p.slots;
+            source[i] = there ? sources[first + i] : -1;
+            weight[i] = there ? weights[first + i] : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            if (source[i] >= 0) load_vector(row_of<T>(p.y, source[i], p.ldy) + col, v[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            if (source[i] == -1) continue;
+            if (source[i] < -1) load_columns(p.experts[-2 - source[i]].constant, col, p.hidden, false, v[i]);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) sum[j] += weight[i] * v[i][j];
+        }
+    }
+}
+
+template <class T>
+__device__ void combine(const MoeCombineParams& p) {
+    follow_previous_kernel();
+    const int64_t token = blockIdx.x;
+    const int col = blockIdx.y * MOE_COMBINE_COLS + threadIdx.x * VECTOR;
+    if (col >= p.hidden) return;
     const auto aligned = [](const void* base, int ld) { return is_aligned(base, ld * static_cast<int64_t>(sizeof(T))); };
-    T* const out = static_cast<T*>(p.out) + token * p.ld_out;
-    const float shared_weight = p.shared_weight ? p.shared_weight[token] : 1.0f;
-    for (int col = threadIdx.x * VECTOR; col < p.hidden; col += MOE_ROW_THREADS * VECTOR) {
-        float sum[VECTOR] = {}, v[VECTOR];
-        for (int slot = 0; slot < p.slots; ++slot) {
-            const int source = sources[slot];
-            if (source == -1) continue;
-            if (source >= 0) {
-                load_vector(row_of<T>(p.y, source, p.ldy) + col, v);
-            } else {
-                const float* const constant = p.experts[-2 - source].constant;
-                for (int i = 0; i < VECTOR; ++i) v[i] = col + i < p.hidden ? constant[col + i] : 0.0f;
-            }
-            for (int i = 0; i < VECTOR; ++i) sum[i] += weights[slot] * v[i];
-        }
-        if (p.base) {
-            load_vector(row_of<T>(p.base, token, p.ldy) + col, v);
-            for (int i = 0; i < VECTOR; ++i) sum[i] += v[i];
-        }
-        if (p.shared) {
-            load_columns(row_of<T>(p.shared, token, p.ld_shared), col, p.hidden, aligned(p.shared, p.ld_shared), v);
-            for (int i = 0; i < VECTOR; ++i) sum[i] += shared_weight * v[i];
-        }
-        if (p.residual) {
-            load_columns(row_of<T>(p.residual, token, p.ld_residual), col, p.hidden, aligned(p.residual, p.ld_residual), v);
-            for (int i = 0; i < VECTOR; ++i) sum[i] += v[i];
-        }
-        if (aligned(p.out, p.ld_out) && col + VECTOR <= p.hidden) {
-            store_vector(out + col, sum);
-        } else {
-            for (int i = 0; i < VECTOR && col + i < p.hidden; ++i) store_element(out + col + i, sum[i]);
-        }
+    float sum[VECTOR] = {}, v[VECTOR];
+    add_slots<T>(p, token, col, sum);
+    if (p.base) {
+        load_vector(row_of<T>(p.base, token, p.ldy) + col, v);
+        for (int i = 0; i < VECTOR; ++i) sum[i] += v[i];
+    }
+    if (p.shared) {
+        const float weight = p.shared_weight ? p.shared_weight[token] : 1.0f;
+        load_columns(row_of<T>(p.shared, token, p.ld_shared), col, p.hidden, aligned(p.shared, p.ld_shared), v);
+        for (int i = 0; i < VECTOR; ++i) sum[i] += weight * v[i];
+    }
+    if (p.residual) {
+        load_columns(row_of<T>(p.residual, token, p.ld_residual), col, p.hidden, aligned(p.residual, p.ld_residual), v);
+        for (int i = 0; i < VECTOR; ++i) sum[i] += v[i];
+    }
+    T* const out = static_cast<T*>(p.out) + token * p.ld_out + col;
+    if (aligned(p.out, p.ld_out) && col + VECTOR <= p.hidden) {
+        store_vector(out, sum);
+    } else {
+        for (int i = 0; i < VECTOR && col + i < p.hidden; ++i) store_element(out + i, sum[i]);
     }
 }
 
 template <class T>
 __device__ void base_hidden(const MoeBaseHiddenParams& p) {
+    follow_previous_kernel();
     const int64_t token = blockIdx.x;
     for (int col = threadIdx.x * VECTOR; col < p.width; col += MOE_ROW_THREADS * VECTOR) {
         float sum[VECTOR] = {}, v[VECTOR];
@@ -90,6 +100,7 @@ __device__ void base_hidden(const MoeBaseHiddenParams& p) {
 
 template <class T>
 __device__ void scale_input(const MoeScaleInputParams& p) {
+    follow_previous_kernel();
     const int64_t pair = blockIdx.x;
     if (pair >= p.offsets[p.experts]) return;
     const T* const x = row_of<T>(p.x, p.pair_token[pair], p.ldx);
@@ -104,9 +115,9 @@ __device__ void scale_input(const MoeScaleInputParams& p) {
 
 }  // namespace
 
-MOE_KERNEL(moe_combine_bf16, MoeCombineParams, MOE_ROW_THREADS, 8) { combine<Bf16>(p); }
-MOE_KERNEL(moe_combine_f16, MoeCombineParams, MOE_ROW_THREADS, 8) { combine<F16>(p); }
-MOE_KERNEL(moe_combine_f32, MoeCombineParams, MOE_ROW_THREADS, 8) { combine<float>(p); }
+MOE_KERNEL(moe_combine_bf16, MoeCombineParams, MOE_ROW_THREADS, 6) { combine<Bf16>(p); }
+MOE_KERNEL(moe_combine_f16, MoeCombineParams, MOE_ROW_THREADS, 6) { combine<F16>(p); }
+MOE_KERNEL(moe_combine_f32, MoeCombineParams, MOE_ROW_THREADS, 6) { combine<float>(p); }
 MOE_KERNEL(moe_base_hidden_bf16, MoeBaseHiddenParams, MOE_ROW_THREADS, 8) { base_hidden<Bf16>(p); }
 MOE_KERNEL(moe_base_hidden_f16, MoeBaseHiddenParams, MOE_ROW_THREADS, 8) { base_hidden<F16>(p); }
 MOE_KERNEL(moe_base_hidden_f32, MoeBaseHiddenParams, MOE_ROW_THREADS, 8) { base_hidden<float>(p); }

@@ -69,3 +69,14 @@ __device__ __forceinline__ void store_vector(float* p, const float (&v)[VECTOR])
     q[0] = make_float4(v[0], v[1], v[2], v[3]);
     q[1] = make_float4(v[4], v[5], v[6], v[7]);
 }
+
+// Columns `col` and up of a row of `cols`; what is beyond its end is not read, and 0.
+template <class T>
+__device__ __forceinline__ void load_columns(const T* row, int col, int cols, bool aligned, float (&v)[VECTOR]) {
+    if (aligned && col + VECTOR <= cols) {
+        load_vector(row + col, v);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) v[i] = col + i < cols ? load_element(row + col + i) : 0.0f;
+}

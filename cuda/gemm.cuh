@@ -93,17 +93,28 @@ struct Operands {
 // Columns of `input` and `weight` that lie within k, as bytes of the 16 that begin at column `col`.
 __device__ __forceinline__ int valid_bytes(int col, int k) { return max(0, min(16, (k - col) * 2)); }
 
+// g · sigmoid(slope · g). The fast instructions are off by some 1e-6, far below the rounding to 16 bits that follows.
+template <class T>
+__device__ __forceinline__ float silu(float g, float slope = 1.0f) {
+    return __fdividef(g, 1.0f + __expf(-slope * g));
+}
+template <>
+__device__ __forceinline__ float silu<float>(float g, float slope) {
+    return g / (1.0f + expf(-slope * g));
+}
+
+template <class T>
 __device__ __forceinline__ float activate(const MoeGemmParams& p, float g, float u) {
     switch (p.activation) {
         case MOE_CLAMPED_SWIGLU: {
             g = g > p.limit ? p.limit : g;  // lets NaN through
             u = u > p.limit ? p.limit : u < -p.limit ? -p.limit : u;
-            return g / (1.0f + expf(-p.slope * g)) * (u + 1.0f);
+            return silu<T>(g, p.slope) * (u + 1.0f);
         }
         case MOE_GELU_TANH: return 0.5f * g * (1.0f + tanhf(0.7978845608f * (g + 0.044715f * g * g * g))) * u;
         case MOE_GELU_ERF: return 0.5f * g * (1.0f + erff(0.7071067812f * g)) * u;
         case MOE_RELU: return (g < 0.0f ? 0.0f : g) * u;
-        default: return g / (1.0f + expf(-g)) * u;
+        default: return silu<T>(g) * u;
     }
 }
 
@@ -147,11 +158,21 @@ __device__ __forceinline__ void store_products(const MoeGemmParams& p, const Moe
             if (e.gate.flags & MOE_BASE) gate_base = base;
             if (e.up.flags & MOE_BASE) up_base = base + p.base_up;
         }
-        const bool has_up = !(e.up.flags & MOE_ABSENT);
+        float(&up)[VECTOR] = v[PRODUCTS<STAGE> - 1];
         add_to_products(p, e.gate, pair, col, cols, gate_base, v[0]);
-        add_to_products(p, e.up, pair, col, cols, up_base, v[PRODUCTS<STAGE> - 1]);
+        add_to_products(p, e.up, pair, col, cols, up_base, up);
+        if (e.up.flags & MOE_ABSENT) {
 #pragma unroll
-        for (int i = 0; i < VECTOR; ++i) v[0][i] = activate(p, v[0][i], has_up ? v[PRODUCTS<STAGE> - 1][i] : 1.0f);
+            for (int i = 0; i < VECTOR; ++i) up[i] = 1.0f;
+        }
+        // The common one on a way of its own, without eight switches.
+        if (p.activation == MOE_SWIGLU) {
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) v[0][i] = silu<T>(v[0][i]) * up[i];
+        } else {
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) v[0][i] = activate<T>(p, v[0][i], up[i]);
+        }
     } else if (STAGE == MOE_OUTPUT) {
         add_to_products<T>(p, e.down, pair, col, cols, nullptr, v[0]);
     }
@@ -163,7 +184,10 @@ __device__ __forceinline__ void store_products(const MoeGemmParams& p, const Moe
 }
 
 #define MOE_GEMM_KERNEL(NAME, FAMILY, ROWS, IS_HIDDEN) \
-    MOE_KERNEL(NAME, MoeGemmParams, FAMILY::THREADS, moe_gemm_blocks(ROWS, IS_HIDDEN)) { FAMILY::run(p); }
+    MOE_KERNEL(NAME, MoeGemmParams, FAMILY::THREADS, moe_gemm_blocks(ROWS, IS_HIDDEN)) { \
+        follow_previous_kernel();                                                        \
+        FAMILY::run(p);                                                                  \
+    }
 // All kernels of one family: moe_<stage>_t<rows>_<type>.
 #define MOE_GEMM_KERNELS(ROWS, SUFFIX, TYPE, FAMILY)                                                                   \
     using ProjectIn##ROWS##SUFFIX = FAMILY<TYPE, MOE_PROJECT_IN>;                                                      \

@@ -42,7 +42,8 @@ struct SmallShape {
         struct Loader {
             Tile tile;
             Operands<T> o;
-            int number, tiles, product, k, cols;
+            int number, tiles, product, k;
+            int weight_rows;         // from the tile's first on; `o.weight` is that one
             int rows[TOKEN_COPIES];  // input row of each copy, or -1
 
             __device__ void start(const MoeGemmParams& p, int tile_count) {
@@ -66,7 +67,8 @@ struct SmallShape {
                     }
                     const MoeExpert& e = p.experts[tile.expert];
                     o = Operands<T>::template of<STAGE>(p, e, product);
-                    cols = stage_cols<STAGE>(p, e);
+                    weight_rows = stage_cols<STAGE>(p, e) - tile.col;
+                    o.weight += static_cast<int64_t>(tile.col) * o.ld_weight;
                     k = 0;
                 }
                 if (k > 0) return;
@@ -89,8 +91,8 @@ struct SmallShape {
                 const int bytes = valid_bytes(col, o.k);
 #pragma unroll
                 for (int i = 0; i < WEIGHT_COPIES; ++i) {
-                    const int weight = tile.col + row + i * ROW_STEP;
-                    const bool valid = weight < cols && bytes > 0;
+                    const int weight = row + i * ROW_STEP;
+                    const bool valid = weight < weight_rows && bytes > 0;
                     const T* const from = valid ? o.weight + static_cast<int64_t>(weight) * o.ld_weight + col : o.input;
                     copy_16_async(stage + place(row + i * ROW_STEP, chunk, ROWS), from, valid ? bytes : 0);
                 }
@@ -147,22 +149,22 @@ struct SmallShape {
             }
         }
 
-        // This warp's partial sums of the tokens of a round: partial[k warp][token][weight row].
-        template <int FIRST>
-        __device__ static void stage_sums(float* partial, const Sums& sums) {
+        // This warp's partial sums of the tokens from `first` on, a round of them: partial[k warp][token][weight row].
+        __device__ __forceinline__ static void stage_sums(float* partial, const Sums& sums, int first) {
             const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
             float* const to = partial + warp / WARPS_ALONG_ROWS * PARTIAL + warp % WARPS_ALONG_ROWS * 16 + lane / 4;
 #pragma unroll
             for (int n = 0; n < ROUND / 8; ++n) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    to[(n * 8 + lane % 4 * 2 + i % 2) * PITCH + i / 2 * 8] = sums[FIRST / 8 + n][i];
+                    to[(n * 8 + lane % 4 * 2 + i % 2) * PITCH + i / 2 * 8] = sums[first / 8 + n][i];
                 }
             }
         }
 
-        __device__ static void store(const MoeGemmParams& p, const MoeExpert& e, const Tile& tile, int cols, int first,
-                                     const float* partials) {
+        __device__ static void store(const MoeGemmParams& p, const Tile& tile, int first, const float* partials) {
+            const MoeExpert& e = p.experts[tile.expert];
+            const int cols = stage_cols<STAGE>(p, e);
             constexpr int VECTORS = ROWS / VECTOR;
             for (int i = threadIdx.x; i < ROUND * VECTORS; i += THREADS) {
                 const int row = i / VECTORS, col = i % VECTORS * VECTOR;
@@ -184,20 +186,22 @@ struct SmallShape {
             }
         }
 
-        // The rounds of the epilogue, one after the other; a template, since sums must have fixed places.
-        template <int FIRST>
-        __device__ static void finish(const MoeGemmParams& p, const MoeExpert& e, const Tile& tile, int cols,
-                                      float* partials, const Sums (&sums)[PRODUCT_COUNT]) {
-            if constexpr (FIRST < TOKENS) {
-                if (FIRST >= tile.rows) return;
+        // The epilogue, round by round.
+        __device__ static void finish(const MoeGemmParams& p, const Tile& tile, float* partials, const Sums (&sums)[PRODUCT_COUNT]) {
+#pragma unroll 1
+            for (int first = 0; first < tile.rows; first += ROUND) {
                 __syncthreads();
+                // Registers have no index: of the unrolled rounds one does something.
 #pragma unroll
-                for (int product = 0; product < PRODUCT_COUNT; ++product) {
-                    stage_sums<FIRST>(partials + product * WARPS_ALONG_K * PARTIAL, sums[product]);
+                for (int round = 0; round < TOKENS; round += ROUND) {
+                    if (first != round) continue;
+#pragma unroll
+                    for (int product = 0; product < PRODUCT_COUNT; ++product) {
+                        stage_sums(partials + product * WARPS_ALONG_K * PARTIAL, sums[product], round);
+                    }
                 }
                 __syncthreads();
-                store(p, e, tile, cols, FIRST, partials);
-                finish<FIRST + ROUND>(p, e, tile, cols, partials, sums);
+                store(p, tile, first, partials);
             }
         }
 
@@ -216,6 +220,7 @@ struct SmallShape {
                 fill = fill + 1 == STAGES ? 0 : fill + 1;
                 commit_copies();
             };
+#pragma unroll 1
             for (int i = 0; i < STAGES - 1; ++i) load_next();
 
             for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
@@ -233,7 +238,7 @@ struct SmallShape {
                         drain = drain + 1 == STAGES ? 0 : drain + 1;
                     }
                 }
-                finish<0>(p, e, tile, stage_cols<STAGE>(p, e), partials, sums);
+                finish(p, tile, partials, sums);
             }
             wait_copies<0>();
         }

@@ -1,7 +1,10 @@
-// Router logits: x · weightᵀ in f32, 64 tokens x 64 router rows per block, 4 x 4 sums per thread.
+// Router logits: x · weightᵀ in f32. The router is small (experts · hidden) and is computed in f32, whatever the type of x:
+// choices among near-equal experts hang on it.
 //
-// The router is small (experts · hidden) and is computed in f32, whatever the type of x: choices among near-equal
-// experts hang on it. Operands go through shared memory transposed, [k][row], so that a thread reads its 4 rows at once.
+//   moe_logits       64 tokens x 64 router rows per block, 4 x 4 sums per thread. Operands go through shared memory
+//                    transposed, [k][row], so that a thread reads its 4 rows at once.
+//   moe_logits_few   8 tokens x 2 router rows per block, whose threads share the columns: for few tokens, where blocks of
+//                    64 x 64 would leave most of the GPU idle. All that a thread reads is under way at once.
 #include "element.cuh"
 #include "params.cuh"
 
@@ -12,6 +15,7 @@ static_assert(2 * K * PITCH * 4 == MOE_LOGITS_SHARED, "shared memory of the laun
 
 template <class T>
 __device__ void logits(const MoeLogitsParams& p) {
+    follow_previous_kernel();
     MOE_SHARED(shared);
     float* const inputs = reinterpret_cast<float*>(shared);
     float* const weights = inputs + K * PITCH;
@@ -53,8 +57,52 @@ __device__ void logits(const MoeLogitsParams& p) {
     }
 }
 
+template <class T>
+__device__ void few_logits(const MoeLogitsParams& p) {
+    constexpr int TOKENS = MOE_LOGITS_FEW_TOKENS, ROWS = MOE_LOGITS_FEW_ROWS, WARPS = MOE_LOGITS_FEW_THREADS / 32;
+    const int first_row = blockIdx.x * ROWS, first_token = blockIdx.y * TOKENS;
+    // What lies beyond the last row or token is computed like the last one, and not written.
+    const auto weight_row = [&](int r) { return p.weight + static_cast<int64_t>(min(first_row + r, p.rows - 1)) * p.ldw; };
+    const auto input_row = [&](int t) {
+        return static_cast<const T*>(p.x) + static_cast<int64_t>(min(first_token + t, p.tokens - 1)) * p.ldx;
+    };
+    for (int line = threadIdx.x; line < p.hidden / 32; line += MOE_LOGITS_FEW_THREADS) {
+        for (int r = 0; r < ROWS; ++r) prefetch_line(weight_row(r) + 32 * line);
+    }
+    follow_previous_kernel();
+    float sums[TOKENS * ROWS] = {};
+    for (int col = threadIdx.x * VECTOR; col < p.hidden; col += MOE_LOGITS_FEW_THREADS * VECTOR) {
+        float w[ROWS][VECTOR], x[TOKENS][VECTOR];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) load_columns(weight_row(r), col, p.hidden, true, w[r]);
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t) load_columns(input_row(t), col, p.hidden, true, x[t]);
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) {
+#pragma unroll
+            for (int sum = 0; sum < TOKENS * ROWS; ++sum) sums[sum] += x[sum / ROWS][i] * w[sum % ROWS][i];
+        }
+    }
+    MOE_SHARED(shared);
+    float* const partials = reinterpret_cast<float*>(shared);  // [warp][sum]
+#pragma unroll
+    for (int sum = 0; sum < TOKENS * ROWS; ++sum) {
+        for (int lanes = 16; lanes > 0; lanes /= 2) sums[sum] += __shfl_xor_sync(0xFFFFFFFFu, sums[sum], lanes);
+        if (threadIdx.x % 32 == 0) partials[threadIdx.x / 32 * TOKENS * ROWS + sum] = sums[sum];
+    }
+    __syncthreads();
+    const int sum = threadIdx.x, token = first_token + sum / ROWS, row = first_row + sum % ROWS;
+    if (sum >= TOKENS * ROWS || token >= p.tokens || row >= p.rows) return;
+    float total = 0.0f;
+    for (int warp = 0; warp < WARPS; ++warp) total += partials[warp * TOKENS * ROWS + sum];
+    p.logits[static_cast<int64_t>(token) * p.ld_logits + row] = total;
+}
+
 }  // namespace
 
+MOE_KERNEL(moe_logits_few_bf16, MoeLogitsParams, MOE_LOGITS_FEW_THREADS, 4) { few_logits<Bf16>(p); }
+MOE_KERNEL(moe_logits_few_f16, MoeLogitsParams, MOE_LOGITS_FEW_THREADS, 4) { few_logits<F16>(p); }
+MOE_KERNEL(moe_logits_few_f32, MoeLogitsParams, MOE_LOGITS_FEW_THREADS, 4) { few_logits<float>(p); }
 MOE_KERNEL(moe_logits_bf16, MoeLogitsParams, THREADS, 2) { logits<Bf16>(p); }
 MOE_KERNEL(moe_logits_f16, MoeLogitsParams, THREADS, 2) { logits<F16>(p); }
 MOE_KERNEL(moe_logits_f32, MoeLogitsParams, THREADS, 2) { logits<float>(p); }

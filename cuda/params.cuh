@@ -6,10 +6,12 @@
 //
 //   launch                      grid, block                       reads -> writes
 //   moe_logits_*                (ceil(T/64), ceil(rows/64)), 256  x, router -> logits f32 [T, rows]
+//     or moe_logits_few_*       (ceil(rows/2), ceil(T/8)), 128    T <= 512: the same
 //   moe_route                   ceil(T/4), 128                    logits -> ids i32 [T, slots], weights f32 [T, slots]
-//   moe_sort_small              1, 256      T·slots <= 4096       ids, weights -> offsets, pair_token, pair_weight,
+//   moe_sort_small              1, 256      T·slots <= 2048       ids, weights -> offsets, pair_token, pair_weight,
 //                                                                 slot_source; tile prefixes of the four GEMM stages
-//     or moe_sort_count         ceil(T·slots/4096), 256           ids -> histogram
+//     or moe_route_sort         1, 256      T <= 8                both of them
+//     or moe_sort_count         ceil(T·slots/2048), 256           ids -> histogram
 //        moe_sort_scan          1, 256                            histogram -> offsets, histogram (bases), tile prefixes
 //        moe_sort_scatter       as count                          -> pair_token, pair_weight, slot_source
 //   moe_scale_input_*           P, 128      Llama 4 only          x, weights -> x of each pair, times its weight
@@ -21,7 +23,7 @@
 //   moe_output_*                persistent                        h or z -> y [P, ldy] = down(h), without combine weight
 //   moe_base_hidden_*           T, 128      down has a base       h, weights -> hb [T, ldh] = sum of w h
 //   moe_output_*                with the table of the base        hb -> yb [T, ldy]
-//   moe_combine_*               T, 128                            y, constants, yb, shared, residual -> out [T, H]
+//   moe_combine_*               (T, ceil(H/1024)), 128            y, constants, yb, shared, residual -> out [T, H]
 //
 // A layer without low-rank matrices needs no moe_project_*: the host knows which forms a layer has.
 // A shared expert is an expert that every token visits: MoeRouteParams::shared_expert appends it as one more slot (its
@@ -52,23 +54,35 @@ constexpr int MOE_MAX_TOP_K = 32;
 constexpr int MOE_MAX_SLOTS = MOE_MAX_TOP_K + 1;
 constexpr int MOE_MAX_GROUPS = 64;
 
-constexpr int MOE_SORT_CHUNK = 4096;  // slots that one block sorts
+constexpr int MOE_SORT_CHUNK = 2048;  // slots that one block sorts
 
 // Launch shapes. GEMM stages: any grid of at least one block; multiprocessors · resident blocks is best. All families
 // take MOE_GEMM_SHARED bytes of dynamic shared memory: what every card since sm_80 has.
 constexpr int MOE_ROUTE_TOKENS = 4;  // per block, one warp each
 constexpr int MOE_ROUTE_THREADS = 32 * MOE_ROUTE_TOKENS;
 constexpr int MOE_SORT_THREADS = 256;
-constexpr int MOE_ROW_THREADS = 128;  // kernels with one block per token or pair
+constexpr int MOE_ROUTE_SORT_TOKENS = MOE_SORT_THREADS / 32;  // at most, one warp each
+constexpr int MOE_ROW_THREADS = 128;                          // kernels with one block per token or pair
+constexpr int MOE_COMBINE_COLS = 8 * MOE_ROW_THREADS;         // columns of a block
 constexpr int MOE_GEMM_SHARED = 96 * 1024;
 constexpr int MOE_LOGITS_TILE = 64;  // tokens and rows per block
+constexpr int MOE_LOGITS_FEW = 512;  // tokens at most of moe_logits_few_*
+constexpr int MOE_LOGITS_FEW_THREADS = 128;
+constexpr int MOE_LOGITS_FEW_TOKENS = 8, MOE_LOGITS_FEW_ROWS = 2;  // per block
+constexpr int MOE_LOGITS_FEW_SHARED = MOE_LOGITS_FEW_THREADS / 32 * MOE_LOGITS_FEW_TOKENS * MOE_LOGITS_FEW_ROWS * 4;
 constexpr int MOE_LOGITS_SHARED = 2 * 32 * (MOE_LOGITS_TILE + 4) * 4;
 constexpr int moe_gemm_threads(int tile_rows, bool is_hidden) { return tile_rows == 128 && !is_hidden ? 128 : 256; }
 // Blocks of a GEMM stage that registers let share a multiprocessor; shared memory may let fewer.
 constexpr int moe_gemm_blocks(int tile_rows, bool is_hidden) { return tile_rows == 128 && is_hidden ? 1 : 2; }
 constexpr int moe_gemm_tile_cols(int tile_rows) { return tile_rows == 8 ? 16 : tile_rows == 16 ? 32 : 128; }
-constexpr int moe_route_shared(int experts) { return 4 * MOE_ROUTE_TOKENS * (2 * experts + MOE_MAX_GROUPS); }
-constexpr int moe_sort_shared(int experts) { return 4 * (MOE_SORT_THREADS / 32 * experts + 64); }
+constexpr int moe_route_words(int experts) { return 2 * experts + MOE_MAX_GROUPS; }  // of a token
+constexpr int moe_route_shared(int experts) { return 4 * MOE_ROUTE_TOKENS * moe_route_words(experts); }
+constexpr int moe_sort_shared(int experts) { return 4 * (MOE_SORT_THREADS / 32 * experts + 64) + 2 * MOE_SORT_CHUNK; }
+// Routing, then sorting in the same place. `experts` of the router, `rows` of the tables.
+constexpr int moe_route_sort_shared(int experts, int rows) {
+    const int route = 4 * MOE_ROUTE_SORT_TOKENS * moe_route_words(experts), sort = moe_sort_shared(rows);
+    return route > sort ? route : sort;
+}
 
 // What an expert is. An alias has no descriptor of its own: `canonical` leads to another slot.
 enum MoeForm : int32_t {
@@ -190,6 +204,12 @@ struct MoeSortParams {
     int32_t tile_cols[MOE_STAGES];
 };
 
+// Routing and sort of at most MOE_ROUTE_SORT_TOKENS tokens: moe_route_sort. What `route` writes is what `sort` reads.
+struct MoeRouteSortParams {
+    MoeRouteParams route;
+    MoeSortParams sort;
+};
+
 // Offsets and tiles of a layer's base, a table of one expert that all tokens visit: moe_base_plan.
 struct MoeBasePlanParams {
     const MoeExpert* base;  // [1]
@@ -289,6 +309,7 @@ static_assert(sizeof(MoeExpert) == 256 && offsetof(MoeExpert, form) == 144, "Moe
 static_assert(sizeof(MoeLogitsParams) == 48, "MoeLogitsParams");
 static_assert(sizeof(MoeRouteParams) == 136 && offsetof(MoeRouteParams, tokens) == 56, "MoeRouteParams");
 static_assert(sizeof(MoeSortParams) == 136 && offsetof(MoeSortParams, tokens) == 96, "MoeSortParams");
+static_assert(sizeof(MoeRouteSortParams) == 272 && offsetof(MoeRouteSortParams, sort) == 136, "MoeRouteSortParams");
 static_assert(sizeof(MoeBasePlanParams) == 56 && offsetof(MoeBasePlanParams, tokens) == 24, "MoeBasePlanParams");
 static_assert(sizeof(MoeScaleInputParams) == 56, "MoeScaleInputParams");
 static_assert(sizeof(MoeGemmParams) == 112 && offsetof(MoeGemmParams, experts_count) == 72, "MoeGemmParams");

@@ -12,6 +12,19 @@
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const __grid_constant__ PARAMS p)
 #define MOE_SHARED(NAME) extern __shared__ __align__(1024) unsigned char NAME[]
 
+// The first statement of every kernel. Where kernels are launched dependent on each other (sm_90 and later), one may start
+// while the one before it still runs: this waits until that one has ended and what it wrote can be seen, then lets the
+// next one start. All threads must come here, or the kernel could end before the one that it follows.
+__device__ __forceinline__ void follow_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Calls the 128 bytes at an address into L2; nothing waits for it.
+__device__ __forceinline__ void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // Address within shared memory.
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));

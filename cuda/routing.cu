@@ -2,16 +2,16 @@
 //
 // A warp per token; lane l owns the experts l, l + 32, … . Scores and order keys lie in shared memory, so that any number
 // of experts runs through one kernel without spills. Top-k is k rounds of two warp reductions over the lanes' best
-// keys; only the winner's lane looks through its experts again. 4 bytes are read per logit: latency bound at any size.
+// keys; only the winner's lane looks through its experts again. 4 bytes are read per logit: latency bound at any size. For
+// few tokens the sort follows in the same kernel (moe_route_sort).
 //
 // Whatever the logits, ids are distinct and in range and weights finite: a logit that is NaN or -inf counts as the least
 // finite number, +inf as the largest, and weights whose sum is 0 are not divided by it.
-#include "params.cuh"
-#include "ptx.cuh"
+#include "sort.cuh"
 
 namespace {
 
-constexpr unsigned ALL = 0xFFFFFFFFu;
+constexpr unsigned ALL = ALL_LANES;
 constexpr uint32_t CLOSED = 0;  // key of an expert that cannot be chosen (any more)
 constexpr float NEGATIVE_INFINITY = -__builtin_huge_valf();
 constexpr float LARGEST = 3.402823466e38f;  // finite
@@ -132,6 +132,7 @@ __device__ float sparse_mixer(const MoeRouteParams& p, uint32_t* keys, const flo
 // Leaves out the slots of least weight (src/architecture/skip.rs). Lane j < top_k holds slot j; `sorted` has room for the
 // weights.
 __device__ void leave_out(const MoeRouteParams& p, float* sorted, int lane, int& id, float& weight) {
+    __syncwarp();  // `sorted` may have held something else
     const bool is_slot = lane < p.top_k;
     // Descending, ties to the earlier slot.
     int rank = 0;
@@ -159,14 +160,14 @@ __device__ void leave_out(const MoeRouteParams& p, float* sorted, int lane, int&
     }
 }
 
-}  // namespace
+// This warp's moe_route_words(experts).
+__device__ float* words_of_warp(unsigned char* shared, int experts) {
+    return reinterpret_cast<float*>(shared) + threadIdx.x / 32 * (2 * experts + MOE_MAX_GROUPS);
+}
 
-MOE_KERNEL(moe_route, MoeRouteParams, MOE_ROUTE_THREADS, 4) {
-    MOE_SHARED(shared);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int64_t token = static_cast<int64_t>(blockIdx.x) * MOE_ROUTE_TOKENS + warp;
-    if (token >= p.tokens) return;
-    float* const values = reinterpret_cast<float*>(shared) + warp * (2 * p.experts + MOE_MAX_GROUPS);
+// One token, by a warp, with its words of shared memory.
+__device__ void route(const MoeRouteParams& p, int64_t token, float* values) {
+    const int lane = threadIdx.x % 32;
     uint32_t* const keys = reinterpret_cast<uint32_t*>(values + p.experts);
     float* const group_scores = values + 2 * p.experts;
     const float* const logits = p.logits + token * p.ld_logits;
@@ -234,4 +235,25 @@ MOE_KERNEL(moe_route, MoeRouteParams, MOE_ROUTE_THREADS, 4) {
         p.ids[first + p.top_k] = p.shared_expert;
         p.weights[first + p.top_k] = p.shared_gate < 0 ? 1.0f : sigmoid(finite(logits[p.shared_gate]));
     }
+}
+
+}  // namespace
+
+MOE_KERNEL(moe_route, MoeRouteParams, MOE_ROUTE_THREADS, 4) {
+    follow_previous_kernel();
+    MOE_SHARED(shared);
+    const int warp = threadIdx.x / 32;
+    const int64_t token = static_cast<int64_t>(blockIdx.x) * MOE_ROUTE_TOKENS + warp;
+    if (token >= p.tokens) return;
+    route(p, token, words_of_warp(shared, p.experts));
+}
+
+MOE_KERNEL(moe_route_sort, MoeRouteSortParams, MOE_SORT_THREADS, 1) {
+    prefetch_tables(p.sort);
+    follow_previous_kernel();
+    MOE_SHARED(shared);
+    const int warp = threadIdx.x / 32;
+    if (warp < p.route.tokens) route(p.route, warp, words_of_warp(shared, p.route.experts));
+    __syncthreads();
+    sort_all(p.sort, shared);
 }

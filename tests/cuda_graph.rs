@@ -139,6 +139,34 @@ fn through_a_driver() {
 }
 
 #[test]
+fn through_a_driver_one_by_one() {
+    gpu::through_a_driver_with("only_the_first_kernel", &[("MOEPRESS_CUDA_SERIAL", "1")]);
+}
+
+/// All kernels of a pass but the first may start while the one before them ends; none with `MOEPRESS_CUDA_SERIAL=1`.
+#[test]
+fn only_the_first_kernel_of_a_graph_waits_for_all_before_it() {
+    if !gpu::is_stand_in() {
+        return;
+    }
+    let Some(device) = gpu::device() else { return };
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let pass = Pass::new(device, 1);
+    pass.fill(1);
+    // SAFETY: the stand-in, which is loaded already, and its function of this type.
+    let overlapping = || unsafe {
+        let library = libloading::Library::new("libcuda.so.1").unwrap();
+        library.get::<unsafe extern "C" fn() -> i32>("stand_in_overlapping").unwrap()()
+    };
+    let before = overlapping();
+    pass.enqueue();
+    // Routing with the sort, four GEMMs, combine.
+    let serial = std::env::var("MOEPRESS_CUDA_SERIAL").is_ok_and(|v| v == "1");
+    assert_eq!(overlapping() - before, if serial { 0 } else { 5 });
+    pass.result();
+}
+
+#[test]
 fn a_graph_is_replayed_with_other_routing() {
     let Some(device) = gpu::device() else { return };
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);

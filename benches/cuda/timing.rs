@@ -119,13 +119,14 @@ impl Launch for Timed<'_> {
         block: [u32; 3],
         shared: u32,
         params: &[u8],
+        follows: bool,
     ) -> Result<()> {
         let stream = self.gpu.stream.cu_stream();
         let (start, end) = (event()?, event()?);
         // SAFETY: events and stream live.
         unsafe { result::event::record(start, stream) }.map_err(failed("timing"))?;
         // SAFETY: the caller's promise.
-        unsafe { self.gpu.launcher().launch(kernel, grid, block, shared, params) }?;
+        unsafe { self.gpu.launcher().launch(kernel, grid, block, shared, params, follows) }?;
         // SAFETY: as above.
         unsafe { result::event::record(end, stream) }.map_err(failed("timing"))?;
         self.events.borrow_mut().push((kernel, start, end));

@@ -9,7 +9,14 @@ import sys
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")] if path.exists() else []
+    """The measurements in a file, if there is one; a run that was stopped may have left half a line."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            pass
+    return found
 
 
 def table(head, rows):

@@ -5,7 +5,7 @@ use bytemuck::{Zeroable, bytes_of};
 use crate::definition::{Activation, Expert, Layer, Map, Product, Routes, Weight};
 use crate::emulator::{Buffer, Dtype, Emulator};
 use crate::params::{
-    ABSENT, BASE, FORM_CONSTANT, FORM_MLP, GEMM_SHARED, HIDDEN, LOW_RANK, MoeBaseHiddenParams,
+    ABSENT, BASE, COMBINE_COLS, FORM_CONSTANT, FORM_MLP, GEMM_SHARED, HIDDEN, LOW_RANK, MoeBaseHiddenParams,
     MoeBasePlanParams, MoeCombineParams, MoeExpert, MoeGemmParams, MoeMatrix, MoeSortParams, OUTPUT,
     PROJECT_HIDDEN, PROJECT_IN, ROW_THREADS, SORT_CHUNK, SORT_THREADS, STAGES, gemm_threads, gemm_tile_cols,
     sort_shared,
@@ -224,10 +224,36 @@ impl<'a> Prepared<'a> {
         merge: bool,
     ) -> Result<SortedSlots, String> {
         let gpu = &self.emulator;
-        let (pairs, experts) = (routes.ids.len(), self.layer.experts.len());
+        let chunks = routes.ids.len().div_ceil(SORT_CHUNK).max(1);
+        let launches: &[(&str, usize)] = if large {
+            &[("moe_sort_count", chunks), ("moe_sort_scan", 1), ("moe_sort_scatter", chunks)]
+        } else {
+            &[("moe_sort_small", 1)]
+        };
+        let (ids, weights) = (gpu.upload(&routes.ids), gpu.upload(&routes.weights));
+        self.sort_by(ids, &weights, routes.slots, tile_rows, merge, |params| {
+            launches.iter().try_for_each(|&(name, blocks)| {
+                let shared = sort_shared(self.layer.experts.len());
+                gpu.run(name, [blocks as u32, 1, 1], [SORT_THREADS, 1, 1], shared, bytes_of(params))
+            })
+        })
+    }
+
+    /// Sorts the slots of these ids by what `launch` does.
+    pub(crate) fn sort_by(
+        &self,
+        ids: Buffer,
+        weights: &Buffer,
+        slots: usize,
+        tile_rows: u32,
+        merge: bool,
+        launch: impl FnOnce(&MoeSortParams) -> Result<(), String>,
+    ) -> Result<SortedSlots, String> {
+        let gpu = &self.emulator;
+        let (pairs, experts) = (ids.contents().len() / 4, self.layer.experts.len());
         let words = |count: usize| gpu.room(count * 4);
         let sorted = SortedSlots {
-            ids: gpu.upload(&routes.ids),
+            ids,
             offsets: words(experts + 1),
             pair_token: words(pairs),
             pair_weight: words(pairs),
@@ -235,9 +261,7 @@ impl<'a> Prepared<'a> {
             slot_weight: words(pairs),
             tile_first: words(STAGES * (experts + 1)),
         };
-        let weights = gpu.upload(&routes.weights);
-        let chunks = pairs.div_ceil(SORT_CHUNK).max(1);
-        let histogram = words(chunks * experts);
+        let histogram = words(pairs.div_ceil(SORT_CHUNK).max(1) * experts);
         let params = MoeSortParams {
             ids: sorted.ids.address(),
             weights: weights.address(),
@@ -251,28 +275,15 @@ impl<'a> Prepared<'a> {
             slot_weight: sorted.slot_weight.address(),
             tile_first: sorted.tile_first.address(),
             histogram: histogram.address(),
-            tokens: routes.tokens() as i32,
-            slots: routes.slots as i32,
+            tokens: (pairs / slots) as i32,
+            slots: slots as i32,
             experts_count: experts as i32,
             hidden: self.layer.hidden as i32,
             merge_duplicates: i32::from(merge),
             tile_rows: tile_rows as i32,
             tile_cols: [gemm_tile_cols(tile_rows) as i32; STAGES],
         };
-        let launches: &[(&str, usize)] = if large {
-            &[("moe_sort_count", chunks), ("moe_sort_scan", 1), ("moe_sort_scatter", chunks)]
-        } else {
-            &[("moe_sort_small", 1)]
-        };
-        for &(name, blocks) in launches {
-            gpu.run(
-                name,
-                [blocks as u32, 1, 1],
-                [SORT_THREADS, 1, 1],
-                sort_shared(experts),
-                bytes_of(&params),
-            )?;
-        }
+        launch(&params)?;
         Ok(sorted)
     }
 
@@ -428,6 +439,7 @@ impl<'a> Prepared<'a> {
         };
         if tokens > 0 {
             let name = format!("moe_combine_{}", dtype.suffix());
+            let row_grid = [tokens as u32, hidden.div_ceil(COMBINE_COLS) as u32, 1];
             gpu.run(&name, row_grid, [ROW_THREADS, 1, 1], 0, bytes_of(&combine))?;
         }
         Ok(Run {

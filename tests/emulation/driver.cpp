@@ -66,9 +66,25 @@ struct Event {
 
 using Graph = std::vector<Work>;
 
+// As the driver's header has them.
+struct LaunchAttribute {
+    int id;
+    char pad[4];
+    alignas(8) int value[16];
+};
+
+struct LaunchConfig {
+    uint32_t grid[3], block[3];
+    uint32_t shared;
+    void* stream;
+    const LaunchAttribute* attributes;
+    uint32_t attribute_count;
+};
+
 int context_object, module_object;
 thread_local std::vector<void*> current;
 std::atomic<int> contexts{0}, modules{0}, captures{0};
+std::atomic<uint64_t> overlapping{0};  // launches that may start while the kernel before them ends
 std::mutex guard;  // of all that follows
 std::map<uint64_t, size_t> blocks;
 std::map<std::string, Function> functions;
@@ -221,11 +237,16 @@ API cuModuleGetFunction(Function** function, void*, const char* name) {
 
 API cuFuncGetAttribute(int* value, int attribute, Function*) {
     NEED_CONTEXT;
-    return *value = attribute == 0 ? MOST_THREADS : 0, SUCCESS;
+    switch (attribute) {
+        case 0: return *value = MOST_THREADS, SUCCESS;
+        case 5: return *value = 90, SUCCESS;  // compiled for compute capability 9.0
+        default: return *value = 0, SUCCESS;
+    }
 }
 
 API cuFuncSetAttribute(Function* function, int attribute, int value) {
     NEED_CONTEXT;
+    if (attribute == 9 && value >= 0 && value <= 100) return SUCCESS;  // share of shared memory
     if (attribute != 8 || value > MOST_SHARED) return INVALID_VALUE;
     const std::lock_guard<std::mutex> lock(guard);
     return function->shared = value, SUCCESS;
@@ -356,23 +377,32 @@ API cuGetErrorName(int code, const char** name) {
     return *name = found == names.end() ? "CUDA_ERROR" : found->second, SUCCESS;
 }
 
-API cuLaunchKernel(const Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                   unsigned shared, void* handle, void** params, void** extra) {
+API cuLaunchKernelEx(const LaunchConfig* config, const Function* function, void** params, void** extra) {
     NEED_CONTEXT;
-    if (extra || static_cast<int>(shared) > function->shared || bx * by * bz > MOST_THREADS) return INVALID_VALUE;
-    if (!handle && forbidden()) return CAPTURE_UNSUPPORTED;
+    const LaunchConfig launch = *config;
+    const unsigned threads = launch.block[0] * launch.block[1] * launch.block[2];
+    if (extra || static_cast<int>(launch.shared) > function->shared || threads > MOST_THREADS) return INVALID_VALUE;
+    if (launch.attribute_count > 1) return INVALID_VALUE;
+    if (launch.attribute_count == 1) {
+        const LaunchAttribute& overlap = *launch.attributes;
+        if (overlap.id != 6 || overlap.value[0] != 1) return INVALID_VALUE;
+        ++overlapping;
+    }
+    if (!launch.stream && forbidden()) return CAPTURE_UNSUPPORTED;
     const auto* const first = static_cast<const unsigned char*>(params[0]);
     const std::vector<unsigned char> copy(first, first + function->params_bytes);
-    enqueue(stream_of(handle), [=] {
+    enqueue(stream_of(launch.stream), [=] {
         using Launch = const char*(const char*, const uint32_t*, const uint32_t*, uint32_t, const void*, size_t, int, uint64_t);
-        const uint32_t grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
-        const char* error = emulator<Launch>("emu_launch")(function->name.c_str(), grid, block, shared, copy.data(),
-                                                           copy.size(), 0, 0);
+        const char* error = emulator<Launch>("emu_launch")(function->name.c_str(), launch.grid, launch.block, launch.shared,
+                                                           copy.data(), copy.size(), 0, 0);
         if (error) std::fprintf(stderr, "%s\n", error);
         return error ? LAUNCH_FAILED : SUCCESS;
     });
     return SUCCESS;
 }
+
+// Launches so far that may start while the kernel before them ends.
+API stand_in_overlapping() { return static_cast<int>(overlapping.load()); }
 
 // For callers whose own memory this GPU's is (tests/ffi/torch_stand_in.py): runs all that is enqueued.
 API stand_in_finish() { return drain_where(false); }

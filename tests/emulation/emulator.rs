@@ -23,6 +23,9 @@ pub(crate) enum Mode {
     Random(u64),
 }
 
+/// Beside a mode: what other launches may have written is out of reach until a kernel has waited for them.
+const GUARDS: c_int = 4;
+
 /// The modes that every kernel is tested in.
 pub(crate) const MODES: [Mode; 4] = [Mode::Late, Mode::Early, Mode::Random(1), Mode::Random(2)];
 
@@ -197,6 +200,7 @@ impl Emulator {
             Mode::Early => (1, 0),
             Mode::Random(seed) => (2, seed),
         };
+        let mode = mode | GUARDS;
         // Parameters lie at an address as aligned as on the device.
         let mut aligned = vec![0u64; params.len().div_ceil(8)];
         bytemuck::cast_slice_mut(&mut aligned)[..params.len()].copy_from_slice(params);
@@ -236,7 +240,7 @@ impl Emulator {
                 buffer.data as *mut u8,
                 size_of_val(values),
             );
-            (self.kernels.protect)(buffer.data as *mut c_void);
+            (buffer.kernels.protect)(buffer.data as *mut c_void);
         }
         buffer
     }
@@ -244,9 +248,11 @@ impl Emulator {
     /// Memory to write, full of NaN. It ends at a page that must not be touched, or begins at one.
     pub(crate) fn room(&self, bytes: usize) -> Buffer {
         let flush_left = self.mode == Mode::Early;
+        // The kernels that are probed know which memory is whose.
+        let kernels = self.replaced.unwrap_or(self.kernels);
         // SAFETY: returns memory or aborts.
-        let data = unsafe { (self.kernels.alloc)(bytes, c_int::from(flush_left)) };
-        Buffer { kernels: self.kernels, data: data as u64, bytes }
+        let data = unsafe { (kernels.alloc)(bytes, c_int::from(flush_left)) };
+        Buffer { kernels, data: data as u64, bytes }
     }
 }
 
@@ -345,6 +351,7 @@ impl Launch for Emulator {
         block: [u32; 3],
         shared: u32,
         params: &[u8],
+        _follows: bool,
     ) -> Result<(), Error> {
         let failed = |code| Error::Driver { what: format!("launching {kernel}"), code };
         self.run(kernel, grid, block, shared, params).map_err(failed)

@@ -9,8 +9,8 @@ use crate::emulator::{Dtype, Emulator, MODES, Mode};
 use crate::gemm_tests::{FAMILIES, check, live, mixed_layer};
 use crate::oracle;
 use crate::params::{
-    FORM_MLP, GEMM_SHARED, LOW_RANK, MoeCombineParams, MoeExpert, MoeGemmParams, MoeScaleInputParams,
-    MoeSortParams, ROW_THREADS, SORT_THREADS, gemm_threads, sort_shared,
+    COMBINE_COLS, FORM_MLP, GEMM_SHARED, LOW_RANK, MoeCombineParams, MoeExpert, MoeGemmParams,
+    MoeScaleInputParams, MoeSortParams, ROW_THREADS, SORT_THREADS, gemm_threads, sort_shared,
 };
 
 const SMALL: Plan = Plan { tile_rows: 16, large_sort: false };
@@ -122,8 +122,9 @@ fn sorts_of_every_size() {
     let Some(gpu) = Emulator::new(Mode::Random(8)) else { return };
     let prepared = Prepared::new(gpu, &layer);
     for (slots, large) in
-        [(1, false), (31, false), (4095, false), (4096, false), (4096, true), (4097, true), (13000, true)]
+        [(1, false), (31, false), (2047, false), (2048, false), (2048, true), (2049, true), (20_000, true)]
     {
+        // Chunks begin and end within a token.
         let per_token = if slots % 5 == 0 { 5 } else { 1 };
         let routes = Routes::random(&mut random, slots / per_token, per_token, &live(&layer));
         let found = prepared.sort(&routes, SMALL.tile_rows, large, true).unwrap();
@@ -327,7 +328,8 @@ fn combine_adds_what_it_is_given() {
             reserved: 0,
         };
         let kernel = format!("moe_combine_{}", dtype.suffix());
-        gpu.run(&kernel, [tokens as u32, 1, 1], [ROW_THREADS, 1, 1], 0, bytes_of(&params)).unwrap();
+        let grid = [tokens as u32, hidden.div_ceil(COMBINE_COLS) as u32, 1];
+        gpu.run(&kernel, grid, [ROW_THREADS, 1, 1], 0, bytes_of(&params)).unwrap();
         for (i, found) in dtype.decode(out.contents()).into_iter().enumerate() {
             let (token, col) = (i / hidden, i % hidden);
             let mut sum =

@@ -45,6 +45,11 @@ const fn fault(
     Fault { what, file, compiled: file, from, to, probe }
 }
 
+/// In a header of the sort.
+const fn sort_fault(what: &'static str, from: &'static str, to: &'static str) -> Fault {
+    Fault { what, file: "sort.cuh", compiled: "sort.cu", from, to, probe: Probe::Sort }
+}
+
 const LARGE: &str = "gemm_large.cu";
 const SMALL: &str = "gemm_small.cu";
 
@@ -115,8 +120,8 @@ const FAULTS: &[Fault] = &[
         "partial sums read too early",
         SMALL,
         Probe::Layer(8),
-        "                __syncthreads();\n                store(p, e, tile, cols, FIRST, partials);",
-        "                store(p, e, tile, cols, FIRST, partials);",
+        "                __syncthreads();\n                store(p, tile, first, partials);",
+        "                store(p, tile, first, partials);",
     ),
     fault(
         "one warp's sum forgotten",
@@ -149,28 +154,41 @@ const FAULTS: &[Fault] = &[
         to: "const int64_t token = pair / 4;",
         probe: Probe::Layer(8),
     },
+    Fault {
+        what: "GEMMs do not wait for the previous kernel",
+        file: "gemm.cuh",
+        compiled: SMALL,
+        from: "        follow_previous_kernel();                                                        \\\n",
+        to: "",
+        probe: Probe::Layer(8),
+    },
+    Fault {
+        what: "GEMMs read the tiles before they wait for the previous kernel",
+        file: "gemm.cuh",
+        compiled: SMALL,
+        from: "        follow_previous_kernel();                                                        \\\n        FAMILY::run(p);                                                                  \\\n",
+        to: "        if (p.tile_first[p.experts_count] < 0) { return; } follow_previous_kernel(); FAMILY::run(p); \\\n",
+        probe: Probe::Layer(8),
+    },
     fault(
-        "a lane reads the cursor late",
-        "sort.cu",
-        Probe::Sort,
-        ": NO_PAIR;\n        __syncwarp();",
-        ": NO_PAIR;",
+        "some warps do not wait for the previous kernel",
+        "routing.cu",
+        Probe::Route,
+        "MOE_ROUTE_THREADS, 4) {\n    follow_previous_kernel();",
+        "MOE_ROUTE_THREADS, 4) {\n    if (threadIdx.x < 96) follow_previous_kernel();",
     ),
-    fault(
+    sort_fault("a lane reads the cursor late", ": NO_PAIR;\n        __syncwarp();", ": NO_PAIR;"),
+    sort_fault(
         "counts not cleared in time",
-        "sort.cu",
-        Probe::Sort,
-        "counts[i] = 0;\n    __syncthreads();",
-        "counts[i] = 0;",
+        "expert_of(p, slot));\n    }\n    __syncthreads();",
+        "expert_of(p, slot));\n    }",
     ),
-    fault(
+    sort_fault(
         "carry of the scan overwritten",
-        "sort.cu",
-        Probe::Sort,
-        "sum - own;\n        __syncthreads();",
-        "sum - own;",
+        "put(i, before);\n        __syncthreads();",
+        "put(i, before);",
     ),
-    fault("a duplicate runs twice", "sort.cu", Probe::Sort, "== expert) return result;", "== expert) break;"),
+    sort_fault("a duplicate runs twice", "== expert) return result;", "== expert) break;"),
     fault("NaN first", "routing.cu", Probe::Route, "if (value != value) value = NEGATIVE_INFINITY;", ""),
     fault("NaN in, NaN out", "routing.cu", Probe::Route, "fminf(fmaxf(logit, -LARGEST), LARGEST)", "logit"),
     fault("sums of 0", "routing.cu", Probe::Route, "if (divisor != 0.0f) weight", "weight"),
@@ -179,7 +197,7 @@ const FAULTS: &[Fault] = &[
         "routing.cu",
         Probe::Route,
         "if (token >= p.tokens) return;",
-        "if (token >= p.tokens || lane > 30) return;",
+        "if (token >= p.tokens || threadIdx.x % 32 > 30) return;",
     ),
     fault(
         "ties to the higher expert",
@@ -272,7 +290,7 @@ fn faults_of_what_the_families_share() {
 
 #[test]
 fn faults_of_the_sort() {
-    all_are_caught("sort.cu");
+    all_are_caught("sort.cuh");
 }
 
 #[test]

@@ -21,7 +21,7 @@ fn mistakes_have_messages() {
                 "barrier_in_a_branch",
                 64,
                 0,
-                "deadlock in block (0, 0, 0): 24 at __shfl_sync mistakes.cu:12, 40 at __syncthreads mistakes.cu:11",
+                "deadlock in block (0, 0, 0): 24 at __shfl_sync mistakes.cu:13, 40 at __syncthreads mistakes.cu:12",
             ),
             ("two_barriers", 64, 0, "while other threads of the block wait in the one at line "),
             ("shuffle_after_an_exit", 32, 0, ""),
@@ -31,6 +31,9 @@ fn mistakes_have_messages() {
             ("copy_to_odd_place", 32, 32, "shared offset 8 is not 16-byte aligned"),
             ("outside_of_shared", 32, 256, "outside of 256 bytes"),
             ("outside_of_global", 32, 0, "access to global memory of 256 bytes at byte"),
+            ("reads_what_may_not_be_there_yet", 32, 0, "before the previous kernel was waited for"),
+            ("meets_before_it_waits", 64, 0, "before the previous kernel was waited for"),
+            ("one_thread_does_not_wait", 32, 0, "without having waited for the previous kernel"),
         ] {
             let error = run(name, threads, shared).unwrap_err();
             assert!(error.starts_with(name) && error.contains(expected), "{mode:?}: {error}");

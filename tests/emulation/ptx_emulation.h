@@ -5,6 +5,8 @@
 
 using emulation::Site;
 
+inline void follow_previous_kernel(Site site = Site::here()) { emulation::follow_previous_kernel(site); }
+inline void prefetch_line(const void*) {}
 inline uint32_t shared_address(const void* p, Site site = Site::here()) { return emulation::shared_offset(p, site); }
 
 inline void copy_16_async(uint32_t to, const void* from, int valid, Site site = Site::here()) {

@@ -8,10 +8,13 @@ use moepress::backend::cpu::Cpu;
 use moepress::backend::{Backend, RouterRule, RouterWeights};
 use moepress::checkpoint::{Dtype, Tensor};
 
-use crate::definition::Random;
+use crate::definition::{Form, Layer, Random, Routes};
+use crate::device::{Prepared, pitched};
 use crate::emulator::{Dtype as Type, Emulator, MODES, Mode};
 use crate::params::{
-    LOGITS_SHARED, LOGITS_TILE, MoeLogitsParams, MoeRouteParams, ROUTE_THREADS, ROUTE_TOKENS, route_shared,
+    LOGITS_FEW_ROWS, LOGITS_FEW_SHARED, LOGITS_FEW_THREADS, LOGITS_FEW_TOKENS, LOGITS_SHARED, LOGITS_THREADS,
+    LOGITS_TILE, MoeLogitsParams, MoeRouteParams, MoeRouteSortParams, ROUTE_SORT_TOKENS, ROUTE_THREADS,
+    ROUTE_TOKENS, SORT_THREADS, route_shared, route_sort_shared,
 };
 
 fn rule(spec: RouterSpec, experts: usize) -> RouterRule {
@@ -261,7 +264,10 @@ fn logits_are_f32_products() {
         let Some(gpu) = Emulator::new(mode) else { return };
         let x = random.values(dtype, tokens * hidden, 1.0);
         let weight = random.values(Type::F32, rows * hidden, 1.0);
-        let buffers = (gpu.upload(&dtype.encode(&x)), gpu.upload(&weight), gpu.room(tokens * rows * 4));
+        let (ldx, ldw) = (56, 52);
+        let x_rows = pitched(dtype, tokens, hidden, ldx, &x);
+        let weight_rows = pitched(Type::F32, rows, hidden, ldw, &weight);
+        let buffers = (gpu.upload(&x_rows), gpu.upload(&weight_rows), gpu.room(2 * tokens * rows * 4));
         let params = MoeLogitsParams {
             x: buffers.0.address(),
             weight: buffers.1.address(),
@@ -269,18 +275,75 @@ fn logits_are_f32_products() {
             tokens: tokens as i32,
             rows: rows as i32,
             hidden: hidden as i32,
-            ldx: hidden as i32,
-            ldw: hidden as i32,
+            ldx: ldx as i32,
+            ldw: ldw as i32,
             ld_logits: rows as i32,
         };
         let grid = [tokens.div_ceil(LOGITS_TILE) as u32, rows.div_ceil(LOGITS_TILE) as u32, 1];
         let name = format!("moe_logits_{}", dtype.suffix());
-        gpu.run(&name, grid, [256, 1, 1], LOGITS_SHARED, bytes_of(&params)).unwrap();
+        gpu.run(&name, grid, [LOGITS_THREADS, 1, 1], LOGITS_SHARED, bytes_of(&params)).unwrap();
+        let few = MoeLogitsParams { logits: params.logits + (tokens * rows * 4) as u64, ..params };
+        let grid = [rows.div_ceil(LOGITS_FEW_ROWS) as u32, tokens.div_ceil(LOGITS_FEW_TOKENS) as u32, 1];
+        let name = format!("moe_logits_few_{}", dtype.suffix());
+        gpu.run(&name, grid, [LOGITS_FEW_THREADS, 1, 1], LOGITS_FEW_SHARED, bytes_of(&few)).unwrap();
         for (i, found) in buffers.2.read::<f32>().into_iter().enumerate() {
+            let i = i % (tokens * rows);
             let (x, w) = (&x[i / rows * hidden..][..hidden], &weight[i % rows * hidden..][..hidden]);
             let products = x.iter().zip(w).map(|(&a, &b)| f64::from(a) * f64::from(b));
             let magnitude: f64 = products.clone().map(f64::abs).sum();
             assert!((f64::from(found) - products.sum::<f64>()).abs() <= 1e-5 * magnitude, "{dtype:?} {i}");
+        }
+    }
+}
+
+/// Routing and sorting in one kernel do what they do in two.
+#[test]
+fn routing_and_sorting_at_once() {
+    let mut random = Random::new(18);
+    let mut layer = Layer::new(Type::Bf16, 8);
+    for _ in 0..300 {
+        layer.add(&mut random, 8, [Form::Dense; 3]);
+    }
+    let rule = rule(RouterSpec::softmax(3, WeightRule::RENORMALISED), 300);
+    for (tokens, mode) in [1, 5, ROUTE_SORT_TOKENS].into_iter().zip(MODES) {
+        let Some(gpu) = Emulator::new(mode) else { return };
+        let logits = random.values(Type::F32, tokens * 300, 2.0);
+        let (ids, weights) = by_kernel(&gpu, &rule, &[0.0; 300], &logits, false).unwrap();
+        let prepared = Prepared::new(gpu, &layer);
+        let apart = prepared.sort(&Routes { ids, weights, slots: 3 }, 8, false, true).unwrap();
+        let logits = gpu.upload(&logits);
+        let (ids, weights) = (gpu.room(tokens * 3 * 4), gpu.room(tokens * 3 * 4));
+        let route = MoeRouteParams {
+            logits: logits.address(),
+            ids: ids.address(),
+            weights: weights.address(),
+            tokens: tokens as i32,
+            experts: 300,
+            ld_logits: 300,
+            top_k: 3,
+            slots: 3,
+            renormalise: 1,
+            scale: 1.0,
+            shared_expert: -1,
+            shared_gate: -1,
+            ..MoeRouteParams::zeroed()
+        };
+        let at_once = prepared.sort_by(ids, &weights, 3, 8, true, |&sort| {
+            let params = MoeRouteSortParams { route, sort };
+            let shared = route_sort_shared(300, 300);
+            gpu.run("moe_route_sort", [1, 1, 1], [SORT_THREADS, 1, 1], shared, bytes_of(&params))
+        });
+        let at_once = at_once.unwrap();
+        for (what, apart, at_once) in [
+            ("ids", &apart.ids, &at_once.ids),
+            ("offsets", &apart.offsets, &at_once.offsets),
+            ("pair_token", &apart.pair_token, &at_once.pair_token),
+            ("pair_weight", &apart.pair_weight, &at_once.pair_weight),
+            ("slot_source", &apart.slot_source, &at_once.slot_source),
+            ("slot_weight", &apart.slot_weight, &at_once.slot_weight),
+            ("tile_first", &apart.tile_first, &at_once.tile_first),
+        ] {
+            assert_eq!(apart.contents(), at_once.contents(), "{what} of {tokens} tokens");
         }
     }
 }

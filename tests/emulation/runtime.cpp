@@ -44,6 +44,7 @@ constexpr size_t STACK = 64 * 1024;
 #endif
 constexpr uint32_t SHARED_LIMIT = 99 * 1024;  // what a block may have on every card since sm_80
 constexpr size_t PAGE = 4096;
+constexpr int GUARDS = 4;  // beside a Mode
 
 thread_local Fibre* current = nullptr;
 
@@ -64,6 +65,8 @@ struct Guarded {
     size_t length;
     unsigned char* data;
     size_t bytes;
+    pthread_t owner;  // the thread that allocated it
+    bool read_only = false;
 };
 std::mutex guarded_lock;
 std::map<const void*, Guarded>& guarded() {
@@ -73,7 +76,7 @@ std::map<const void*, Guarded>& guarded() {
 
 Guarded map_guarded(size_t bytes, bool flush_left) {
     const size_t body = (bytes + PAGE - 1) / PAGE * PAGE + (bytes == 0 ? PAGE : 0);
-    Guarded memory{nullptr, body + 2 * PAGE, nullptr, bytes};
+    Guarded memory{nullptr, body + 2 * PAGE, nullptr, bytes, pthread_self()};
     void* start = mmap(nullptr, memory.length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (start == MAP_FAILED) abort();
     memory.start = static_cast<unsigned char*>(start);
@@ -96,6 +99,7 @@ struct Worker {
     sigjmp_buf abandoned;
     const KernelEntry* kernel = nullptr;
     const void* params = nullptr;
+    bool guards = false;
     const char* name = "";
     std::string error;
     uint64_t conflicts = 0;
@@ -122,6 +126,7 @@ void fibre_main() {
     w.kernel->kernel(w.params);
     EMULATION_RELEASE(&w);
     Fibre* self = current;
+    if (!self->followed) fail("a thread ends without having waited for the previous kernel");
     if (!self->copies.empty()) fail("a thread ends with copies that were never waited for");
     self->state = State::Done;
     self->warp->exited |= 1u << self->lane;
@@ -282,7 +287,17 @@ static void wait(State state, const char* what, Site site) {
     to_scheduler();
 }
 
+void follow_previous_kernel(Site site) {
+    if (!current->followed) wait(State::AtPreviousKernel, "follow_previous_kernel", site);
+    current->followed = true;
+}
+
+static void check_followed(const char* what, Site site) {
+    if (!current->followed) fail("%s at line %d before the previous kernel was waited for", what, site.line);
+}
+
 void sync_threads(Site site) {
+    check_followed("__syncthreads", site);
     Block& block = *current->block;
     Barrier& barrier = block.barrier;
     if (barrier.arrived > 0 && !(barrier.site == site)) {
@@ -310,6 +325,7 @@ const uint32_t* collective(const char* what, uint32_t mask, const void* operands
     Fibre* self = current;
     Warp& warp = *self->warp;
     self->site = site;
+    check_followed(what, site);
     const uint32_t own = 1u << self->lane;
     if (!(mask & own)) fail("%s at line %d: the calling lane %d is not in its mask %08x", what, site.line, self->lane, mask);
     if (mask & warp.exited) fail("%s at line %d: mask %08x has lanes that ended", what, site.line, mask);
@@ -361,6 +377,7 @@ const uint32_t* collective(const char* what, uint32_t mask, const void* operands
 
 void copy_async(void* to, const void* from, uint32_t bytes, uint32_t valid, Site site) {
     Fibre& f = *current;
+    check_followed("cp.async", site);
     if (valid > bytes) fail("cp.async at line %d: %u valid bytes of %u", site.line, valid, bytes);
     if (reinterpret_cast<uintptr_t>(from) % bytes && valid) fail("cp.async at line %d: source is not %u-byte aligned", site.line, bytes);
     const uint32_t offset = shared_offset(to, site);
@@ -459,6 +476,32 @@ bool run_warp(Worker& w, Warp& warp) {
     return any;
 }
 
+// What kernels write, of this thread's memory, out of reach or back in it.
+void guard_written(Block& block, bool guard) {
+#if !defined(__SANITIZE_ADDRESS__) && !defined(EMULATION_THREAD_SANITIZER)
+    const std::lock_guard<std::mutex> lock(guarded_lock);
+    for (const auto& [data, memory] : guarded()) {
+        if (memory.read_only || !pthread_equal(memory.owner, pthread_self())) continue;
+        mprotect(memory.start + PAGE, memory.length - 2 * PAGE, guard ? PROT_NONE : PROT_READ | PROT_WRITE);
+    }
+    block.guarded = guard;
+#else
+    (void)block, (void)guard;
+#endif
+}
+
+// The previous kernel has ended: for all threads at once, when none can go on without it.
+bool release_previous_kernel(Block& block) {
+    bool any = false;
+    for (Fibre& fibre : block.fibres) {
+        if (fibre.state != State::AtPreviousKernel) continue;
+        fibre.state = State::Ready;
+        any = true;
+    }
+    if (any && block.guarded) guard_written(block, false);
+    return any;
+}
+
 // Threads that ended count as arrived.
 bool release_barrier(Block& block) {
     if (block.barrier.arrived == 0 || block.barrier.arrived != block.threads - block.done) return false;
@@ -482,7 +525,7 @@ void run_block(Worker& w) {
             int passes = block.mode == Mode::Random ? 1 + static_cast<int>(block.next_random() % 64) : -1;
             while (passes-- != 0 && run_warp(w, block.warps[i])) any = true;
         }
-        if (!any && !release_barrier(block)) {
+        if (!any && !release_previous_kernel(block) && !release_barrier(block)) {
             current = nullptr;
             fail("deadlock in block (%u, %u, %u): %s", block.index.x, block.index.y, block.index.z, waiting(block).c_str());
         }
@@ -515,6 +558,7 @@ void prepare_block(Worker& w) {
         f.lane = i % WARP;
         f.warp->lanes[f.warp->count++] = &f;
         f.thread = {i % block.size.x, i / block.size.x % block.size.y, i / (block.size.x * block.size.y)};
+        f.followed = false;
         f.state = State::Ready;
         f.site = {};
         f.waits_for = "";
@@ -542,7 +586,8 @@ struct sigaction previous_action, previous_arithmetic;
         if (signal == SIGFPE) fail("integer division by zero");
         const auto* address = static_cast<const unsigned char*>(info->si_addr);
         const auto describe = [&](const Guarded& g, const char* kind) {
-            fail("access to %s memory of %zu bytes at byte %td", kind, g.bytes, address - g.data);
+            const char* early = w->block.guarded ? " before the previous kernel was waited for" : "";
+            fail("access to %s memory of %zu bytes at byte %td%s", kind, g.bytes, address - g.data, early);
         };
         const auto inside = [&](const Guarded& g) { return address >= g.start && address < g.start + g.length; };
         if (inside(w->shared)) describe(w->shared, "shared");
@@ -582,16 +627,20 @@ void run_grid(Worker& w, Dim3 grid, uint64_t seed) {
         for (uint64_t i = blocks - 1; i > 0; --i) std::swap(order[i], order[w.block.next_random() % (i + 1)]);
     }
     w.running = true;
+    bool is_first = true;
     if (sigsetjmp(w.abandoned, 1) == 0) {
         for (uint64_t i : order) {
             w.block.index = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
                              static_cast<unsigned>(i / (uint64_t{grid.x} * grid.y))};
             prepare_block(w);
+            if (is_first && w.guards) guard_written(w.block, true);
+            is_first = false;
             EMULATION_RELEASE(&w);
             run_block(w);
             EMULATION_ACQUIRE(&w);
         }
     }
+    if (w.block.guarded) guard_written(w.block, false);
     w.running = false;
     current = nullptr;
 }
@@ -607,7 +656,9 @@ extern "C" size_t emu_params_bytes(const char* name) {
     return found == kernels().end() ? 0 : found->second.params_bytes;
 }
 
-// Launches a kernel and waits for it. Returns null, or what is wrong with it: valid until the thread's next launch.
+// Launches a kernel and waits for it. With GUARDS in `mode`, memory that other launches of this thread may have written is
+// out of reach of the first block until it waits for them. Returns null, or what is wrong with it: valid until the thread's
+// next launch.
 extern "C" const char* emu_launch(const char* name, const uint32_t* grid, const uint32_t* block, uint32_t shared,
                                   const void* params, size_t params_bytes, int mode, uint64_t seed) {
     Worker& w = worker();
@@ -629,7 +680,8 @@ extern "C" const char* emu_launch(const char* name, const uint32_t* grid, const 
     // A multiple of 16 bytes reaches to the guard page.
     w.block.shared = w.shared.data;
     w.block.shared_bytes = shared;
-    w.block.mode = static_cast<Mode>(mode);
+    w.block.mode = static_cast<Mode>(mode & ~GUARDS);
+    w.guards = (mode & GUARDS) != 0;
     w.block.grid = {grid[0], grid[1], grid[2]};
     w.block.size = {block[0], block[1], block[2]};
     w.kernel = &found->second;
@@ -661,7 +713,8 @@ extern "C" void emu_free(void* data) {
 // From now on memory of emu_alloc can only be read.
 extern "C" void emu_protect(void* data) {
     const std::lock_guard<std::mutex> lock(guarded_lock);
-    const Guarded& memory = guarded().at(data);
+    Guarded& memory = guarded().at(data);
+    memory.read_only = true;
     mprotect(memory.start + PAGE, memory.length - 2 * PAGE, PROT_READ);
 }
 

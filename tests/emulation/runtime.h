@@ -52,7 +52,7 @@ struct Rendezvous {
     uint32_t out[WARP][4];
 };
 
-enum class State { Ready, AtBarrier, AtCollective, Done };
+enum class State { Ready, AtPreviousKernel, AtBarrier, AtCollective, Done };
 
 struct Fibre {
     void* stack_pointer = nullptr;
@@ -61,6 +61,7 @@ struct Fibre {
     Warp* warp = nullptr;
     Dim3 thread{};
     int lane = 0;
+    bool followed = false;  // has waited for the previous kernel
     State state = State::Ready;
     Site site{};  // where it waits
     const char* waits_for = "";
@@ -88,6 +89,7 @@ struct Block {
     Mode mode = Mode::Late;
     uint64_t random = 0;
     int threads = 0, done = 0;
+    bool guarded = false;  // what earlier kernels may have written is out of reach until all threads have waited for them
     Barrier barrier;
     std::vector<Fibre> fibres;
     std::vector<Warp> warps;
@@ -102,6 +104,8 @@ extern thread_local Fibre* current __attribute__((tls_model("initial-exec")));
 // Lets others run; a point of preemption in random mode.
 void preempt();
 
+// Waits for the previous kernel. Nothing that synchronises, and no access to memory that kernels write, may come before.
+void follow_previous_kernel(Site site);
 void sync_threads(Site site);
 // Deposits this lane's operands; the last lane of `mask` runs `compute` for all. Returns this lane's results, valid until
 // its next collective.

@@ -118,12 +118,18 @@ pub fn stand_in() -> Option<(tempfile::TempDir, [(&'static str, std::path::PathB
 /// on emulated kernels.
 #[track_caller]
 pub fn through_a_driver(name: &str) {
+    through_a_driver_with(name, &[]);
+}
+
+/// The same, with further variables.
+#[track_caller]
+pub fn through_a_driver_with(name: &str, more: &[(&str, &str)]) {
     if is_stand_in() {
         return;
     }
     let Some((_folder, variables)) = stand_in() else { return };
     let mut tests = Command::new(std::env::current_exe().unwrap());
-    tests.arg(name).envs(variables).env("MOEPRESS_REQUIRE_GPU", "1");
+    tests.arg(name).envs(variables).envs(more.iter().copied()).env("MOEPRESS_REQUIRE_GPU", "1");
     let output = tests.output().unwrap();
     let [out, err] = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
     assert!(output.status.success() && !out.contains(" 0 passed"), "{out}\n{err}");

@@ -1,5 +1,8 @@
 //! A GPU through its driver: probing, loading the kernels once, launching them on the caller's stream.
 //!
+//! Within a forward pass a kernel may start while the one before it still ends, on GPUs that can (compute capability 9.0 and
+//! later); `MOEPRESS_CUDA_SERIAL=1`, read when a device is opened, makes each wait for the one before it altogether.
+//!
 //! Only functions that every driver of this decade has are called, all of them through `cudarc`, which loads the driver
 //! at run time and panics where it, or one function, is missing. So [`availability`] looks for them first.
 
@@ -33,7 +36,7 @@ const SYMBOLS: [&str; 22] = [
     "cuFuncSetAttribute",
     "cuGetErrorName",
     "cuInit",
-    "cuLaunchKernel",
+    "cuLaunchKernelEx",
     "cuMemAlloc_v2",
     "cuMemFree_v2",
     "cuMemcpyDtoH_v2",
@@ -89,6 +92,8 @@ pub struct Device {
     functions: HashMap<&'static str, Function>,
     multiprocessors: u32,
     shared_per_multiprocessor: u32,
+    /// Whether kernels may start while those before them end.
+    overlaps: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -98,6 +103,8 @@ struct Function {
     threads: u32,
     /// Most dynamic shared memory in bytes.
     shared: u32,
+    /// Whether it waits itself for the kernel before it: compiled for compute capability 9.0 or later.
+    waits: bool,
 }
 
 // SAFETY: the handles belong to the context, not to a thread; the driver's functions on them are thread safe, and
@@ -130,6 +137,7 @@ impl Device {
             functions: HashMap::new(),
             multiprocessors: 0,
             shared_per_multiprocessor: 0,
+            overlaps: std::env::var_os("MOEPRESS_CUDA_SERIAL").is_none_or(|value| value != "1"),
         };
         this.multiprocessors = this.attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         this.shared_per_multiprocessor =
@@ -213,8 +221,10 @@ impl Device {
     }
 }
 
-/// Raises the limit of dynamic shared memory as far as the device goes. Asking for attributes also makes a driver that
-/// loads kernels at their first launch load this one now, which a stream capture needs.
+/// Raises the limit of dynamic shared memory as far as the device goes. All kernels ask for the same division of a
+/// multiprocessor's memory, the one with most shared memory: else it would be divided anew, which takes a multiprocessor
+/// without blocks. Asking for attributes also makes a driver that loads kernels at their first launch load this one now,
+/// which a stream capture needs.
 fn prepare(kernel: &'static str, handle: sys::CUfunction, most: u32) -> Result<Function> {
     // SAFETY: a function of a loaded module.
     let get = |attribute| unsafe { result::function::get_function_attribute(handle, attribute) };
@@ -222,10 +232,14 @@ fn prepare(kernel: &'static str, handle: sys::CUfunction, most: u32) -> Result<F
         let used = get(Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)? as u32;
         let threads = get(Attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)? as u32;
         let shared = most.saturating_sub(used);
-        let limit = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        // SAFETY: as above.
-        unsafe { result::function::set_function_attribute(handle, limit, shared as i32) }?;
-        Ok(Function { handle, threads, shared })
+        let waits = get(Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)? >= 90;
+        let set = |attribute, value| {
+            // SAFETY: as above.
+            unsafe { result::function::set_function_attribute(handle, attribute, value) }
+        };
+        set(Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared as i32)?;
+        set(Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)?;
+        Ok(Function { handle, threads, shared, waits })
     };
     attributes().map_err(failed(format!("kernel {kernel}: its attributes")))
 }
@@ -278,6 +292,7 @@ impl Launch for Stream {
         block: [u32; 3],
         shared: u32,
         params: &[u8],
+        follows: bool,
     ) -> Result<()> {
         let function = self.device.functions.get(kernel);
         let function =
@@ -285,19 +300,28 @@ impl Launch for Stream {
         check_shape(kernel, grid, block, shared, function)?;
         let _current = self.device.enter()?;
         let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
-        let ([gx, gy, gz], [bx, by, bz]) = (grid, block);
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid[0],
+            gridDimY: grid[1],
+            gridDimZ: grid[2],
+            blockDimX: block[0],
+            blockDimY: block[1],
+            blockDimZ: block[2],
+            sharedMemBytes: shared,
+            hStream: self.raw,
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(follows && function.waits && self.device.overlaps),
+        };
         // SAFETY: the function belongs to a module that lives as long as the device; the rest is the caller's promise.
         let launched = unsafe {
-            result::launch_kernel(
-                function.handle,
-                (gx, gy, gz),
-                (bx, by, bz),
-                shared,
-                self.raw,
-                &mut arguments,
-            )
+            sys::cuLaunchKernelEx(&raw const config, function.handle, arguments.as_mut_ptr(), ptr::null_mut())
         };
-        launched.map_err(|error| {
+        launched.result().map_err(|error| {
             failed(format!("kernel {kernel}, grid {grid:?}, block {block:?}, {shared} B shared"))(error)
         })
     }

@@ -1,15 +1,18 @@
 //! The forward pass of a layer: what is launched, in which order, with which parameters.
 
+use std::cell::Cell;
+
 use bytemuck::{NoUninit, bytes_of};
 
 use super::arena::{ALIGNMENT, Arena};
 use super::kernels::{self, F32_FAMILY, FAMILIES};
 use super::layer::{BaseTable, MoeLayer, RouterTable, Tables};
 use super::params::{
-    self, GEMM_SHARED, HIDDEN, LOGITS_SHARED, LOGITS_THREADS, LOGITS_TILE, MoeBaseHiddenParams,
-    MoeBasePlanParams, MoeCombineParams, MoeGemmParams, MoeLogitsParams, MoeRouteParams, MoeScaleInputParams,
-    MoeSortParams, OUTPUT, PROJECT_HIDDEN, PROJECT_IN, ROUTE_THREADS, ROUTE_TOKENS, ROW_THREADS, SORT_CHUNK,
-    SORT_THREADS, STAGES, gemm_blocks, gemm_threads, gemm_tile_cols,
+    self, COMBINE_COLS, GEMM_SHARED, HIDDEN, LOGITS_FEW, LOGITS_FEW_ROWS, LOGITS_FEW_SHARED,
+    LOGITS_FEW_THREADS, LOGITS_FEW_TOKENS, LOGITS_SHARED, LOGITS_THREADS, LOGITS_TILE, MoeBaseHiddenParams,
+    MoeBasePlanParams, MoeCombineParams, MoeGemmParams, MoeLogitsParams, MoeRouteParams, MoeRouteSortParams,
+    MoeScaleInputParams, MoeSortParams, OUTPUT, PROJECT_HIDDEN, PROJECT_IN, ROUTE_SORT_TOKENS, ROUTE_THREADS,
+    ROUTE_TOKENS, ROW_THREADS, SORT_CHUNK, SORT_THREADS, STAGES, gemm_blocks, gemm_threads, gemm_tile_cols,
 };
 use super::weights::check_rows;
 use super::workspace::{Workspace, chunks, stride};
@@ -73,7 +76,11 @@ impl<B> MoeLayer<B> {
     /// depends on the number of tokens alone, and results on nothing but the arguments: repeated runs are equal bit for
     /// bit.
     ///
-    /// The kernels come in families. With rows = ⌈tokens · slots / experts⌉, the expected tokens of an expert: tiles of 8
+    /// Few tokens take fewer kernels and smaller tiles. Logits are made by blocks of 8 tokens and 2 rows up to 512 tokens, of
+    /// 64 and 64 beyond. Up to 8 tokens, routing and sorting are one kernel; up to 2048 slots, sorting is one kernel, beyond
+    /// three.
+    ///
+    /// The GEMM kernels come in families. With rows = ⌈tokens · slots / experts⌉, the expected tokens of an expert: tiles of 8
     /// tokens up to 8 tokens; else the smallest tile of 16, 32, 64 that holds 2 · rows; else tiles of 128. In f32 there is
     /// one family. Families differ in the order of their sums, so that the last bits of a token may differ between
     /// batches of very different sizes.
@@ -90,7 +97,7 @@ impl<B> MoeLayer<B> {
             return Ok(());
         }
         let workspace = self.tables.workspace(args.tokens, &mut Arena::at(args.workspace))?;
-        let pass = Pass { tables: &self.tables, args, workspace, launch };
+        let pass = Pass { tables: &self.tables, args, workspace, launch, follows: Cell::new(false) };
         // SAFETY: the arguments are checked, the rest is the caller's promise.
         unsafe { pass.run() }
     }
@@ -170,6 +177,8 @@ struct Pass<'a, L: ?Sized> {
     args: &'a Forward,
     workspace: Workspace,
     launch: &'a L,
+    /// Whether a kernel was enqueued before.
+    follows: Cell<bool>,
 }
 
 /// A table of experts with its pairs, for the GEMM stages.
@@ -190,10 +199,9 @@ impl<L: Launch + ?Sized> Pass<'_, L> {
         // SAFETY: of this and every launch below, the parameters are made from checked arguments and the layer's own
         // tables; that the memory behind the arguments is valid is the promise of the caller of `forward`.
         unsafe {
-            let (ids, weights) = self.route()?;
             let rows = (tokens * tables.slots).div_ceil(tables.experts);
             let tile_rows = family(tables.element, tokens, rows);
-            self.sort(ids, weights, tile_rows)?;
+            let ids = self.route_and_sort(tile_rows)?;
             let (input, pair_token) = self.input()?;
             let base = tables.base.map(|base| self.plan_base(base)).transpose()?;
             let work = Work {
@@ -250,19 +258,46 @@ impl<L: Launch + ?Sized> Pass<'_, L> {
         params: &impl NoUninit,
     ) -> Result<()> {
         let [x, y] = grid.map(|blocks| blocks as u32);
+        let follows = self.follows.replace(true);
         // SAFETY: the caller's promise.
-        unsafe { self.launch.launch(kernel, [x, y, 1], [threads, 1, 1], shared, bytes_of(params)) }
+        unsafe { self.launch.launch(kernel, [x, y, 1], [threads, 1, 1], shared, bytes_of(params), follows) }
     }
 
-    /// Ids and weights of every token.
-    unsafe fn route(&self) -> Result<(u64, u64)> {
+    /// The pairs of every token by expert. Returns the address of the ids.
+    unsafe fn route_and_sort(&self, tile_rows: u32) -> Result<u64> {
         let Pass { tables, args, workspace, .. } = *self;
-        let (Workspace { ids, weights, .. }, tokens) = (workspace, args.tokens);
-        let Some(router) = tables.router else {
-            return self.given();
+        let (ids, weights) = match args.routing {
+            Routing::Given { ids, weights } => (ids, weights),
+            Routing::Router | Routing::Logits { .. } => (workspace.ids, workspace.weights),
         };
+        let sort = self.sort_params(ids, weights, tile_rows);
+        // SAFETY: as in `run`.
+        unsafe {
+            match self.logits()? {
+                Some(route) if args.tokens <= ROUTE_SORT_TOKENS => {
+                    let shared = params::route_sort_shared(tables.experts, tables.rows);
+                    let params = MoeRouteSortParams { route, sort };
+                    self.enqueue(kernels::ROUTE_SORT, [1, 1], SORT_THREADS, shared, &params)?;
+                }
+                Some(route) => {
+                    let shared = params::route_shared(tables.experts);
+                    let grid = [args.tokens.div_ceil(ROUTE_TOKENS), 1];
+                    self.enqueue(kernels::ROUTE, grid, ROUTE_THREADS, shared, &route)?;
+                    self.sort(&sort)?;
+                }
+                None => self.sort(&sort)?,
+            }
+        }
+        Ok(ids)
+    }
+
+    /// Logits of every token, and how they become ids and weights; nothing where the caller gives those.
+    unsafe fn logits(&self) -> Result<Option<MoeRouteParams>> {
+        let Pass { tables, args, workspace, .. } = *self;
+        let tokens = args.tokens;
+        let Some(router) = tables.router else { return Ok(None) };
         let (logits, stride) = match args.routing {
-            Routing::Given { .. } => return self.given(),
+            Routing::Given { .. } => return Ok(None),
             Routing::Logits { address, stride } => (address, stride),
             Routing::Router => {
                 let params = MoeLogitsParams {
@@ -276,39 +311,31 @@ impl<L: Launch + ?Sized> Pass<'_, L> {
                     ldw: router.weight_stride as i32,
                     ld_logits: router.rows as i32,
                 };
-                let grid = [tokens.div_ceil(LOGITS_TILE), router.rows.div_ceil(LOGITS_TILE)];
-                let kernel = kernels::LOGITS.of(tables.element);
+                let (kernel, grid, threads, shared) = if tokens <= LOGITS_FEW {
+                    let grid = [router.rows.div_ceil(LOGITS_FEW_ROWS), tokens.div_ceil(LOGITS_FEW_TOKENS)];
+                    (kernels::LOGITS_FEW, grid, LOGITS_FEW_THREADS, LOGITS_FEW_SHARED)
+                } else {
+                    let grid = [tokens.div_ceil(LOGITS_TILE), router.rows.div_ceil(LOGITS_TILE)];
+                    (kernels::LOGITS, grid, LOGITS_THREADS, LOGITS_SHARED)
+                };
                 // SAFETY: as in `run`.
-                unsafe { self.enqueue(kernel, grid, LOGITS_THREADS, LOGITS_SHARED, &params) }?;
+                unsafe { self.enqueue(kernel.of(tables.element), grid, threads, shared, &params) }?;
                 (workspace.logits, router.rows)
             }
         };
-        let params = MoeRouteParams {
+        Ok(Some(MoeRouteParams {
             logits,
             ld_logits: stride as i32,
-            ids,
-            weights,
+            ids: workspace.ids,
+            weights: workspace.weights,
             tokens: tokens as i32,
             ..router.params
-        };
-        let shared = params::route_shared(tables.experts);
-        let grid = [tokens.div_ceil(ROUTE_TOKENS), 1];
-        // SAFETY: as in `run`.
-        unsafe { self.enqueue(kernels::ROUTE, grid, ROUTE_THREADS, shared, &params) }?;
-        Ok((ids, weights))
+        }))
     }
 
-    fn given(&self) -> Result<(u64, u64)> {
-        match self.args.routing {
-            Routing::Given { ids, weights } => Ok((ids, weights)),
-            other => Err(Error::argument("routing", format!("{other:?}"), "ids and weights")),
-        }
-    }
-
-    /// Pairs by expert.
-    unsafe fn sort(&self, ids: u64, weights: u64, tile_rows: u32) -> Result<()> {
+    fn sort_params(&self, ids: u64, weights: u64, tile_rows: u32) -> MoeSortParams {
         let Pass { tables, args, workspace, .. } = *self;
-        let params = MoeSortParams {
+        MoeSortParams {
             ids,
             weights,
             canonical: tables.canonical,
@@ -328,7 +355,11 @@ impl<L: Launch + ?Sized> Pass<'_, L> {
             merge_duplicates: i32::from(tables.target == WeightTarget::Output),
             tile_rows: tile_rows as i32,
             tile_cols: [gemm_tile_cols(tile_rows) as i32; STAGES],
-        };
+        }
+    }
+
+    unsafe fn sort(&self, params: &MoeSortParams) -> Result<()> {
+        let Pass { tables, args, .. } = *self;
         let pairs = args.tokens * tables.slots;
         let blocks = chunks(pairs);
         let kernels: &[_] = if pairs <= SORT_CHUNK {
@@ -339,7 +370,7 @@ impl<L: Launch + ?Sized> Pass<'_, L> {
         let shared = params::sort_shared(tables.rows);
         for &(kernel, blocks) in kernels {
             // SAFETY: as in `run`.
-            unsafe { self.enqueue(kernel, [blocks, 1], SORT_THREADS, shared, &params) }?;
+            unsafe { self.enqueue(kernel, [blocks, 1], SORT_THREADS, shared, params) }?;
         }
         Ok(())
     }
@@ -488,7 +519,8 @@ impl<L: Launch + ?Sized> Pass<'_, L> {
             ..bytemuck::Zeroable::zeroed()
         };
         let kernel = kernels::COMBINE.of(tables.element);
+        let grid = [args.tokens, tables.hidden.div_ceil(COMBINE_COLS)];
         // SAFETY: as in `run`.
-        unsafe { self.enqueue(kernel, [args.tokens, 1], ROW_THREADS, 0, &params) }
+        unsafe { self.enqueue(kernel, grid, ROW_THREADS, 0, &params) }
     }
 }

@@ -9,6 +9,7 @@ pub(super) const FAMILIES: [u32; 5] = [8, 16, 32, 64, 128];
 pub(super) const F32_FAMILY: u32 = 64;
 
 pub(super) const ROUTE: &str = "moe_route";
+pub(super) const ROUTE_SORT: &str = "moe_route_sort";
 pub(super) const SORT_SMALL: &str = "moe_sort_small";
 pub(super) const SORT_COUNT: &str = "moe_sort_count";
 pub(super) const SORT_SCAN: &str = "moe_sort_scan";
@@ -40,6 +41,7 @@ macro_rules! per_element {
 }
 
 pub(super) const LOGITS: PerElement = per_element!("moe_logits");
+pub(super) const LOGITS_FEW: PerElement = per_element!("moe_logits_few");
 pub(super) const SCALE_INPUT: PerElement = per_element!("moe_scale_input");
 pub(super) const BASE_HIDDEN: PerElement = per_element!("moe_base_hidden");
 pub(super) const COMBINE: PerElement = per_element!("moe_combine");
@@ -85,8 +87,8 @@ impl Gemm {
 
 /// The names of all kernels that are launched, as they are in the fat binaries.
 pub fn kernel_names() -> impl Iterator<Item = &'static str> {
-    let plain = [ROUTE, SORT_SMALL, SORT_COUNT, SORT_SCAN, SORT_SCATTER, BASE_PLAN];
-    let elements = [LOGITS, SCALE_INPUT, BASE_HIDDEN, COMBINE].into_iter();
+    let plain = [ROUTE, ROUTE_SORT, SORT_SMALL, SORT_COUNT, SORT_SCAN, SORT_SCATTER, BASE_PLAN];
+    let elements = [LOGITS, LOGITS_FEW, SCALE_INPUT, BASE_HIDDEN, COMBINE].into_iter();
     let gemms = GEMMS.into_iter();
     plain
         .into_iter()

@@ -6,7 +6,8 @@ use super::Result;
 /// once, over this trait.
 pub trait Launch {
     /// Enqueues one kernel with `grid` blocks of `block` threads and `shared` bytes of dynamic shared memory. `params`
-    /// are the bytes of the kernel's one parameter, a structure of `cuda/params.cuh`.
+    /// are the bytes of the kernel's one parameter, a structure of `cuda/params.cuh`. `follows` says that what was enqueued
+    /// before is another of these kernels: it may start while that one ends, for which it waits itself.
     ///
     /// # Errors
     /// Names the kernel and its shape where the device cannot run it.
@@ -21,6 +22,7 @@ pub trait Launch {
         block: [u32; 3],
         shared: u32,
         params: &[u8],
+        follows: bool,
     ) -> Result<()>;
 
     /// Number of multiprocessors, from which grids are made.

@@ -6,25 +6,41 @@ use bytemuck::{Pod, Zeroable};
 pub(super) const MAX_EXPERTS: usize = 1024;
 pub(super) const MAX_TOP_K: usize = 32;
 pub(super) const MAX_SLOTS: usize = MAX_TOP_K + 1;
-pub(super) const SORT_CHUNK: usize = 4096;
+pub(super) const SORT_CHUNK: usize = 2048;
 pub(super) const ROUTE_TOKENS: usize = 4;
 pub(super) const ROUTE_THREADS: u32 = 128;
 pub(super) const SORT_THREADS: u32 = 256;
+pub(super) const ROUTE_SORT_TOKENS: usize = 8;
 pub(super) const ROW_THREADS: u32 = 128;
+pub(super) const COMBINE_COLS: usize = 1024;
 pub(super) const GEMM_SHARED: u32 = 96 * 1024;
 pub(super) const LOGITS_TILE: usize = 64;
 pub(super) const LOGITS_SHARED: u32 = 2 * 32 * (LOGITS_TILE as u32 + 4) * 4;
 pub(super) const LOGITS_THREADS: u32 = 256;
+pub(super) const LOGITS_FEW: usize = 512;
+pub(super) const LOGITS_FEW_THREADS: u32 = 128;
+pub(super) const LOGITS_FEW_TOKENS: usize = 8;
+pub(super) const LOGITS_FEW_ROWS: usize = 2;
+pub(super) const LOGITS_FEW_SHARED: u32 = 256;
 
 /// Most groups of a router.
 const MAX_GROUPS: usize = 64;
 
+/// Shared memory in which a token is routed.
+fn route_bytes(experts: usize) -> usize {
+    4 * (2 * experts + MAX_GROUPS)
+}
+
 pub(super) fn route_shared(experts: usize) -> u32 {
-    (4 * ROUTE_TOKENS * (2 * experts + MAX_GROUPS)) as u32
+    (ROUTE_TOKENS * route_bytes(experts)) as u32
 }
 
 pub(super) fn sort_shared(experts: usize) -> u32 {
-    (4 * (SORT_THREADS as usize / 32 * experts + 64)) as u32
+    (4 * (SORT_THREADS as usize / 32 * experts + 64) + 2 * SORT_CHUNK) as u32
+}
+
+pub(super) fn route_sort_shared(experts: usize, rows: usize) -> u32 {
+    sort_shared(rows).max((ROUTE_SORT_TOKENS * route_bytes(experts)) as u32)
 }
 
 pub(super) fn gemm_threads(tile_rows: u32, is_hidden: bool) -> u32 {
@@ -161,6 +177,10 @@ mirror! {
         tile_rows: i32,
         tile_cols: [i32; STAGES],
     }
+    MoeRouteSortParams {
+        route: MoeRouteParams,
+        sort: MoeSortParams,
+    }
     MoeBasePlanParams {
         base: u64,
         offsets: u64,
@@ -270,6 +290,13 @@ mod tests {
             ("MOE_SORT_THREADS", SORT_THREADS as usize),
             ("MOE_ROW_THREADS", ROW_THREADS as usize),
             ("MOE_GEMM_SHARED", GEMM_SHARED as usize),
+            ("MOE_ROUTE_SORT_TOKENS", ROUTE_SORT_TOKENS),
+            ("MOE_COMBINE_COLS", COMBINE_COLS),
+            ("MOE_LOGITS_FEW", LOGITS_FEW),
+            ("MOE_LOGITS_FEW_THREADS", LOGITS_FEW_THREADS as usize),
+            ("MOE_LOGITS_FEW_TOKENS", LOGITS_FEW_TOKENS),
+            ("MOE_LOGITS_FEW_ROWS", LOGITS_FEW_ROWS),
+            ("MOE_LOGITS_FEW_SHARED", LOGITS_FEW_SHARED as usize),
             ("MOE_LOGITS_TILE", LOGITS_TILE),
             ("MOE_LOGITS_SHARED", LOGITS_SHARED as usize),
             ("MOE_NONE", FORM_NONE as usize),
@@ -289,6 +316,11 @@ mod tests {
         for experts in [1, 60, MAX_EXPERTS] {
             claim(format!("moe_route_shared({experts})"), route_shared(experts) as usize);
             claim(format!("moe_sort_shared({experts})"), sort_shared(experts) as usize);
+            let rows = experts.next_multiple_of(2);
+            claim(
+                format!("moe_route_sort_shared({experts}, {rows})"),
+                route_sort_shared(experts, rows) as usize,
+            );
         }
         for rows in [8, 16, 32, 64, 128] {
             claim(format!("moe_gemm_tile_cols({rows})"), gemm_tile_cols(rows) as usize);

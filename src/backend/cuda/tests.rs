@@ -22,7 +22,9 @@ impl Launch for Recorder {
         _: [u32; 3],
         _: u32,
         _: &[u8],
+        follows: bool,
     ) -> Result<()> {
+        assert_eq!(follows, !self.0.borrow().is_empty(), "only the first kernel of a pass follows none");
         assert!(kernels::kernel_names().any(|name| name == kernel), "{kernel} is not loaded");
         self.0.borrow_mut().push((kernel, grid));
         Ok(())
@@ -176,9 +178,9 @@ fn a_layer_with_everything() {
     let expected = [
         ("moe_logits_bf16", [32, 1, 1]),
         ("moe_route", [500, 1, 1]),
-        ("moe_sort_count", [2, 1, 1]),
+        ("moe_sort_count", [3, 1, 1]),
         ("moe_sort_scan", [1, 1, 1]),
-        ("moe_sort_scatter", [2, 1, 1]),
+        ("moe_sort_scatter", [3, 1, 1]),
         ("moe_project_in_t128_bf16", [20, 1, 1]),
         ("moe_hidden_t128_bf16", [10, 1, 1]),
         ("moe_project_hidden_t128_bf16", [20, 1, 1]),
@@ -186,6 +188,9 @@ fn a_layer_with_everything() {
         ("moe_combine_bf16", [2000, 1, 1]),
     ];
     assert_eq!(found, expected);
+    let few = launched(&layer, &Forward { tokens: 8, ..args });
+    assert_eq!(few[..2], [("moe_logits_few_bf16", [3, 1, 1]), ("moe_route_sort", [1, 1, 1])]);
+    assert_eq!(few.len(), 7);
     let logits = Forward { routing: Routing::Logits { address: 0x5000, stride: 5 }, ..args };
     assert_eq!(names(&layer, &logits), expected.map(|(name, _)| name)[1..]);
     let narrow = Forward { routing: Routing::Logits { address: 0x5000, stride: 4 }, ..args };
