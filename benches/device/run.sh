@@ -10,6 +10,7 @@ set -uo pipefail
 cd "$(dirname "$0")"
 peak=()
 if [ "${1:-}" = --peak ]; then
+    [ $# -ge 3 ] || { echo "--peak needs two numbers: TFLOP/s and TB/s" >&2 && exit 2; }
     peak=(--peak "$2" "$3")
     shift 3
 fi
@@ -23,7 +24,7 @@ step() {
     local limit=$1 log="results/$2.log" started=$SECONDS
     shift 2
     echo "== $*"
-    if timeout "$limit" "$@" >"$log" 2>&1 && ! grep -q 'test result: ok. 0 passed' "$log"; then
+    if timeout -k 10 "$limit" "$@" >"$log" 2>&1 && ! grep -q 'test result: ok. 0 passed' "$log"; then
         echo "passed in $((SECONDS - started)) s"
     else
         echo "FAILED with status $? after $((SECONDS - started)) s, see $log"
@@ -32,12 +33,13 @@ step() {
     fi
 }
 
-# lines SECONDS NAME COMMAND...: measurements become NAME.jsonl, messages NAME.log.
+# lines SECONDS NAME COMMAND...: measurements become NAME.jsonl, messages NAME.log; what an earlier run measured stays beside.
 lines() {
     local limit=$1 name=$2 started=$SECONDS
     shift 2
     echo "== $*"
-    timeout "$limit" "$@" >"results/$name.jsonl" 2>"results/$name.log" || {
+    [ ! -s "results/$name.jsonl" ] || mv "results/$name.jsonl" "results/$name-before-$(date +%s).jsonl"
+    timeout -k 10 "$limit" "$@" >"results/$name.jsonl" 2>"results/$name.log" || {
         echo "FAILED with status $?"
         tail -n 15 "results/$name.log"
         failed=1
@@ -54,7 +56,10 @@ has_torch() {
 {
     nvidia-smi
     nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,temperature.gpu --format=csv
-} >results/machine.txt 2>&1 || failed=1
+} >results/machine.txt 2>&1 || {
+    echo "nvidia-smi failed: $(tail -n 1 results/machine.txt)"
+    failed=1
+}
 
 for what in "$@"; do
     case $what in

@@ -11,7 +11,8 @@ Peers:
   triton        two fused kernels: gather and GEMM with SwiGLU, GEMM and weighted scatter
   transformers  MixtralExperts with its `grouped_mm` implementation
 
-Those without a read back are replayed as a CUDA graph, as ours is; times are medians of 60 runs.
+Those without a read back are replayed as a CUDA graph, as ours is (where one cannot be captured, "graph" is false); times
+are medians of 60 runs. A peer whose packages are missing is left out, in one line on standard error.
 """
 
 import argparse
@@ -157,6 +158,8 @@ class Triton:
     graph = True
 
     def __init__(self, gate_up, down):
+        if triton is None:
+            raise ImportError("no module named triton")
         self.gate_up, self.down = gate_up, down
 
     def __call__(self, x, ids, weights):
@@ -191,11 +194,14 @@ def noise(*shape, device):
 def peers(hidden, width, experts, device):
     """Name and implementation, one after the other, so that only one holds memory of its own."""
     gate_up, down = noise(experts, 2 * width, hidden, device=device), noise(experts, hidden, width, device=device)
-    dense = {"loop": Loop, "grouped": Grouped, "triton": Triton if triton else None, "transformers": Transformers}
-    for name, kind in dense.items():
-        if kind:
-            yield name, kind(gate_up, down), (gate_up, down)
-    del gate_up, down
+    for name, kind in {"loop": Loop, "grouped": Grouped, "triton": Triton, "transformers": Transformers}.items():
+        try:
+            layer = kind(gate_up, down)
+        except ImportError as error:
+            print(f"skipped: {name}: {error}", file=sys.stderr)
+            continue
+        yield name, layer, (gate_up, down)
+    del gate_up, down, layer
     for percent in (25, 50, 75):
         rank = (min(hidden, width) * percent // 100 + 15) // 16 * 16
         u = [noise(experts, rows, rank, device=device) for rows in (width, width, hidden)]
@@ -230,7 +236,8 @@ def check(device):
 
 
 def measure(layer, inputs):
-    """Median microseconds; inputs by turns, so that a run does not find its experts in the cache."""
+    """Median microseconds, and whether a graph was replayed; inputs by turns, so that a run does not find its experts in the
+    cache."""
     def timed(run):
         times = []
         for i in range(60 + len(inputs)):
@@ -245,14 +252,19 @@ def measure(layer, inputs):
     for given in inputs:
         layer(*given)
     torch.cuda.synchronize()
-    if not layer.graph:
-        return timed(lambda i: layer(*inputs[i]))
     graphs = []
-    for given in inputs:
-        graphs.append(torch.cuda.CUDAGraph())
-        with torch.cuda.graph(graphs[-1]):
-            layer(*given)
-    return timed(lambda i: graphs[i].replay())
+    try:
+        for given in inputs if layer.graph else ():
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                layer(*given)
+            graphs.append(graph)
+    except RuntimeError as error:
+        print(f"no graph of {type(layer).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+        graphs = []
+    if graphs:
+        return timed(lambda i: graphs[i].replay()), True
+    return timed(lambda i: layer(*inputs[i])), False
 
 
 def main():
@@ -276,7 +288,7 @@ def main():
                            *routing(tokens, shape["experts"], top_k, "cuda")) for _ in range(3)]
                 line = dict(device=device, shape=name, peer=peer, tokens=tokens)
                 try:
-                    line["us"] = measure(layer, inputs)
+                    line["us"], line["graph"] = measure(layer, inputs)
                 except (RuntimeError, torch.OutOfMemoryError) as error:
                     print(f"{peer}, {name}, {tokens} tokens: {error}", file=sys.stderr)
                     continue
