@@ -38,6 +38,7 @@ fn delta_rule(c: &mut Criterion) {
         key_dim: 128,
         value_dim: 128,
         kernel: 4,
+        kimi: false,
         projections: DeltaProjections::ByKeyHead,
     };
     let (log_rates, dt_bias) = (vector(shape.value_heads, 1), vector(shape.value_heads, 2));

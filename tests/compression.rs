@@ -18,7 +18,7 @@ use moepress::model::{Model, open_architecture, profile};
 use moepress::plan::{Action, Budget};
 use moepress::progress::Progress;
 
-const MODELS: [&str; 31] = [
+const MODELS: [&str; 32] = [
     "mixtral",
     "qwen2_moe",
     "qwen3_moe_fused",
@@ -38,6 +38,7 @@ const MODELS: [&str; 31] = [
     "qwen3_5_moe_text",
     "lfm2_moe",
     "lfm2_moe_fused",
+    "kimi_linear",
     "granitemoe",
     "granitemoeshared_fused",
     "minimax_m2",

@@ -77,6 +77,8 @@ repository_goldens!(
     qwen3_next_padded,
     qwen3_5_moe,
     qwen3_5_moe_text,
+    kimi_linear,
+    kimi_linear_fused,
     lfm2_moe,
     lfm2_moe_fused,
     granitemoe,

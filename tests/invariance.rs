@@ -9,13 +9,14 @@ use common::{data, read, run, shape, windows};
 use moepress::backend::cpu::Isa;
 use moepress::tokens::Windows;
 
-const MODELS: [&str; 6] = [
+const MODELS: [&str; 7] = [
     "mixtral_sliding_window",
     "qwen2_moe",
     "olmoe_clip",
     "deepseek_v2_lite_sharded_bf16",
     "qwen3_next",
     "lfm2_moe_fused",
+    "kimi_linear_fused",
 ];
 
 /// Logits of the given windows, `[count, length, vocabulary]`.

@@ -249,6 +249,53 @@ fn qwen3_next_and_lfm2() {
     assert!(lfm.tied_embeddings);
 }
 
+fn kimi_linear() -> Value {
+    let full = [4, 8, 12, 16, 20, 24, 27];
+    let delta: Vec<usize> = (1..=27).filter(|l| !full.contains(l)).collect();
+    json!({"architectures": ["KimiLinearForCausalLM"], "bos_token_id": 163_584, "eos_token_id": 163_586,
+        "first_k_dense_replace": 1, "head_dim": 72, "hidden_act": "silu", "hidden_size": 2304,
+        "intermediate_size": 9216, "kv_lora_rank": 512, "linear_attn_config": {"full_attn_layers": full,
+        "head_dim": 128, "kda_layers": delta, "num_heads": 32, "short_conv_kernel_size": 4}, "mla_use_nope": true,
+        "model_max_length": 1_048_576, "model_type": "kimi_linear", "moe_intermediate_size": 1024,
+        "moe_layer_freq": 1, "moe_renormalize": true, "moe_router_activation_func": "sigmoid",
+        "num_attention_heads": 32, "num_expert_group": 1, "num_experts": 256, "num_experts_per_token": 8,
+        "num_hidden_layers": 27, "num_key_value_heads": 32, "num_nextn_predict_layers": 0,
+        "num_shared_experts": 1, "q_lora_rank": null, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-5, "rope_scaling": null, "rope_theta": 10000.0, "routed_scaling_factor": 2.446,
+        "tie_word_embeddings": false, "topk_group": 1, "use_grouped_topk": true, "v_head_dim": 128,
+        "vocab_size": 163_840})
+}
+
+#[test]
+fn kimi() {
+    let kimi = read(&kimi_linear());
+    assert_eq!(sizes(&kimi), [27, 26, 256, 8, 1024]);
+    assert_eq!(attending(&kimi), [3, 7, 11, 15, 19, 23, 26]);
+    assert_eq!(kimi.max_positions, 1 << 20);
+    let changed = |key: &str, value: Value| with(&kimi_linear(), json!({ key: value }));
+    let lists = |full: &[usize], delta: &[usize]| {
+        let mut section = kimi_linear()["linear_attn_config"].clone();
+        (section["full_attn_layers"], section["kda_layers"]) = (json!(full), json!(delta));
+        changed("linear_attn_config", section)
+    };
+    refused(
+        &lists(&[1], &[2]),
+        "linear_attn_config lists layer 3 in neither of full_attn_layers and kda_layers",
+    );
+    refused(
+        &lists(&[1, 2], &[2]),
+        "linear_attn_config lists layer 2 in both of full_attn_layers and kda_layers",
+    );
+    refused(&changed("linear_attn_config", json!({"num_heads": 0})), "num_heads is 0, expected at least 1");
+    refused(&changed("mla_use_nope", json!(false)), "mla_use_nope is false, only true is supported");
+    refused(
+        &changed("moe_router_activation_func", json!("softmax")),
+        "moe_router_activation_func is \"softmax\"",
+    );
+    let expected = "mlp_layer_types expected `dense` or `sparse` for each of 27 layers";
+    refused(&changed("mlp_layer_types", json!(["sparse"])), expected);
+}
+
 #[test]
 fn layers_of_kinds_that_do_not_fit_are_refused() {
     let changed = |base: &Value, key: &str, value: Value| with(base, json!({ key: value }));

@@ -54,7 +54,7 @@ impl Desk {
 
 #[test]
 fn every_command() {
-    for name in ["qwen3_next", "qwen3_5_moe", "lfm2_moe"] {
+    for name in ["qwen3_next", "qwen3_5_moe", "lfm2_moe", "kimi_linear"] {
         let model = Mutant::of(name);
         std::fs::write(model.file("tokenizer.json"), tokenizer().to_string()).unwrap();
         let (desk, model) = (Desk::new(), model.path());
@@ -64,9 +64,11 @@ fn every_command() {
         assert_eq!(seen["parameters"]["total"], stored, "{name}");
         let kind = if name == "lfm2_moe" { "short_convolution" } else { "gated_delta" };
         assert_eq!(seen["in_place_of_attention"]["kind"], kind);
-        assert_eq!(seen["attention"]["kind"], "grouped");
+        let attention = if name == "kimi_linear" { "latent" } else { "grouped" };
+        assert_eq!(seen["attention"]["kind"], attention);
         let text = desk.run(model, "inspect MODEL").ok();
-        assert!(text.contains(" layers; else grouped-query, 4 heads of width"), "{text}");
+        let expected = if name == "kimi_linear" { "multi-head latent" } else { "grouped-query" };
+        assert!(text.contains(&format!(" layers; else {expected}, 4 heads of width")), "{text}");
 
         desk.run(model, "calibrate MODEL --tokens tokens --moments input,hidden --out stats").ok();
         desk.run(model, "plan --method reap --experts 3 --stats stats --out drop").ok();
@@ -152,6 +154,18 @@ fn either_prefix() {
         let message = outcome(command).error(1);
         assert!(message.contains(&format!("{from}embed_tokens.weight")), "{message}");
     }
+}
+
+/// transformers moves the MLPs of dense layers of Kimi Linear to where experts are.
+#[test]
+fn dense_layers_under_the_name_of_experts() {
+    let mutant = Mutant::of("kimi_linear");
+    mutant.edit_tensors(|tensors| {
+        let all = std::mem::take(tensors);
+        let renamed = |name: String| name.replace("layers.0.mlp.", "layers.0.block_sparse_moe.");
+        tensors.extend(all.into_iter().map(|(name, tensor)| (renamed(name), tensor)));
+    });
+    assert!(run(mutant.path(), &tokens()).logits == run(&data("kimi_linear"), &tokens()).logits);
 }
 
 /// Tensors of a state that do not fit the config, and numbers that are none.

@@ -14,7 +14,7 @@ use common::{data, generate};
 const SKIPPED: i32 = 77;
 
 /// All without a group limit, which does not let deepseek_v2 keep three experts.
-const MODELS: [&str; 31] = [
+const MODELS: [&str; 32] = [
     "mixtral",
     "mixtral_sliding_window",
     "qwen2_moe",
@@ -46,6 +46,7 @@ const MODELS: [&str; 31] = [
     "qwen3_5_moe_text",
     "lfm2_moe",
     "lfm2_moe_fused",
+    "kimi_linear",
 ];
 
 fn moepress(arguments: &[&str], dir: &Path) {

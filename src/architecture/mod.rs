@@ -163,7 +163,7 @@ impl AttentionSpec {
     pub fn rope(&self) -> Option<&Rope> {
         match self {
             AttentionSpec::Grouped(attention) => attention.rope.as_ref(),
-            AttentionSpec::Latent(attention) => Some(&attention.rope),
+            AttentionSpec::Latent(attention) => attention.rope.as_ref(),
             AttentionSpec::GatedDelta(_) | AttentionSpec::ShortConvolution(_) => None,
         }
     }
@@ -181,7 +181,8 @@ impl AttentionSpec {
 /// S ← α S; S ← S + k ⊗ β (v − kᵀS); o = qᵀS,
 ///
 /// with q and k of length 1, q further divided by √key_dim, β = σ(b) and α = exp(−exp(A_log) · softplus(a + dt_bias)).
-/// An RMS norm of every head and a gate silu(z) follow.
+/// An RMS norm of every head and a gate silu(z) follow. In Kimi Delta Attention (arXiv 2510.26692) every element of a key
+/// has its own a, dt_bias and α, which decays that row of S, and the gate is σ(z).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GatedDelta {
     /// Query and key heads.
@@ -194,6 +195,8 @@ pub struct GatedDelta {
     pub value_dim: usize,
     /// Tokens that the convolution sees: the own one and those right before it.
     pub kernel: usize,
+    /// Whether α and the gate are those of Kimi Delta Attention.
+    pub kimi: bool,
     /// How the projections of the layer's input are stored.
     pub projections: DeltaProjections,
 }
@@ -202,6 +205,11 @@ impl GatedDelta {
     /// Width of queries, keys and values side by side.
     pub fn qkv_dim(&self) -> usize {
         2 * self.key_heads * self.key_dim + self.all_values()
+    }
+
+    /// Number of α, and of a, per token.
+    pub fn decays(&self) -> usize {
+        self.value_heads * if self.kimi { self.key_dim } else { 1 }
     }
 
     /// Width of all value heads.
@@ -218,6 +226,9 @@ pub enum DeltaProjections {
     ByKeyHead,
     /// One matrix for q, k and v, whose heads follow each other, and one each for z, b and a (Qwen3.5).
     Separate,
+    /// One matrix each, and one convolution each, for q, k and v; one matrix for b, two for z and for a, between which
+    /// there are as many numbers as in a head (Kimi Linear).
+    LowRankGates,
 }
 
 /// C ∘ conv(B ∘ x), where B, C and x are linear maps of the layer's input, as wide as the residual stream, and the
@@ -396,8 +407,8 @@ pub struct LatentAttention {
     pub value_dim: usize,
     /// Whether the down-projections and the output projection have biases.
     pub bias: bool,
-    /// Rotary embedding of the `rope_dim` part.
-    pub rope: Rope,
+    /// Rotary embedding of the `rope_dim` part; `None` for a model without positions.
+    pub rope: Option<Rope>,
     /// Factor of the scores.
     pub scale: f32,
     /// Further factor of the scores that grows with the position.

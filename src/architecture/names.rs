@@ -57,6 +57,8 @@ pub struct Names {
     pub qk_norms: [&'static str; 2],
     /// Attention sinks, as published and in the fused layout.
     pub sinks: [&'static str; 2],
+    /// Module of a gated delta network.
+    pub delta: &'static str,
     /// Output head, without `.weight`.
     pub head: &'static str,
     /// Module of a dense layer's MLP and of the shared expert.
@@ -119,6 +121,7 @@ impl Default for Names {
             attention_output: "o_proj",
             qk_norms: ["q_norm", "k_norm"],
             sinks: ["sinks"; 2],
+            delta: "linear_attn",
             head: "lm_head",
             feed_forward: "mlp",
             dense: Projection::ALL.map(Projection::mlp_name),
@@ -233,7 +236,7 @@ impl Names {
 
     /// A parameter of the gated delta network, such as `A_log`.
     pub fn gated_delta(&self, l: usize, parameter: &str) -> String {
-        format!("{}linear_attn.{parameter}", self.layer(l))
+        format!("{}{}.{parameter}", self.layer(l), self.delta)
     }
 
     /// A parameter of the short convolution, such as `in_proj`.
@@ -258,10 +261,12 @@ impl Names {
     }
 
     /// A matrix of a dense layer's MLP, without `.weight`.
-    pub fn dense(&self, l: usize, projection: Projection) -> String {
+    ///
+    /// As published, and where transformers 5 puts it when it saves a family that calls the module of experts otherwise.
+    pub fn dense(&self, l: usize, projection: Projection) -> [String; 2] {
         let names = if self.t5.is_some() { self.projections } else { self.dense };
         let name = names[projection as usize];
-        format!("{}{}.{name}", self.part(l), self.feed_forward)
+        [self.feed_forward, self.moe].map(|module| format!("{}{module}.{name}", self.part(l)))
     }
 
     /// The router without `.weight`, `[experts, hidden]`: as published, and in the fused layout.
@@ -308,9 +313,7 @@ impl Names {
 
     /// A matrix of the shared expert, without `.weight`: as published, and in the fused layout.
     pub fn shared(&self, l: usize, projection: Projection) -> [String; 2] {
-        self.shared.map(|shared| {
-            format!("{}{}.{shared}.{}", self.layer(l), self.feed_forward, projection.mlp_name())
-        })
+        self.in_moe(l, self.shared).map(|shared| format!("{shared}.{}", projection.mlp_name()))
     }
 
     /// The shared expert's gate and up in one matrix, and its down matrix, where it is stored so.

@@ -169,11 +169,11 @@ pub struct HeadLayout {
 pub struct DeltaGates<'a, B, V> {
     /// b, `[tokens, value_heads]`.
     pub b: &'a mut B,
-    /// a, `[tokens, value_heads]`.
+    /// a, `[tokens, value_heads]`, or `[tokens, value_heads · key_dim]` in Kimi Delta Attention.
     pub a: &'a mut B,
     /// A_log of every value head.
     pub log_rates: &'a V,
-    /// dt_bias of every value head.
+    /// dt_bias, one for each a of a token.
     pub dt_bias: &'a V,
 }
 
@@ -361,8 +361,8 @@ pub trait Backend: Sync {
         out: &mut Self::Buffer,
     ) -> Result<()>;
     /// The gated delta rule of every value head over each window, see [`GatedDelta`]. `qkv` holds q, k and v of a token,
-    /// heads side by side; q and k are divided by their length, √(Σ x² + 10⁻⁶), in place. `gates.b` and `gates.a`,
-    /// `[tokens, value_heads]`, become β and α in place. `out` `[tokens, value_heads · value_dim]`.
+    /// heads side by side; q and k are divided by their length, √(Σ x² + 10⁻⁶), in place. `gates.b` and `gates.a` become
+    /// β and α in place. `out` `[tokens, value_heads · value_dim]`.
     /// With a `state`, of one window: heads begin with it, unless the batch begins at position 0, and afterwards it is
     /// theirs, `[value_heads · key_dim, value_dim]`. All in f32.
     fn gated_delta_rule(

@@ -152,7 +152,8 @@ impl Finder<'_> {
                 .transpose()?,
             feed_forward: match &spec.feed_forward {
                 FeedForwardSpec::Dense { width } => {
-                    FeedForwardSource::Dense(self.mlp(*width, |p| names.dense(l, p))?)
+                    let name = |p| self.either(&names.dense(l, p), ".weight").to_string();
+                    FeedForwardSource::Dense(self.mlp(*width, name)?)
                 }
                 FeedForwardSpec::Moe(moe) => FeedForwardSource::Moe(self.moe(moe)?),
             },
@@ -251,30 +252,65 @@ impl Finder<'_> {
     }
 
     fn gated_delta(&self, delta: GatedDelta, d: usize) -> Result<AttentionSource> {
-        let (keys, values) = (delta.key_heads * delta.key_dim, delta.all_values());
         let name = |parameter: &str| self.architecture.names.gated_delta(self.l, parameter);
+        if delta.projections == DeltaProjections::LowRankGates {
+            return self.kimi_delta(delta, d);
+        }
+        let (keys, values) = (delta.key_heads * delta.key_dim, delta.all_values());
         let linear = |parameter: &str, out: usize| self.linear(&name(parameter), out, d, false);
         let per_head = |parameter: &str| self.numbers(&name(parameter), &[delta.value_heads]);
+        let input = if delta.projections == DeltaProjections::ByKeyHead {
+            DeltaInput::ByKeyHead {
+                qkvz: linear("in_proj_qkvz", 2 * (keys + values))?,
+                ba: linear("in_proj_ba", 2 * delta.value_heads)?,
+            }
+        } else {
+            let z = linear("in_proj_z", values)?;
+            let [b, a] = ["in_proj_b", "in_proj_a"].map(|name| linear(name, delta.value_heads));
+            DeltaInput::Separate { qkv: linear("in_proj_qkv", delta.qkv_dim())?, zba: [z, b?, a?] }
+        };
         Ok(AttentionSource::GatedDelta {
-            input: match delta.projections {
-                DeltaProjections::ByKeyHead => DeltaInput::ByKeyHead {
-                    qkvz: linear("in_proj_qkvz", 2 * (keys + values))?,
-                    ba: linear("in_proj_ba", 2 * delta.value_heads)?,
-                },
-                DeltaProjections::Separate => DeltaInput::Separate {
-                    qkv: linear("in_proj_qkv", delta.qkv_dim())?,
-                    zba: [
-                        linear("in_proj_z", values)?,
-                        linear("in_proj_b", delta.value_heads)?,
-                        linear("in_proj_a", delta.value_heads)?,
-                    ],
-                },
-            },
-            kernel: self.numbers(&name("conv1d.weight"), &[delta.qkv_dim(), 1, delta.kernel])?,
+            input,
+            kernels: vec![self.numbers(&name("conv1d.weight"), &[delta.qkv_dim(), 1, delta.kernel])?],
             log_rates: per_head("A_log")?,
             dt_bias: per_head("dt_bias")?,
             norm: self.numbers(&name("norm.weight"), &[delta.value_dim])?,
             output: self.linear(&name("out_proj"), d, values, false)?,
+        })
+    }
+
+    /// Under the published names, or those of transformers.
+    fn kimi_delta(&self, delta: GatedDelta, d: usize) -> Result<AttentionSource> {
+        let (width, heads, dim) = (delta.all_values(), delta.value_heads, delta.value_dim);
+        let name = |parameter: &str| self.architecture.names.gated_delta(self.l, parameter);
+        let either = |parameter: &str, suffix: &str| {
+            let names = [name(parameter), name(&format!("forget_gate.{parameter}"))];
+            self.either(&names, suffix).to_string()
+        };
+        let linear = |parameter: &str, out: usize| self.linear(&name(parameter), out, d, false);
+        let low_rank = |first: String, second: String| -> Result<_> {
+            Ok([self.linear(&first, dim, d, false)?, self.linear(&second, width, dim, false)?])
+        };
+        let whole = name("conv1d.weight");
+        let kernels = if self.checkpoint.get(&whole).is_some() {
+            vec![self.numbers(&whole, &[delta.qkv_dim(), 1, delta.kernel])?]
+        } else {
+            let parts = ["q_conv1d.weight", "k_conv1d.weight", "v_conv1d.weight"];
+            let parts = parts.map(|part| self.numbers(&name(part), &[width, 1, delta.kernel]));
+            parts.into_iter().collect::<Result<_>>()?
+        };
+        Ok(AttentionSource::GatedDelta {
+            input: DeltaInput::LowRankGates {
+                qkv: [linear("q_proj", width)?, linear("k_proj", width)?, linear("v_proj", width)?],
+                b: linear("b_proj", heads)?,
+                z: low_rank(name("g_a_proj"), name("g_b_proj"))?,
+                a: low_rank(either("f_a_proj", ".weight"), either("f_b_proj", ".weight"))?,
+            },
+            kernels,
+            log_rates: self.numbers(&either("A_log", ""), &[1, 1, heads, 1])?,
+            dt_bias: self.numbers(&either("dt_bias", ""), &[delta.decays()])?,
+            norm: self.numbers(&name("o_norm.weight"), &[dim])?,
+            output: self.linear(&name("o_proj"), d, width, false)?,
         })
     }
 

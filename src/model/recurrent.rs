@@ -23,6 +23,7 @@ pub(super) struct Delta<B: Backend> {
 enum Input<B: Backend> {
     ByKeyHead { qkvz: Linear<B>, ba: Linear<B> },
     Separate { qkv: Linear<B>, zba: [Linear<B>; 3] },
+    LowRankGates { qkv: [Linear<B>; 3], b: Linear<B>, z: [Linear<B>; 2], a: [Linear<B>; 2] },
 }
 
 /// A convolution between two gates.
@@ -35,10 +36,14 @@ pub(super) struct Convolution<B: Backend> {
     output: Linear<B>,
 }
 
-/// A kernel `[K, channels]` from the stored `[channels, 1, K]`.
-fn kernel<B: Backend>(backend: &B, stored: &Tensor) -> Result<B::Vector> {
-    let (channels, length) = (stored.shape()[0], stored.shape()[2]);
-    let values = stored.to_f32()?;
+/// A kernel `[K, channels]` from those that are stored, `[channels of each, 1, K]`.
+fn kernel<B: Backend>(backend: &B, stored: &[Tensor]) -> Result<B::Vector> {
+    let mut values = Vec::new();
+    for part in stored {
+        values.extend(part.to_f32()?);
+    }
+    let length = stored[0].shape()[2];
+    let channels = values.len() / length;
     let transposed = (0..length).flat_map(|j| (0..channels).map(move |c| c * length + j));
     let transposed: Vec<f32> = transposed.map(|entry| values[entry]).collect();
     backend.vector(&Tensor::from_f32("", Dtype::F32, vec![length, channels], &transposed))
@@ -46,8 +51,7 @@ fn kernel<B: Backend>(backend: &B, stored: &Tensor) -> Result<B::Vector> {
 
 impl<B: Backend> Delta<B> {
     pub(super) fn prepare(backend: &B, spec: GatedDelta, source: &AttentionSource) -> Result<Self> {
-        let AttentionSource::GatedDelta { input, kernel: stored, log_rates, dt_bias, norm, output } = source
-        else {
+        let AttentionSource::GatedDelta { input, kernels, log_rates, dt_bias, norm, output } = source else {
             unreachable!("a layer's source is read by its own spec")
         };
         let linear = |source| Linear::prepare(backend, source);
@@ -60,8 +64,16 @@ impl<B: Backend> Delta<B> {
                 DeltaInput::Separate { qkv, zba: [z, b, a] } => {
                     Input::Separate { qkv: linear(qkv)?, zba: [linear(z)?, linear(b)?, linear(a)?] }
                 }
+                DeltaInput::LowRankGates { qkv: [q, k, v], b, z: [z1, z2], a: [a1, a2] } => {
+                    Input::LowRankGates {
+                        qkv: [linear(q)?, linear(k)?, linear(v)?],
+                        b: linear(b)?,
+                        z: [linear(z1)?, linear(z2)?],
+                        a: [linear(a1)?, linear(a2)?],
+                    }
+                }
             },
-            kernel: kernel(backend, stored)?,
+            kernel: kernel(backend, kernels)?,
             log_rates: backend.vector(log_rates)?,
             dt_bias: backend.vector(dt_bias)?,
             norm: backend.vector(norm)?,
@@ -91,6 +103,10 @@ impl<B: Backend> Delta<B> {
             DeltaGates { b: &mut s.key, a: &mut s.value, log_rates: &self.log_rates, dt_bias: &self.dt_bias };
         backend.gated_delta_rule(&mut s.up, gates, self.spec, heads, batch, &mut s.attended)?;
         backend.rms_norm_heads(&mut s.attended, &self.norm, eps)?;
+        if self.spec.kimi {
+            backend.sigmoid_gate(&mut s.attended, &s.gate)?;
+            return self.output.apply(backend, &s.attended, &mut s.out);
+        }
         // silu(z) times the normed heads, as a gated MLP has it.
         backend.activate(&mut s.gate, Some(&s.attended), Activation::SwiGlu)?;
         self.output.apply(backend, &s.gate, &mut s.out)
@@ -104,6 +120,20 @@ impl<B: Backend> Delta<B> {
                 z.apply(backend, &s.normed, &mut s.gate)?;
                 b.apply(backend, &s.normed, &mut s.key)?;
                 return a.apply(backend, &s.normed, &mut s.value);
+            }
+            Input::LowRankGates { qkv, b, z: [z1, z2], a: [a1, a2] } => {
+                let width = self.spec.all_values();
+                backend.resize(&mut s.query, batch.tokens(), 3 * width)?;
+                for (i, part) in qkv.iter().enumerate() {
+                    part.apply(backend, &s.normed, &mut s.up)?;
+                    let whole = HeadLayout { heads: 1, stride: width, start: 0 };
+                    backend.copy_heads(&s.up, whole, width, &mut s.query, i * width)?;
+                }
+                z1.apply(backend, &s.normed, &mut s.up)?;
+                z2.apply(backend, &s.up, &mut s.gate)?;
+                a1.apply(backend, &s.normed, &mut s.up)?;
+                a2.apply(backend, &s.up, &mut s.value)?;
+                return b.apply(backend, &s.normed, &mut s.key);
             }
         };
         let GatedDelta { key_heads, value_heads, key_dim, .. } = self.spec;
@@ -137,7 +167,7 @@ impl<B: Backend> Convolution<B> {
         Ok(Convolution {
             width: stored.shape()[0],
             input: Linear::prepare(backend, input)?,
-            kernel: kernel(backend, stored)?,
+            kernel: kernel(backend, std::slice::from_ref(stored))?,
             bias: bias.as_ref().map(|bias| backend.vector(bias)).transpose()?,
             output: Linear::prepare(backend, output)?,
         })

@@ -45,6 +45,7 @@ pub struct NormSource {
 
 /// The attention's tensors.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one per layer")]
 pub enum AttentionSource {
     /// Multi-head or grouped-query attention.
     Grouped {
@@ -80,11 +81,11 @@ pub enum AttentionSource {
     GatedDelta {
         /// Projections of the layer's input.
         input: DeltaInput,
-        /// The convolution, `[key and value channels, 1, kernel]`.
-        kernel: Tensor,
-        /// A_log, `[value heads]`.
+        /// The convolution, `[channels, 1, kernel]`, or those of q, k and v.
+        kernels: Vec<Tensor>,
+        /// A_log of every value head.
         log_rates: Tensor,
-        /// `[value heads]`.
+        /// As many as there are decays of a token.
         dt_bias: Tensor,
         /// Norm of a value head, `[value_dim]`.
         norm: Tensor,
@@ -123,6 +124,17 @@ pub enum DeltaInput {
         /// z, b and a.
         zba: [LinearSource; 3],
     },
+    /// To q, k and v, to b, and in two steps to z and a.
+    LowRankGates {
+        /// q, k and v.
+        qkv: [LinearSource; 3],
+        /// b.
+        b: LinearSource,
+        /// z.
+        z: [LinearSource; 2],
+        /// a.
+        a: [LinearSource; 2],
+    },
 }
 
 impl DeltaInput {
@@ -130,6 +142,7 @@ impl DeltaInput {
         match self {
             DeltaInput::ByKeyHead { qkvz, ba } => vec![qkvz, ba],
             DeltaInput::Separate { qkv, zba } => [qkv].into_iter().chain(zba).collect(),
+            DeltaInput::LowRankGates { qkv, b, z, a } => qkv.iter().chain([b]).chain(z).chain(a).collect(),
         }
     }
 }
@@ -306,8 +319,8 @@ impl AttentionSource {
             AttentionSource::Latent { query_latent, latent_norm, .. } => {
                 query_latent.iter().map(|(_, norm)| norm).chain([latent_norm]).collect()
             }
-            AttentionSource::GatedDelta { kernel, log_rates, dt_bias, norm, .. } => {
-                vec![kernel, log_rates, dt_bias, norm]
+            AttentionSource::GatedDelta { kernels, log_rates, dt_bias, norm, .. } => {
+                kernels.iter().chain([log_rates, dt_bias, norm]).collect()
             }
             AttentionSource::ShortConvolution { kernel, bias, .. } => {
                 [kernel].into_iter().chain(bias).collect()

@@ -40,6 +40,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 import tempfile
@@ -834,6 +835,47 @@ GLM4V_MOE = {
     "vision_config": VISION | {"model_type": "glm4v_moe", "out_hidden_size": 32, "image_size": 4},
 }
 
+KIMI_LINEAR = {k: v for k, v in COMMON.items() if k != "max_position_embeddings"} | {
+    "model_type": "kimi_linear",
+    "torch_dtype": "bfloat16",
+    "architectures": ["KimiLinearForCausalLM"],
+    "model_max_length": 512,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "linear_attn_config": {
+        "full_attn_layers": [2],
+        "kda_layers": [1, 3],
+        "head_dim": 10,
+        "num_heads": 3,
+        "short_conv_kernel_size": 4,
+    },
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 10,
+    "mla_use_nope": True,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 8,
+    "num_experts": 4,
+    "num_experts_per_token": 2,
+    "num_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "moe_renormalize": True,
+    "moe_router_activation_func": "sigmoid",
+    "pad_token_id": 3,
+    "num_expert_group": 1,
+    "topk_group": 1,
+    "use_grouped_topk": True,
+    "routed_scaling_factor": 2.446,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "num_nextn_predict_layers": 0,
+}
+
 # Both stacks have layers with and without experts, and windows longer than the exact distances.
 SWITCH_TRANSFORMERS = {
     "model_type": "switch_transformers",
@@ -935,6 +977,16 @@ FIXTURES = {
         | {"num_hidden_layers": 3, "layer_types": ["full_attention", "conv", "conv"], "num_dense_layers": 0}
         | {"conv_bias": True, "conv_L_cache": 4, "use_expert_bias": False, "norm_topk_prob": False}
         | {"routed_scaling_factor": 2.5, "tie_word_embeddings": False},
+        "dtype": torch.bfloat16,
+        "fused": True,
+        "written_config": True,
+    },
+    "kimi_linear": {"config": KIMI_LINEAR, "dtype": torch.bfloat16, "padded": True},
+    "kimi_linear_fused": {
+        "config": KIMI_LINEAR
+        | {"num_experts": 6, "num_expert_group": 3, "topk_group": 2, "num_shared_experts": 2, "moe_renormalize": False}
+        | {"num_hidden_layers": 2, "first_k_dense_replace": 0}
+        | {"linear_attn_config": KIMI_LINEAR["linear_attn_config"] | {"kda_layers": [1]}},
         "dtype": torch.bfloat16,
         "fused": True,
         "written_config": True,
@@ -1299,6 +1351,11 @@ def write_checkpoint(folder, name, recipe, attempt):
         (folder / "config.json").write_text(text)
     if quantization:
         pack(folder, quantization)
+    if recipe["config"]["model_type"] == "kimi_linear" and not recipe.get("fused"):
+        # transformers calls the MLP of a dense layer otherwise than the published checkpoint does.
+        tensors = load_file(folder / "model.safetensors")
+        tensors = {re.sub(r"block_sparse_moe\.(\w+_proj)", r"mlp.\1", name): t for name, t in tensors.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if recipe.get("multi_token"):
         text = config.get_text_config()
         behind = "mtp." if config.model_type.startswith("qwen3") else f"model.layers.{text.num_hidden_layers}."

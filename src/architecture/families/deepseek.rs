@@ -208,7 +208,7 @@ fn layers(
         rope_dim,
         value_dim: config.positive("v_head_dim")?,
         bias: config.flag_or("attention_bias", false)?,
-        rope: common.rope.rope(rope_dim, pairing)?,
+        rope: Some(common.rope.rope(rope_dim, pairing)?),
         scale: (((nope_dim + rope_dim) as f64).powf(-0.5) * mscale * mscale) as f32,
         temperature: None,
         latent_eps: 1e-6,

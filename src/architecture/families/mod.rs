@@ -11,6 +11,7 @@ mod gpt_oss;
 mod granite;
 mod hunyuan_v1_moe;
 mod hy_v3;
+mod kimi_linear;
 mod lfm2_moe;
 mod llama4;
 mod mimo_v2_flash;
@@ -32,7 +33,7 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 39] = [
+pub(super) const FAMILIES: [(&str, Read); 40] = [
     ("afmoe", afmoe::read),
     ("axk1", deepseek::axk1),
     ("deepseek_v2", deepseek::v2),
@@ -53,6 +54,7 @@ pub(super) const FAMILIES: [(&str, Read); 39] = [
     ("hunyuan_v1_moe", hunyuan_v1_moe::read),
     ("hy_v3", hy_v3::read),
     ("kimi_k2", deepseek::v3),
+    ("kimi_linear", kimi_linear::read),
     ("lfm2_moe", lfm2_moe::read),
     ("llama4", llama4::published),
     ("llama4_text", llama4::text),
@@ -75,7 +77,7 @@ pub(super) const FAMILIES: [(&str, Read); 39] = [
 ];
 
 const EXPERT_COUNTS: [&str; 4] = ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"];
-const CHOICE_COUNTS: [&str; 3] = ["num_experts_per_tok", "moe_k", "moe_topk"];
+const CHOICE_COUNTS: [&str; 4] = ["num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token"];
 
 /// What an absent key means; silent in transformers, and different from family to family.
 #[derive(Clone, Copy)]

@@ -88,6 +88,7 @@ fn architecture(
         key_dim: config.positive_or("linear_key_head_dim", 128)?,
         value_dim: config.positive_or("linear_value_head_dim", 128)?,
         kernel: config.positive_or("linear_conv_kernel_dim", 4)?,
+        kimi: false,
         projections,
     });
     let interval = config.positive_or("full_attention_interval", 4)?;

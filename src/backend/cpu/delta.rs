@@ -8,9 +8,9 @@
 //! S ← α' S + k' ⊗ δ'   (what the token before has left), u = kᵀS, r = qᵀS,
 //! δ = β (v − α u),   o = α r + (q·k) δ,
 //!
-//! where the last line is qᵀ of the new state. That is four multiply-adds per element of the state, one load and one
-//! store. The chunked form of the paper has more arithmetic for the head sizes of published models, and results would
-//! depend on where a text is cut.
+//! where the last line is qᵀ of the new state; with an α per row, α' scales rows of S, and u = (α ∘ k)ᵀS, r = (α ∘ q)ᵀS
+//! need no further α. That is four multiply-adds per element of the state, one load and one store. The chunked form of the
+//! paper has more arithmetic for the head sizes of published models, and results would depend on where a text is cut.
 
 use rayon::prelude::*;
 
@@ -109,14 +109,18 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 
 /// b becomes β = σ(b), a becomes α = exp(−exp(A_log) · softplus(a + dt_bias)).
 fn open_gates(b: &mut CpuBuffer, a: &mut CpuBuffer, log_rates: &[f32], dt_bias: &[f32]) {
-    let heads = log_rates.len();
-    let rows = b.data.par_chunks_exact_mut(heads).zip(a.data.par_chunks_exact_mut(heads));
+    let (heads, decays) = (log_rates.len(), dt_bias.len());
+    let rows = b.data.par_chunks_exact_mut(heads).zip(a.data.par_chunks_exact_mut(decays));
     rows.with_min_len(ROWS).for_each(|(b, a)| {
         for b in b {
             *b = sigmoid(*b);
         }
-        for (a, (log_rate, bias)) in a.iter_mut().zip(log_rates.iter().zip(dt_bias)) {
-            *a = (-log_rate.exp() * softplus(*a + bias)).exp();
+        let of_heads = a.chunks_exact_mut(decays / heads).zip(dt_bias.chunks_exact(decays / heads));
+        for ((a, bias), log_rate) in of_heads.zip(log_rates) {
+            let rate = log_rate.exp();
+            for (a, bias) in a.iter_mut().zip(bias) {
+                *a = (-rate * softplus(*a + bias)).exp();
+            }
         }
     });
 }
@@ -132,7 +136,7 @@ struct Piece<'a> {
     qkv: &'a CpuBuffer,
     /// q · k, `[tokens, key_heads]`.
     products: &'a [f32],
-    /// `[tokens, value_heads]`.
+    /// `[tokens, decays]`.
     alpha: &'a CpuBuffer,
     /// `[tokens, value_heads]`.
     beta: &'a CpuBuffer,
@@ -156,16 +160,23 @@ impl Task for Piece<'_> {
         let pair = 2 * S::LANES;
         let mut block = Scratch::take(self.shape.key_dim * pair);
         for col in (0..self.out.cols()).step_by(pair) {
-            self.pass(s, &mut block, col, pair.min(self.out.cols() - col));
+            let width = pair.min(self.out.cols() - col);
+            if self.shape.kimi {
+                self.pass::<S, true>(s, &mut block, col, width);
+            } else {
+                self.pass::<S, false>(s, &mut block, col, width);
+            }
         }
     }
 }
 
 impl Piece<'_> {
-    /// `width` columns from column `col` of the piece on, at most two vectors.
+    /// `width` columns from column `col` of the piece on, at most two vectors. `BY_ROW` says whether every row has its
+    /// own α.
     #[inline(always)]
-    fn pass<S: Simd>(&self, s: S, block: &mut [f32], col: usize, width: usize) {
+    fn pass<S: Simd, const BY_ROW: bool>(&self, s: S, block: &mut [f32], col: usize, width: usize) {
         let GatedDelta { key_heads, value_heads, key_dim, value_dim, .. } = self.shape;
+        let decays = self.shape.decays() / value_heads;
         let pair = 2 * S::LANES;
         block.fill(0.0);
         if let Some(state) = &self.state {
@@ -179,47 +190,70 @@ impl Piece<'_> {
         let k_start = (key_heads + key_head) * key_dim;
         let v_start = 2 * key_heads * key_dim + self.head * value_dim + self.col + col;
         // Of the token before: nothing.
-        let mut old_key = &self.qkv.row(self.first_row)[k_start..][..key_dim];
-        let (mut decay, mut delta) = (s.splat(1.0), [s.splat(0.0); 2]);
+        let first = &self.qkv.row(self.first_row)[k_start..][..key_dim];
+        let mut old = Token { key: first, alpha: &[], decay: 1.0, delta: [s.splat(0.0); 2] };
         for t in 0..self.out.rows() {
             let row = self.first_row + t;
             let qkv = self.qkv.row(row);
             let (q, k) = (&qkv[q_start..][..key_dim], &qkv[k_start..][..key_dim]);
+            let alpha = &self.alpha.row(row)[self.head * decays..][..decays];
             let (mut at_key, mut at_query) = ([s.splat(0.0); 2], [s.splat(0.0); 2]);
-            for ((state, old), (k, q)) in block.chunks_exact_mut(pair).zip(old_key).zip(k.iter().zip(q)) {
-                let (old, k, q) = (s.splat(*old), s.splat(*k), s.splat(*q));
-                let (left, right) = state.split_at_mut(S::LANES);
-                for (lane, state) in [left, right].into_iter().enumerate() {
-                    let value = s.fma(old, delta[lane], s.mul(s.load(state), decay));
-                    s.store(value, state);
+            for (i, state) in block.chunks_exact_mut(pair).enumerate() {
+                let (k, q) = if BY_ROW { (k[i] * alpha[i], q[i] * alpha[i]) } else { (k[i], q[i]) };
+                let (k, q) = (s.splat(k), s.splat(q));
+                old.leave::<BY_ROW>(s, i, state, |lane, value| {
                     at_key[lane] = s.fma(k, value, at_key[lane]);
                     at_query[lane] = s.fma(q, value, at_query[lane]);
-                }
+                });
             }
             let mut v = [0.0; 2 * MAX_LANES];
             v[..width].copy_from_slice(&qkv[v_start..][..width]);
-            decay = s.splat(self.alpha.row(row)[self.head]);
+            let decay = if BY_ROW { 1.0 } else { alpha[0] };
+            let factor = s.splat(decay);
             let beta = s.splat(self.beta.row(row)[self.head]);
             let product = s.splat(self.products[row * key_heads + key_head]);
+            let mut delta = [s.splat(0.0); 2];
             let mut o = [0.0; 2 * MAX_LANES];
             for lane in 0..2 {
                 let v = s.load(&v[lane * S::LANES..]);
-                delta[lane] = s.mul(beta, s.sub(v, s.mul(decay, at_key[lane])));
-                let read = s.fma(product, delta[lane], s.mul(decay, at_query[lane]));
+                delta[lane] = s.mul(beta, s.sub(v, s.mul(factor, at_key[lane])));
+                let read = s.fma(product, delta[lane], s.mul(factor, at_query[lane]));
                 s.store(read, &mut o[lane * S::LANES..]);
             }
             // SAFETY: no other piece has these columns of the window's rows.
             unsafe { self.out.row(t, col, width) }.copy_from_slice(&o[..width]);
-            old_key = k;
+            old = Token { key: k, alpha, decay, delta };
         }
         let Some(state) = &self.state else { return };
-        for (i, (row, old)) in block.chunks_exact_mut(pair).zip(old_key).enumerate() {
-            for (lane, part) in row.chunks_exact_mut(S::LANES).enumerate() {
-                let value = s.fma(s.splat(*old), delta[lane], s.mul(s.load(part), decay));
-                s.store(value, part);
-            }
+        for (i, row) in block.chunks_exact_mut(pair).enumerate() {
+            old.leave::<BY_ROW>(s, i, row, |_, _| {});
             // SAFETY: no other piece has these columns of the head.
             unsafe { state.row(i, col, width) }.copy_from_slice(&row[..width]);
+        }
+    }
+}
+
+/// What a token leaves behind in two vectors of columns of a state.
+struct Token<'a, S: Simd> {
+    key: &'a [f32],
+    /// α of every row, where they differ; empty before the first token.
+    alpha: &'a [f32],
+    /// α of all rows, where they do not.
+    decay: f32,
+    delta: [S::F; 2],
+}
+
+impl<S: Simd> Token<'_, S> {
+    /// Row `i` of the state after the token; `then` sees its vectors.
+    #[inline(always)]
+    fn leave<const BY_ROW: bool>(&self, s: S, i: usize, row: &mut [f32], mut then: impl FnMut(usize, S::F)) {
+        let decay = if BY_ROW { self.alpha.get(i).copied().unwrap_or(1.0) } else { self.decay };
+        let (key, decay) = (s.splat(self.key[i]), s.splat(decay));
+        for lane in 0..2 {
+            let part = &mut row[lane * S::LANES..][..S::LANES];
+            let value = s.fma(key, self.delta[lane], s.mul(s.load(part), decay));
+            s.store(value, part);
+            then(lane, value);
         }
     }
 }

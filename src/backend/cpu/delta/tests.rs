@@ -13,7 +13,12 @@ struct Inputs {
 
 fn shape(key_heads: usize, value_heads: usize, key_dim: usize, value_dim: usize) -> GatedDelta {
     let projections = DeltaProjections::Separate;
-    GatedDelta { key_heads, value_heads, key_dim, value_dim, kernel: 4, projections }
+    GatedDelta { key_heads, value_heads, key_dim, value_dim, kernel: 4, kimi: false, projections }
+}
+
+/// The same with an α for every row.
+fn kimi(heads: usize, key_dim: usize, value_dim: usize) -> GatedDelta {
+    GatedDelta { kimi: true, ..shape(heads, heads, key_dim, value_dim) }
 }
 
 fn inputs(shape: GatedDelta, tokens: usize) -> Inputs {
@@ -29,9 +34,9 @@ fn inputs(shape: GatedDelta, tokens: usize) -> Inputs {
     Inputs {
         qkv: buffer(1, shape.qkv_dim(), 2.0),
         b: buffer(2, shape.value_heads, 4.0),
-        a: buffer(3, shape.value_heads, 2.0),
+        a: buffer(3, shape.decays(), 2.0),
         log_rates: noise(4, shape.value_heads, 2.0),
-        dt_bias: noise(5, shape.value_heads, 1.0),
+        dt_bias: noise(5, shape.decays(), 1.0),
     }
 }
 
@@ -60,11 +65,15 @@ fn definition(inputs: &Inputs, shape: GatedDelta) -> Vec<f64> {
             let q = unit(&row[key_head * key_dim..][..key_dim]);
             let k = unit(&row[(key_heads + key_head) * key_dim..][..key_dim]);
             let v = &row[2 * key_heads * key_dim + head * value_dim..][..value_dim];
-            let step = (f64::from(inputs.a.row(t)[head]) + f64::from(inputs.dt_bias[head])).exp().ln_1p();
-            let alpha = (-f64::from(inputs.log_rates[head]).exp() * step).exp();
             let beta = 1.0 / (1.0 + (-f64::from(inputs.b.row(t)[head])).exp());
-            for s in &mut state {
-                *s *= alpha;
+            for (i, row) in state.chunks_exact_mut(value_dim).enumerate() {
+                let decay = if shape.kimi { head * key_dim + i } else { head };
+                let step = f64::from(inputs.a.row(t)[decay]) + f64::from(inputs.dt_bias[decay]);
+                let rate = f64::from(inputs.log_rates[head]).exp();
+                let alpha = (-rate * step.exp().ln_1p()).exp();
+                for s in row {
+                    *s *= alpha;
+                }
             }
             for c in 0..value_dim {
                 let known: f64 = (0..key_dim).map(|i| k[i] * state[i * value_dim + c]).sum();
@@ -80,7 +89,8 @@ fn definition(inputs: &Inputs, shape: GatedDelta) -> Vec<f64> {
 
 #[test]
 fn agrees_with_the_definition() {
-    for shape in [shape(1, 1, 1, 1), shape(2, 4, 12, 10), shape(3, 3, 16, 33), shape(2, 6, 40, 96)] {
+    let shapes = [shape(1, 1, 1, 1), shape(2, 4, 12, 10), shape(3, 3, 16, 33), shape(2, 6, 40, 96)];
+    for shape in shapes.into_iter().chain([kimi(1, 1, 1), kimi(3, 24, 40)]) {
         let inputs = inputs(shape, 70);
         let expected = definition(&inputs, shape);
         let found = run(&inputs, shape, &Batch::piece(0, 70, 70), None);
@@ -93,7 +103,11 @@ fn agrees_with_the_definition() {
 /// Windows beside each other, and a text in pieces, give the bits of each text as a whole.
 #[test]
 fn windows_and_pieces_change_nothing() {
-    let (shape, length) = (shape(2, 4, 20, 37), 24);
+    [shape(2, 4, 20, 37), kimi(2, 18, 37)].into_iter().for_each(check_windows_and_pieces);
+}
+
+fn check_windows_and_pieces(shape: GatedDelta) {
+    let length = 24;
     let inputs = inputs(shape, 2 * length);
     let both = run(&inputs, shape, &Batch { windows: 2, ..Batch::piece(0, length, length) }, None);
     let rows = |start: usize, count: usize| {
