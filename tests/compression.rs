@@ -18,7 +18,7 @@ use moepress::model::{Model, open_architecture, profile};
 use moepress::plan::{Action, Budget};
 use moepress::progress::Progress;
 
-const MODELS: [&str; 32] = [
+const MODELS: [&str; 29] = [
     "mixtral",
     "qwen2_moe",
     "qwen3_moe_fused",
@@ -41,10 +41,7 @@ const MODELS: [&str; 32] = [
     "kimi_linear",
     "granitemoe",
     "granitemoeshared_fused",
-    "minimax_m2",
-    "axk1",
     "mistral3",
-    "hunyuan_v1_moe",
     "flex_olmo",
     "afmoe",
     "hy_v3",

@@ -413,6 +413,12 @@ fn granite_minimax_and_hunyuan() {
     assert_eq!(sizes(&architecture), [32, 32, 40, 8, 0]);
     let factors = [architecture.embedding_scale, architecture.residual_scale, architecture.head_scale];
     assert_eq!(factors, [12.0, 0.22, 1.0 / 6.0]);
+    for (key, value) in
+        [("embedding_multiplier", 1e300), ("residual_multiplier", 1e39), ("logits_scaling", 1e-300)]
+    {
+        refused(&with(&granite(), json!({key: value})), &format!("{key} gives a factor that is not finite"));
+    }
+    refused(&with(&granite(), json!({"logits_scaling": 0.0})), "logits_scaling is 0, expected more than 0");
     let shared = json!({"model_type": "granitemoeshared", "shared_intermediate_size": 1024});
     assert_eq!(sizes(&read(&with(&granite(), shared))), [32, 32, 40, 8, 1024]);
     let hybrid =
@@ -422,6 +428,9 @@ fn granite_minimax_and_hunyuan() {
 
     let architecture = read(&minimax());
     assert_eq!((sizes(&architecture), rotated(&architecture)), ([62, 62, 256, 8, 0], 64));
+    // 58 / 100 · 100 is less than 58.
+    assert_eq!(rotated(&read(&with(&minimax(), json!({"head_dim": 100, "rotary_dim": 58})))), 58);
+    assert_eq!(rotated(&read(&with(&minimax(), json!({"rotary_dim": 128})))), 128);
     for (change, expected) in [
         (json!({"attn_type_list": [1, 0, 1]}), "attn_type_list has layers without softmax attention"),
         (json!({"scoring_func": "softmax"}), "scoring_func is \"softmax\", only \"sigmoid\""),

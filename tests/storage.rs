@@ -250,6 +250,17 @@ fn fused_fp8_with_one_scale_per_expert() {
     let differences =
         run(packed.path(), &tokens()).logits.into_iter().zip(run(widened.path(), &tokens()).logits);
     assert!(differences.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) < 1e-5);
+    for (part, shape) in [("scale_inv", vec![8, 2, 1]), ("scale_inv", vec![]), ("activation_scale", vec![])] {
+        let broken = Mutant::copy(packed.path());
+        let name = format!("model.layers.1.mlp.experts.down_proj_{part}");
+        broken.edit_tensors(|tensors| {
+            let values = vec![1.0; shape.iter().product()];
+            tensors.insert(name.clone(), Tensor::from_f32(name.as_str(), Dtype::F32, shape, &values));
+        });
+        let checkpoint = Checkpoint::open(broken.path()).unwrap();
+        let message = Model::new(&checkpoint, &Cpu, 24).unwrap().layer(1).err().unwrap().to_string();
+        assert!(message.contains(&format!("{name} has shape")), "{message}");
+    }
     // Whatever is dropped, a router without groups can say.
     packed.set_config("n_group", json!(1));
     let plan = plan(packed.path(), "random", Some(Budget::Experts(6)), &[("seed", "3")]);

@@ -586,6 +586,15 @@ impl Architecture {
         if !(eps.is_finite() && eps >= 0.0) {
             return Err(Error::invalid("rms_norm_eps", format!("is {eps}, expected 0 or a little more")));
         }
+        for (key, factor) in [
+            ("embedding_multiplier", self.embedding_scale),
+            ("residual_multiplier", self.residual_scale),
+            ("logits_scaling", self.head_scale),
+        ] {
+            if !factor.is_finite() {
+                return Err(Error::invalid(key, "gives a factor that is not finite"));
+            }
+        }
         for spec in &self.layers {
             let (rope, scale, clip) = match &spec.attention {
                 AttentionSpec::Grouped(a) => (Option::<&Rope>::from(&a.rope), a.scale, a.clip),

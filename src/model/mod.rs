@@ -7,6 +7,7 @@ mod error;
 mod feed_forward;
 mod find;
 mod find_experts;
+mod find_fused;
 mod inspect;
 mod layer;
 mod profile;

@@ -21,7 +21,8 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
     }
     let defaults = Defaults {
         rope_theta: 5e6,
-        rotated: rotated as f64 / head_dim as f64,
+        // In the middle of what is rounded down to this number, lest the quotient fall short of it.
+        rotated: ((rotated as f64 + 0.5) / head_dim as f64).min(1.0),
         norm_eps: 1e-6,
         max_positions: 196_608,
         kv_heads: KvHeads::Fixed(8),
