@@ -81,6 +81,9 @@ Guarded map_guarded(size_t bytes, bool flush_left) {
     if (start == MAP_FAILED) abort();
     memory.start = static_cast<unsigned char*>(start);
     mprotect(memory.start + PAGE, body, PROT_READ | PROT_WRITE);
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(memory.start + PAGE, body);  // stacks may have been there
+#endif
     const size_t offset = flush_left ? 0 : (body - bytes) / 16 * 16;
     memory.data = memory.start + PAGE + offset;
     return memory;
