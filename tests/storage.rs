@@ -451,6 +451,22 @@ fn llama4_as_published() {
     assert_eq!(router.shape(), [2, 32]);
 }
 
+/// The names that transformers 5 has for the parts of a model of text and images.
+#[test]
+fn mistral_as_transformers_writes_it() {
+    let mutant = Mutant::of("mistral3");
+    mutant.edit_tensors(|tensors| {
+        let all = std::mem::take(tensors);
+        let renamed = |name: String| match name.strip_prefix("language_model.") {
+            Some("lm_head.weight") => "lm_head.weight".into(),
+            Some(rest) => rest.replacen("model.", "model.language_model.", 1),
+            None => name,
+        };
+        tensors.extend(all.into_iter().map(|(name, tensor)| (renamed(name), tensor)));
+    });
+    assert!(bits(&run(mutant.path(), &tokens()).logits) == bits(&run(&data("mistral3"), &tokens()).logits));
+}
+
 /// What is wrong with packed weights, by name.
 #[test]
 fn packed_weights_that_contradict_their_config() {

@@ -39,8 +39,8 @@ impl Projection {
 pub struct Names {
     /// Prefix of embedding, layers and final norm, with the final dot.
     pub model: &'static str,
-    /// What stands in its place in some checkpoints of the family.
-    pub other_model: Option<&'static str>,
+    /// What stands in its place, and in that of [`Names::head`], in some checkpoints of the family.
+    pub other_model: Option<[&'static str; 2]>,
     /// Norm before the attention, without `.weight`.
     pub input_norm: &'static str,
     /// Norm behind the attention, before its output is added.

@@ -200,10 +200,10 @@ pub fn open_architecture(checkpoint: &Checkpoint) -> Result<Architecture> {
     let dir = checkpoint.dir().to_path_buf();
     let mut architecture = Architecture::from_config(checkpoint.config())
         .map_err(|source| Error::Architecture { dir: dir.clone(), source })?;
-    if let Some(other) = architecture.names.other_model
+    if let Some([model, head]) = architecture.names.other_model
         && checkpoint.get(&architecture.names.embedding()).is_none()
     {
-        let names = Names { model: other, ..architecture.names.clone() };
+        let names = Names { model, head, ..architecture.names.clone() };
         if checkpoint.get(&names.embedding()).is_some() {
             architecture.names = names;
         }

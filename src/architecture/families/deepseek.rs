@@ -120,6 +120,7 @@ pub(super) fn mistral_of_images(config: &Config) -> Result<Architecture> {
         let names = Names {
             model: "language_model.model.",
             head: "language_model.lm_head",
+            other_model: Some(["model.language_model.", "lm_head"]),
             storage: ExpertStorage::OutputMajor,
             ..names()
         };

@@ -32,7 +32,8 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
 /// Qwen3.5 as published: the language model within a model of text and images.
 pub(super) fn published(config: &Config) -> Result<Architecture> {
     let text = config.section(SECTION)?.ok_or_else(|| Error::invalid(SECTION, "is missing"))?;
-    let names = Names { model: "model.language_model.", other_model: Some("model."), ..text_names() };
+    let names =
+        Names { model: "model.language_model.", other_model: Some(["model.", "lm_head"]), ..text_names() };
     let mut architecture = read_text(&text, "qwen3_5_moe", names)?;
     architecture.config_section = Some(SECTION);
     architecture.tied_embeddings = config.flag_or("tie_word_embeddings", false)?;
@@ -41,7 +42,7 @@ pub(super) fn published(config: &Config) -> Result<Architecture> {
 
 /// The language model of Qwen3.5 on its own; its tensors may keep the names that they have in the whole model.
 pub(super) fn text(config: &Config) -> Result<Architecture> {
-    let names = Names { other_model: Some("model.language_model."), ..text_names() };
+    let names = Names { other_model: Some(["model.language_model.", "lm_head"]), ..text_names() };
     read_text(config, "qwen3_5_moe_text", names)
 }
 
