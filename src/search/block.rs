@@ -2,8 +2,9 @@
 
 use super::grams::Sums;
 use super::rows::{batches, copy, real, square};
-use super::state::drop_experts;
+use super::state::{State, drop_experts};
 use crate::backend::{Backend, Batch};
+use crate::calibrate;
 use crate::model::{Chunk, Layer, LayerSource, Memory, Model, Result, Scratch};
 use crate::plan::Loss;
 
@@ -21,9 +22,45 @@ struct Stage<B: Backend> {
     routers: Option<Vec<Option<B::Router>>>,
 }
 
+impl<B: Backend> State<'_, '_, B> {
+    /// Whether decoder layer `l` is the first with experts in its stack, and not of the whole model.
+    pub(super) fn begins_stack(&self, l: usize) -> bool {
+        let architecture = self.model.architecture();
+        let in_decoder = |l: &usize| *l >= architecture.encoder_layers;
+        let mut layers = architecture.moe_layers().map(|(l, _)| l);
+        architecture.encoder_layers > 0 && layers.find(in_decoder) == Some(l)
+    }
+
+    pub(super) fn set_mark(&mut self) -> calibrate::Result<()> {
+        let (model, architecture) = (self.model, self.model.architecture());
+        let next = architecture.moe_layers().map(|(l, _)| l).find(|l| *l >= self.position);
+        // A block of a decoder begins with the decoder, where the encoder's last layers have no experts.
+        let begins = next.is_some_and(|l| l >= architecture.encoder_layers);
+        let position = if begins { self.position.max(architecture.encoder_layers) } else { self.position };
+        self.reach(position)?;
+        let mut chunks = &mut [][..];
+        if let Some(streams) = &mut self.streams {
+            chunks = &mut streams.inputs.chunks;
+        }
+        if position > 0 && position == architecture.encoder_layers {
+            let source = LayerSource::open(model.checkpoint(), architecture, position)?;
+            let layer = model.prepare(&source)?;
+            chunks.iter_mut().try_for_each(|chunk| layer.enter(model.backend(), chunk))?;
+        }
+        self.mark = Some(mark(model.backend(), position, chunks)?);
+        Ok(())
+    }
+
+    pub(super) fn block_losses(&mut self, candidates: &[Vec<Vec<usize>>]) -> calibrate::Result<Vec<Loss>> {
+        let (Some(mark), Some(streams)) = (&self.mark, &self.streams) else { return Ok(Vec::new()) };
+        let chunks = &streams.inputs.chunks;
+        Ok(losses(self.model, mark, chunks, self.position, candidates, self.settings.batch)?)
+    }
+}
+
 /// Losses of the residual stream of `chunks`, which stand behind decoder layer `end` − 1, when the layers from the mark on
 /// lose experts: one list of candidates for every MoE layer, the first slowest. What candidates have in common runs once.
-pub(super) fn losses<B: Backend>(
+fn losses<B: Backend>(
     model: &Model<'_, B>,
     mark: &Mark<B>,
     chunks: &[Chunk<B>],
@@ -103,7 +140,7 @@ fn descend<B: Backend>(
 }
 
 /// A copy of every chunk's residual stream.
-pub(super) fn mark<B: Backend>(backend: &B, layer: usize, chunks: &[Chunk<B>]) -> Result<Mark<B>> {
+fn mark<B: Backend>(backend: &B, layer: usize, chunks: &[Chunk<B>]) -> Result<Mark<B>> {
     let x = chunks.iter().map(|c| Ok(copy(backend, &c.x, c.batch.tokens())?)).collect::<Result<_>>()?;
     Ok(Mark { layer, x })
 }

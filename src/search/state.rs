@@ -1,16 +1,15 @@
 //! Where a search stands: the streams before the layer that was entered, and what is known of it.
 
-use super::block::{self, Mark};
+use super::block::Mark;
 use super::exact;
 use super::grams::LayerGrams;
 use super::journal::Journal;
 use super::measure::measure;
-use super::tails::Collector;
 use crate::architecture::Architecture;
 use crate::backend::{Backend, Expert};
 use crate::calibrate::{self, Residual};
 use crate::model::{FeedForwardSource, Layer, LayerSource, Model, Result, Stream};
-use crate::plan::{Loss, Pass, Tails};
+use crate::plan::{Loss, Pass};
 use crate::progress::Progress;
 use crate::tokens::Windows;
 
@@ -20,12 +19,12 @@ pub(super) type Answer<T> = std::result::Result<T, String>;
 /// A search: the model, the notes, and where the pass stands.
 pub(super) struct State<'a, 'm, B: Backend> {
     pub(super) model: &'a Model<'m, B>,
-    windows: &'a Windows,
+    pub(super) windows: &'a Windows,
     pub(super) progress: &'a mut dyn Progress,
     pub(super) work: Residual,
     pub(super) journal: Journal,
     pub(super) memory: u64,
-    settings: Settings,
+    pub(super) settings: Settings,
     /// Decoder layers that this pass has passed.
     pub(super) position: usize,
     /// MoE layer that was entered.
@@ -37,13 +36,13 @@ pub(super) struct State<'a, 'm, B: Backend> {
     /// Where the pass stands; `None` until something has to be computed.
     pub(super) streams: Option<Streams<'m, B>>,
     entered: Option<Entered<B>>,
-    mark: Option<Mark<B>>,
+    pub(super) mark: Option<Mark<B>>,
 }
 
 /// What a pass does, see [`Pass`].
 #[derive(Clone, Copy)]
-struct Settings {
-    batch: usize,
+pub(super) struct Settings {
+    pub(super) batch: usize,
     progressive: bool,
     exact: bool,
 }
@@ -146,7 +145,7 @@ impl<'a, 'm, B: Backend> State<'a, 'm, B> {
     }
 
     /// Brings the streams before decoder layer `target`.
-    fn reach(&mut self, target: usize) -> calibrate::Result<()> {
+    pub(super) fn reach(&mut self, target: usize) -> calibrate::Result<()> {
         let mut from = self.position;
         if self.streams.is_none() {
             let model = self.model;
@@ -269,74 +268,6 @@ impl<'a, 'm, B: Backend> State<'a, 'm, B> {
         // It may not be there, and what is left of it goes with the folder.
         let _ = std::fs::remove_file(self.work.path("grams.f32"));
         Ok(())
-    }
-
-    /// Whether decoder layer `l` is the first with experts in its stack, and not of the whole model.
-    pub(super) fn begins_stack(&self, l: usize) -> bool {
-        let architecture = self.model.architecture();
-        let in_decoder = |l: &usize| *l >= architecture.encoder_layers;
-        let mut layers = architecture.moe_layers().map(|(l, _)| l);
-        architecture.encoder_layers > 0 && layers.find(in_decoder) == Some(l)
-    }
-
-    pub(super) fn set_mark(&mut self) -> calibrate::Result<()> {
-        let (model, architecture) = (self.model, self.model.architecture());
-        let next = architecture.moe_layers().map(|(l, _)| l).find(|l| *l >= self.position);
-        // A block of a decoder begins with the decoder, where the encoder's last layers have no experts.
-        let begins = next.is_some_and(|l| l >= architecture.encoder_layers);
-        let position = if begins { self.position.max(architecture.encoder_layers) } else { self.position };
-        self.reach(position)?;
-        let mut chunks = &mut [][..];
-        if let Some(streams) = &mut self.streams {
-            chunks = &mut streams.inputs.chunks;
-        }
-        if position > 0 && position == architecture.encoder_layers {
-            let source = LayerSource::open(model.checkpoint(), architecture, position)?;
-            let layer = model.prepare(&source)?;
-            chunks.iter_mut().try_for_each(|chunk| layer.enter(model.backend(), chunk))?;
-        }
-        self.mark = Some(block::mark(model.backend(), position, chunks)?);
-        Ok(())
-    }
-
-    pub(super) fn block_losses(&mut self, candidates: &[Vec<Vec<usize>>]) -> calibrate::Result<Vec<Loss>> {
-        let (Some(mark), Some(streams)) = (&self.mark, &self.streams) else { return Ok(Vec::new()) };
-        let chunks = &streams.inputs.chunks;
-        Ok(block::losses(self.model, mark, chunks, self.position, candidates, self.settings.batch)?)
-    }
-
-    pub(super) fn tails(&mut self, dropped: &[Vec<usize>]) -> Result<Vec<Tails>> {
-        let (model, backend) = (self.model, self.model.backend());
-        let architecture = model.architecture();
-        let mut stream = Stream::new(model, self.windows)?;
-        let mut lost = dropped.iter();
-        let mut tails = Vec::with_capacity(dropped.len());
-        self.progress.begin("plan: skipping, layer", architecture.layers.len());
-        for l in 0..architecture.layers.len() {
-            let mut source = LayerSource::open(model.checkpoint(), architecture, l)?;
-            let mut collector = Collector::default();
-            if let FeedForwardSource::Moe(moe) = &mut source.feed_forward {
-                moe.spec.skip = None;
-                for &e in lost.next().into_iter().flatten() {
-                    moe.experts[e] = Expert::None;
-                }
-            }
-            let layer = model.prepare(&source)?;
-            stream.advance(&layer, |chunk, scratch| {
-                if layer.is_moe() {
-                    collector.add(&backend.routes(&scratch.routing)?, &chunk.batch);
-                }
-                Ok(())
-            })?;
-            if layer.is_moe() {
-                tails.push(collector.finish());
-            }
-            drop(layer);
-            source.release();
-            self.progress.step("");
-        }
-        self.progress.end();
-        Ok(tails)
     }
 }
 

@@ -1,11 +1,50 @@
 //! The weights of chosen experts, over all tokens.
 
-use crate::backend::{Batch, Routes};
+use super::state::State;
+use crate::backend::{Backend, Batch, Expert, Routes};
+use crate::model::{FeedForwardSource, LayerSource, Result, Stream};
 use crate::plan::Tails;
+
+impl<B: Backend> State<'_, '_, B> {
+    /// The weights of every layer, in the model that has lost the experts `dropped` of each.
+    pub(super) fn tails(&mut self, dropped: &[Vec<usize>]) -> Result<Vec<Tails>> {
+        let (model, backend) = (self.model, self.model.backend());
+        let architecture = model.architecture();
+        let mut stream = Stream::new(model, self.windows)?;
+        let mut lost = dropped.iter();
+        let mut tails = Vec::with_capacity(dropped.len());
+        self.progress.begin("plan: skipping, layer", architecture.layers.len());
+        for l in 0..architecture.layers.len() {
+            let mut source = LayerSource::open(model.checkpoint(), architecture, l)?;
+            let mut collector = Collector::default();
+            if let FeedForwardSource::Moe(moe) = &mut source.feed_forward {
+                moe.spec.skip = None;
+                for &e in lost.next().into_iter().flatten() {
+                    moe.experts[e] = Expert::None;
+                }
+            }
+            let layer = model.prepare(&source)?;
+            stream.advance(&layer, |chunk, scratch| {
+                if layer.is_moe() {
+                    collector.add(&backend.routes(&scratch.routing)?, &chunk.batch);
+                }
+                Ok(())
+            })?;
+            if layer.is_moe() {
+                tails.push(collector.finish());
+            }
+            drop(layer);
+            source.release();
+            self.progress.step("");
+        }
+        self.progress.end();
+        Ok(tails)
+    }
+}
 
 /// Collects the weights of one layer.
 #[derive(Default)]
-pub(super) struct Collector {
+struct Collector {
     ratios: Vec<f64>,
     /// For i from 1 to k − 1 one number per token.
     after: Vec<Vec<f64>>,
@@ -13,7 +52,7 @@ pub(super) struct Collector {
 
 impl Collector {
     /// Adds the tokens of a batch that are not padding.
-    pub(super) fn add(&mut self, routes: &Routes, batch: &Batch) {
+    fn add(&mut self, routes: &Routes, batch: &Batch) {
         let k = routes.top_k;
         self.after.resize(k - 1, Vec::new());
         for (_, weights) in routes.weights.chunks_exact(k).enumerate().filter(|(t, _)| batch.is_real(*t)) {
@@ -29,7 +68,7 @@ impl Collector {
         }
     }
 
-    pub(super) fn finish(self) -> Tails {
+    fn finish(self) -> Tails {
         let ratio = (!self.ratios.is_empty()).then(|| median(self.ratios));
         Tails { ratio, after: self.after.into_iter().map(median).collect() }
     }
