@@ -1,4 +1,4 @@
-//! Files that change while they are read, disks that are full, and checkpoints with very many tensors.
+//! Files that change while they are read, disks that are full, and checkpoints with very many or oddly named tensors.
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails fails its test")]
 
@@ -120,6 +120,54 @@ fn a_checkpoint_of_a_hundred_thousand_tensors_is_inspected_and_compressed() {
     outcome(quietly(dir.path(), "compress many --plan plan --device cpu --out small")).ok();
     let copied = Checkpoint::open(dir.path().join("small")).unwrap();
     assert_eq!(copied.tensor("model.extra.99999").unwrap().bytes(), [7]);
+}
+
+/// What a name or a file name may hold: quotes, line ends, terminal escapes, other scripts, paths.
+const ODD: [&str; 7] = [
+    "with \"quotes\" and spaces",
+    "two\nlines",
+    "\u{1b}[31mred",
+    "專家.重み",
+    "\u{202e}backwards",
+    "../../../outside",
+    "model.layers.99999999999999999999.mlp",
+];
+
+#[test]
+fn odd_names_of_tensors_and_files_are_kept_and_shown_in_one_line() {
+    let model = Mutant::of("mixtral");
+    let dir = tempfile::tempdir().unwrap();
+    let (folder, shard) = (dir.path().join("odd"), "部分 \"1\".safetensors");
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::copy(model.file("config.json"), folder.join("config.json")).unwrap();
+    let own: Vec<Tensor> = Checkpoint::open(model.path()).unwrap().tensors().cloned().collect();
+    let long = "x".repeat(5000);
+    let names = || ODD.into_iter().chain([long.as_str()]);
+    let extra = names().map(|name| Entry::u8(name, vec![1], &[7]));
+    let entries = own.iter().map(Entry::tensor).chain(extra).collect();
+    write_safetensors(&folder.join(shard), &BTreeMap::new(), entries).unwrap();
+    let map: BTreeMap<&str, &str> = own.iter().map(Tensor::name).chain(names()).map(|n| (n, shard)).collect();
+    let index = serde_json::json!({ "weight_map": map });
+    std::fs::write(folder.join("model.safetensors.index.json"), index.to_string()).unwrap();
+
+    outcome(quietly(dir.path(), "inspect odd --json")).json();
+    outcome(quietly(dir.path(), "plan --method random --remove 0.25 --model odd --out plan")).ok();
+    outcome(quietly(dir.path(), "compress odd --plan plan --device cpu --out small")).ok();
+    let copied = Checkpoint::open(dir.path().join("small")).unwrap();
+    for name in names() {
+        assert_eq!(copied.tensor(name).unwrap().bytes(), [7], "{name:?}");
+    }
+
+    // A tensor that the file does not have.
+    for name in names() {
+        let mut map = map.clone();
+        let missing = format!("{name}, missing");
+        map.insert(&missing, shard);
+        let index = serde_json::json!({ "weight_map": map });
+        std::fs::write(folder.join("model.safetensors.index.json"), index.to_string()).unwrap();
+        let message = outcome(quietly(dir.path(), "inspect odd")).error(1);
+        assert!(!message.contains('\u{1b}'), "{message:?}");
+    }
 }
 
 /// JSON without what was measured with a clock.
