@@ -6,26 +6,26 @@
 //!                                         budget)            by layer)         moepress layout)
 //! ```
 //!
-//! The rooms, from the ground up; each knows those above it in this list only:
+//! The modules, from the ground up; each knows those above it in this list only:
 //!
 //! | module | holds |
 //! |---|---|
+//! | [`progress`] | how long work reports that it is alive |
 //! | [`architecture`] | what a `config.json` says, as data; one small table per family |
 //! | [`checkpoint`] | memory-mapped safetensors, sharded or not, and atomic writing |
 //! | [`tokens`] | token windows, from token files or from text |
+//! | [`linalg`] | truncated and whitened SVD, assignment |
 //! | [`backend`] | the operations of the forward pass, the forms of an expert, and the CPU that runs them |
 //! | [`model`] | the forward pass, written once for any backend, a layer at a time |
 //! | [`calibrate`] | one streamed pass over tokens, and the statistics that it leaves |
 //! | [`plan`] | methods: from statistics and a budget to what becomes of every expert |
 //! | [`search`] | runs a model for methods that search on tokens: losses of dropping experts |
-//! | [`linalg`] | truncated and whitened SVD, assignment |
 //! | [`compress`] | carries out a plan; the only place that writes weights |
+//! | [`generate`] | text from a prompt, token by token |
 //! | [`eval`] | perplexity, agreement with the original, multiple choice |
 //! | [`recover`] | compressed experts trained towards the original's; LoRA adapters merged |
 //! | [`compare`] | many methods on one model, side by side, in memory |
-//! | [`generate`] | text from a prompt, token by token |
 //! | `ffi` | the C interface of GPU layers, `include/moepress.h` |
-//! | [`progress`] | how long work reports that it is alive |
 //!
 //! The whole chain in a few lines, as `examples/chain.rs` runs it on a model inside the repository:
 //!

@@ -183,8 +183,11 @@ fn the_moepress_layout_is_inspected_and_run() {
     assert_eq!(layer["ranks"], json!([4, 6]));
     let routed = 3 * 16 * 32 + 4 * 48 + 6 * 48 + 16 * 32 + 32;
     assert_eq!(layer["parameters"], routed);
-    // Two of four slots are chosen.
-    let active = inspection["parameters"]["total"].as_u64().unwrap() - routed / 2 - 5 * 3 * 16 * 32 * 3 / 5;
+    // Two of four slots are chosen; the alias costs what it stands for.
+    let alias = 3 * 16 * 32;
+    let chosen = routed / 2 + alias / 2;
+    let total = inspection["parameters"]["total"].as_u64().unwrap();
+    let active = total - (routed - chosen) - 5 * 3 * 16 * 32 * 3 / 5;
     assert_eq!(inspection["parameters"]["active"], active);
     let text = inspect(model.path()).ok();
     for part in
@@ -287,6 +290,27 @@ fn check_run(name: &str, moe_layers: &[usize], chosen: impl Fn(&[f64]) -> Vec<(u
                 let i = t * k + slot;
                 assert_eq!(ids[i] as usize, id, "layer {l}, token {t}");
                 assert!((weights[i] - weight).abs() < 1e-5, "layer {l}, token {t}: {} {weight}", weights[i]);
+            }
+        }
+    }
+}
+
+/// Also where a bias that the weights do not see decides who is chosen.
+#[test]
+fn routes_are_traced_with_the_largest_weight_first() {
+    for name in ["deepseek_v3", "glm4_moe", "ernie4_5_moe", "phimoe"] {
+        let desk = Desk::new(&golden_windows(name, 3));
+        let out = desk.path("out.safetensors");
+        run(&data(name), &desk.tokens(), &out, &["--trace"]).ok();
+        let k = shape(&out, "layers.1.top_k_ids").unwrap()[1];
+        let weights = read(&out, "layers.1.top_k_weights");
+        assert!(weights.chunks(k).all(|w| w.is_sorted_by(|a, b| a >= b)), "{name}");
+        // Of these four, those that weigh by the score of each expert alone show which weight is whose.
+        if name == "ernie4_5_moe" {
+            let (ids, logits) = (read(&out, "layers.1.top_k_ids"), read(&out, "layers.1.router_logits"));
+            let experts = logits.len() / (ids.len() / k);
+            for (ids, logits) in ids.chunks(k).zip(logits.chunks(experts)) {
+                assert!(ids.is_sorted_by(|a, b| logits[*a as usize] >= logits[*b as usize]));
             }
         }
     }

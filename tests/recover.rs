@@ -169,6 +169,9 @@ fn bad_input_is_refused_in_one_line() {
         message.contains("small") && message.contains("expected a checkpoint that was made from"),
         "{message}"
     );
+    let small = desk.path("small");
+    let message = error(&small, model.to_str().unwrap(), &[], 1);
+    assert!(message.contains("the original comes first"), "{message}");
     let message = error(&model, "missing", &[], 1);
     assert!(message.contains("missing: does not exist"), "{message}");
     for (flag, value) in

@@ -12,7 +12,7 @@ mod skip;
 
 pub use error::Error;
 pub use names::{ExpertStorage, Names, Projection};
-pub use profile::{MoeProfile, Profile};
+pub use profile::{ExpertSize, MoeProfile, Profile};
 pub use rope::{DynamicRope, LongRope, Pairing, Rope};
 pub use router::{Choice, GroupLimit, GroupScore, RouterSpec, Scoring, WeightRule, WeightTarget};
 pub use skip::{Skip, SkipThreshold};

@@ -46,10 +46,16 @@ pub struct MoeProfile {
     pub groups: usize,
     /// Groups kept per token by a group-limited router; 1 where there is no limit.
     pub top_groups: usize,
-    /// Parameters of one routed expert: its matrices and their biases.
+    /// Parameters of one routed expert: its matrices and their biases. Of experts that differ, the mean, rounded down.
     pub expert_parameters: u64,
-    /// Stored bytes of one routed expert, scales of packed weights included.
+    /// Stored bytes of one routed expert, scales of packed weights included. Of experts that differ, the mean, rounded down.
     pub expert_bytes: u64,
+    /// The size of every expert, where they differ, as in a checkpoint that was compressed before; else empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub each: Vec<ExpertSize>,
+    /// What experts share that are differences from a base.
+    #[serde(default)]
+    pub base: ExpertSize,
     /// Stored bytes of its gate, up and down matrix; 0 where that is not known, or not the same in all experts.
     #[serde(default)]
     pub matrix_bytes: [u64; 3],
@@ -63,7 +69,36 @@ pub struct MoeProfile {
     pub router_bytes: u64,
 }
 
+/// The size of one expert.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExpertSize {
+    /// Parameters.
+    pub parameters: u64,
+    /// Stored bytes.
+    pub bytes: u64,
+    /// Of an alias, which has neither, the expert whose weights it uses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alias_of: Option<usize>,
+}
+
 impl MoeProfile {
+    /// The size of expert `e`.
+    pub fn expert(&self, e: usize) -> ExpertSize {
+        let alike =
+            ExpertSize { parameters: self.expert_parameters, bytes: self.expert_bytes, alias_of: None };
+        self.each.get(e).copied().unwrap_or(alike)
+    }
+
+    /// The size of all routed experts and their base.
+    pub fn routed(&self) -> ExpertSize {
+        let add = |a: ExpertSize, b: ExpertSize| ExpertSize {
+            parameters: a.parameters + b.parameters,
+            bytes: a.bytes + b.bytes,
+            alias_of: None,
+        };
+        (0..self.experts).map(|e| self.expert(e)).fold(self.base, add)
+    }
+
     /// The matrices that a dense expert has.
     pub fn projections(&self) -> &'static [Projection] {
         if self.ungated { &[Projection::Gate, Projection::Down] } else { &Projection::ALL }
@@ -78,17 +113,11 @@ impl MoeProfile {
 impl Profile {
     /// Parameters of all routed experts.
     pub fn routed_parameters(&self) -> u64 {
-        self.moe_layers.iter().map(|l| l.experts as u64 * l.expert_parameters).sum()
+        self.moe_layers.iter().map(|l| l.routed().parameters).sum()
     }
 
     /// Stored bytes of all routed experts.
     pub fn routed_bytes(&self) -> u64 {
-        self.moe_layers.iter().map(|l| l.experts as u64 * l.expert_bytes).sum()
-    }
-
-    /// Parameters that one token touches: everything but the routed experts it does not choose.
-    pub fn active_parameters(&self) -> u64 {
-        let idle = |l: &MoeProfile| (l.experts - l.top_k.min(l.experts)) as u64 * l.expert_parameters;
-        self.parameters - self.moe_layers.iter().map(idle).sum::<u64>()
+        self.moe_layers.iter().map(|l| l.routed().bytes).sum()
     }
 }

@@ -9,7 +9,9 @@ use serde::Serialize;
 use super::{Error, Result};
 use crate::architecture::Profile;
 use crate::backend::{Moment, MomentDims, Moments};
-use crate::checkpoint::{Dtype, Entry, Shard, Tensor, safetensors_bytes, write_safetensors};
+use crate::checkpoint::{
+    Dtype, Entry, SafetensorsWriter, Shard, Tensor, safetensors_bytes, write_safetensors,
+};
 
 /// Which tokens the statistics were measured on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -285,27 +287,36 @@ impl Statistics {
             info.windows += part.tokens.windows;
         }
         info.files = files;
-        let mut layers = Vec::new();
-        for moe in &first.profile.moe_layers {
-            let dims = MomentDims {
-                files: info.files.len(),
-                ..first.dims(moe.layer).unwrap_or_else(|| unreachable!())
-            };
-            let second: Vec<Moment> = Moment::SECOND.into_iter().filter(|m| first.has(*m)).collect();
-            let mut sum = Moments::zeros(dims, &second);
-            for part in parts {
-                add(&mut sum, &info.files, &part.moments(moe.layer, &Moment::ALL)?, &part.tokens.files);
-            }
-            layers.push((moe.layer, sum));
-        }
-        let sum = Statistics {
+        let second: Vec<Moment> = Moment::SECOND.into_iter().filter(|m| first.has(*m)).collect();
+        let zeros = |layer: usize| {
+            let dims = first.dims(layer).unwrap_or_else(|| unreachable!());
+            Moments::zeros(MomentDims { files: info.files.len(), ..dims }, &second)
+        };
+        let layers = || first.profile.moe_layers.iter().map(|moe| moe.layer);
+        let tensors = |l: usize| {
+            let zeros = zeros(l);
+            let tensor = |(m, _): (Moment, &[f64])| (tensor_name(l, m), Dtype::F64, m.shape(zeros.dims()));
+            zeros.iter().map(tensor).collect::<Vec<_>>()
+        };
+        let metadata = Statistics {
             path: path.into(),
             profile: first.profile.clone(),
-            tokens: info,
+            tokens: info.clone(),
             shards: BTreeMap::new(),
         };
-        let entries = layers.iter().flat_map(|(l, moments)| entries(*l, moments)).collect();
-        Ok(write_safetensors(path, &sum.metadata()?, entries)?)
+        // One layer in memory at a time: second moments of all of them can be larger than the model.
+        let tensors = layers().flat_map(tensors).collect();
+        let mut file = SafetensorsWriter::create(path, &metadata.metadata()?, tensors)?;
+        for l in layers() {
+            let mut sum = zeros(l);
+            for part in parts {
+                add(&mut sum, &info.files, &part.moments(l, &Moment::ALL)?, &part.tokens.files);
+            }
+            for (moment, values) in sum.iter() {
+                file.write(&tensor_name(l, moment), 0, bytemuck::cast_slice(values))?;
+            }
+        }
+        Ok(file.commit()?)
     }
 }
 

@@ -112,17 +112,21 @@ pub struct SafetensorsWriter {
 }
 
 impl SafetensorsWriter {
-    /// Begins `path` with the header of `tensors`: name, element type, shape.
+    /// Begins `path` with the header of `metadata` and `tensors`: name, element type, shape.
     ///
     /// # Errors
     /// Names the file.
-    pub fn create(path: &Path, mut tensors: Vec<(String, Dtype, Vec<usize>)>) -> Result<Self> {
+    pub fn create(
+        path: &Path,
+        metadata: &BTreeMap<String, String>,
+        mut tensors: Vec<(String, Dtype, Vec<usize>)>,
+    ) -> Result<Self> {
         tensors.sort_by(|a, b| order((a.1, &a.0), (b.1, &b.0)));
         let bytes = |dtype: Dtype, shape: &[usize]| shape.iter().product::<usize>() * dtype.bitsize() / 8;
         let described = tensors.iter().map(|(name, dtype, shape)| (name.as_str(), *dtype, shape.as_slice()));
         let described: Vec<_> =
             described.map(|(n, dtype, shape)| (n, dtype, shape, bytes(dtype, shape))).collect();
-        let header = header(&BTreeMap::new(), &described);
+        let header = header(metadata, &described);
         let mut file = AtomicFile::create(path)?;
         file.write_all(&header)?;
         let position = header.len() as u64;

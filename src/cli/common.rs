@@ -35,7 +35,7 @@ impl OutputArgs {
 /// Where to compute.
 #[derive(Debug, clap::Args)]
 pub(crate) struct DeviceArgs {
-    /// cpu, cuda or cuda:N [default: a GPU if there is a usable one, else the CPU]
+    /// cpu; cuda and cuda:N are for later, whole models do not run on a GPU yet [default: cpu]
     #[arg(long, value_name = "DEVICE")]
     device: Option<DeviceName>,
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
-use moepress::backend::{Backend, Moment};
+use moepress::backend::Backend;
 use moepress::calibrate::Statistics;
 use moepress::checkpoint::Checkpoint;
 use moepress::compress::{Error, LayoutChoice, Options, Report, compress};
@@ -35,7 +35,7 @@ pub(crate) struct Args {
     /// Layout of the result
     #[arg(long, value_enum, default_value_t)]
     layout: Layout,
-    /// Multiply low-rank factors back, for tools that know only dense experts
+    /// Multiply low-rank factors back, for tools that know only dense experts: as large as the original
     #[arg(long)]
     densify: bool,
     #[command(flatten)]
@@ -129,11 +129,11 @@ impl Args {
     }
 }
 
-/// The statistics that the plan was made from, where they are still in place and hold second moments.
+/// The statistics that the plan was made from, where they are still in place.
 fn statistics_of(plan: &Plan) -> Option<Statistics> {
     let source = plan.statistics.as_ref()?;
     let statistics = Statistics::open(Path::new(&source.file)).ok()?;
     let same =
         statistics.tokens().sha256 == source.sha256 && statistics.profile().identity == plan.model.identity;
-    Some(statistics).filter(|s| same && s.has(Moment::InputGram))
+    same.then_some(statistics)
 }

@@ -111,8 +111,11 @@ impl Args {
         let options = Options { max_tokens: self.max_tokens, sampling, end_tokens, start_token };
         let (generation, text) = self.stream(&decoder, &tokenizer, &prompt, &options)?;
         let summary = Summary::new(&generation, text, prompt.len(), backend.device());
+        if !self.output.json {
+            output::text("\n")?;
+        }
         report.note(&summary.speed());
-        if self.output.json { output::json(&summary) } else { output::text("\n") }
+        if self.output.json { output::json(&summary) } else { Ok(()) }
     }
 
     /// Generates; unless JSON is asked for, prints the text as it comes.

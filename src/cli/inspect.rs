@@ -179,7 +179,8 @@ fn layer_table(layers: &[MoeSummary]) -> Table {
         let forms: Vec<String> = layer.forms.iter().map(|(form, n)| format!("{n} {form}")).collect();
         let mut cells = vec![layer_numbers(equal), layer.experts.to_string()];
         cells.extend(pruned.then(|| layer.original_experts.to_string()));
-        cells.extend([layer.top_k.to_string(), layer.width.to_string()]);
+        let width = layer.widths.map_or_else(|| layer.width.to_string(), |w| range(w.into_iter()));
+        cells.extend([layer.top_k.to_string(), width]);
         cells.extend(skips.then(|| layer.skip.as_ref().map_or_else(|| "–".into(), threshold)));
         cells.extend(limited.then(|| layer.capacity.map_or_else(|| "–".into(), |n| n.to_string())));
         cells.extend(shared.then(|| layer.shared_width.map_or_else(|| "–".into(), |w| w.to_string())));

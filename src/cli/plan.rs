@@ -1,24 +1,25 @@
 //! `moepress plan`: a method and a budget, into a plan.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::ArgGroup;
-use moepress::architecture::Profile;
+use moepress::architecture::{Profile, Projection};
 use moepress::backend::{Backend, Moments};
 use moepress::calibrate::Statistics;
 use moepress::checkpoint::Checkpoint;
 use moepress::compress::{WeightSpectra, Weights};
 use moepress::model::{Model, open_architecture, profile};
 use moepress::plan::{
-    Budget, Error, Expected, Method, OptionSpec, OutlierSource, Plan, Request, RouterSource, SpectrumSource,
-    StatisticsRef, coverage, method, parse_size,
+    Action, Budget, Error, Expected, Method, OptionSpec, OutlierSource, Plan, Request, RouterSource,
+    SpectrumSource, StatisticsRef, coverage, method, parse_size,
 };
 use moepress::progress::Progress as _;
 use moepress::search::Search;
 use serde::Serialize;
 
-use super::common::{Device, DeviceArgs, OutputArgs, check_output_file, load_token_file};
+use super::common::{Device, DeviceArgs, OutputArgs, TextInput, check_output_file};
 use super::failure::Failure;
 use super::output;
 use super::progress::Report;
@@ -47,9 +48,8 @@ pub(crate) struct Args {
     /// Checkpoint folder, for methods that look at weights or search on tokens
     #[arg(long, value_name = "MODEL")]
     model: Option<PathBuf>,
-    /// Token windows, for methods that search on the tokens themselves
-    #[arg(long, value_name = "T.safetensors", requires = "model")]
-    tokens: Option<PathBuf>,
+    #[command(flatten)]
+    text: TextInput,
     /// Options of the method
     #[arg(long, value_name = "KEY=VALUE", num_args = 1.., value_parser = parse_option)]
     set: Vec<(String, String)>,
@@ -90,11 +90,14 @@ impl Args {
                 "one of --remove, --experts and --bytes is needed; see `moepress plan --help`".into(),
             ));
         }
-        if method.needs().tokens && (self.model.is_none() || self.tokens.is_none()) {
+        if method.needs().tokens && (self.model.is_none() || !self.text.is_given()) {
             let name = method.name();
             return Err(Failure::Usage(format!(
-                "--model and --tokens are needed: {name} searches on the tokens themselves"
+                "--model and --text (or --tokens) are needed: {name} searches on the tokens themselves"
             )));
+        }
+        if self.text.is_given() && self.model.is_none() {
+            return Err(Failure::Usage("--text and --tokens need --model <MODEL>, which reads them".into()));
         }
         let start = Instant::now();
         let statistics = self.stats.as_deref().map(Statistics::open).transpose()?;
@@ -112,7 +115,7 @@ impl Args {
             .iter()
             .flat_map(Checkpoint::files)
             .chain(self.stats.clone())
-            .chain(self.tokens.clone());
+            .chain(self.text.files().map(Path::to_path_buf));
         check_output_file("--out", &self.out, read)?;
         let moments = statistics.as_ref().map(|s| self.moments(s, &profile.identity)).transpose()?;
         let source = statistics.as_ref().map(|s| StatisticsRef {
@@ -135,11 +138,9 @@ impl Args {
             routers: owned.as_ref().map(|w| w as &dyn RouterSource),
             ..Request::new(&profile)
         };
-        let plan = match (&checkpoint, &self.tokens) {
-            (Some(checkpoint), Some(tokens)) if method.needs().tokens => {
-                let Device::Cpu(cpu) = self.device.open()?;
-                self.search(method, request, checkpoint, tokens, &cpu)?
-            }
+        let Device::Cpu(cpu) = self.device.open()?;
+        let plan = match &checkpoint {
+            Some(checkpoint) if method.needs().tokens => self.search(method, request, checkpoint, &cpu)?,
             _ => {
                 let plan = method.plan(&request).map_err(|e| self.named(e))?;
                 self.write(&plan, &mut self.output.report())?;
@@ -162,13 +163,12 @@ impl Args {
         method: &dyn Method,
         request: Request<'_>,
         checkpoint: &Checkpoint,
-        tokens: &Path,
         backend: &B,
     ) -> Result<Plan, Failure> {
-        let windows = load_token_file(tokens, &open_architecture(checkpoint)?)?;
+        let windows = self.text.load(checkpoint.dir(), &open_architecture(checkpoint)?)?;
         let model = Model::new(checkpoint, backend, windows.length)?;
         let source = StatisticsRef {
-            file: tokens.display().to_string(),
+            file: self.text.files().map(|f| f.display().to_string()).collect::<Vec<_>>().join(", "),
             sha256: windows.sha256(),
             tokens: windows.real_tokens() as u64,
         };
@@ -278,16 +278,50 @@ struct Coverage {
     kept: f64,
 }
 
-/// How many experts the layers keep, in words.
+/// How many experts the layers keep and what becomes of them, in words.
 fn kept(plan: &Plan) -> String {
     let kept = plan.experts_kept();
     let (least, most) = (kept.iter().min().unwrap_or(&0), kept.iter().max().unwrap_or(&0));
     let layers = counted(kept.len(), "layer");
-    if least == most {
+    let kept = if least == most {
         format!("{} in each of {layers}", counted(*most, "expert"))
     } else {
         format!("{least} to {most} experts in {layers}")
+    };
+    [vec![kept], changes(plan)].concat().join("; ")
+}
+
+/// What becomes of experts that are not kept as they are: how many, and the range of their ranks or widths.
+fn changes(plan: &Plan) -> Vec<String> {
+    let mut found: BTreeMap<&str, (usize, Vec<usize>)> = BTreeMap::new();
+    for action in plan.layers.iter().flat_map(|l| &l.experts).map(|e| &e.action) {
+        let (name, sizes) = match action {
+            Action::Keep | Action::Drop => continue,
+            Action::Merge { .. } => ("merged into others", Vec::new()),
+            Action::Constant => ("constant", Vec::new()),
+            Action::LowRank { rank, .. } => {
+                ("low rank", Projection::ALL.into_iter().filter_map(|p| rank.get(p)).collect())
+            }
+            Action::Channels { keep } => ("narrower", vec![keep.count()]),
+            Action::Delta { rank } => ("a base and a difference", vec![*rank]),
+        };
+        let (count, all) = found.entry(name).or_default();
+        *count += 1;
+        all.extend(sizes);
     }
+    let words = |(name, (count, sizes)): (&str, (usize, Vec<usize>))| {
+        let what = if name == "narrower" { "width" } else { "rank" };
+        match (sizes.iter().min(), sizes.iter().max()) {
+            (Some(least), Some(most)) if least < most => {
+                format!("{count} {name}, {what}s {least} to {most}")
+            }
+            (Some(all), _) => format!("{count} {name}, {what} {all}"),
+            _ => format!("{count} {name}"),
+        }
+    };
+    let skips = plan.layers.iter().filter(|l| l.skip.is_some()).count();
+    let skips = (skips > 0).then(|| format!("{} with experts skipped per token", counted(skips, "layer")));
+    found.into_iter().map(words).chain(skips).collect()
 }
 
 /// What was planned.

@@ -157,7 +157,7 @@ pub fn apply_layer<'a>(
     let expert = |&slot: &usize| -> Result<StoredExpert> {
         let refuse = |what: String| Error::Action { layer: plan.layer, expert: slot, what };
         match &plan.experts[slot].action {
-            Action::Keep | Action::Drop | Action::Merge { .. } => keep(source, slot, &slots).map_err(refuse),
+            Action::Keep | Action::Drop | Action::Merge { .. } => Ok(keep(plan, source, slot, &slots)),
             Action::LowRank { rank, rows } => {
                 let expert = &source.experts[slot];
                 low_rank(plan.layer, slot, expert, [*rank, *rows], measured, options.factors, threads)
@@ -213,14 +213,19 @@ pub fn apply_layer<'a>(
     Ok(CompressedLayer { moe, slots, alignments })
 }
 
-/// The expert as it is; an alias is pointed at its target's new slot.
-fn keep(source: &MoeSource, slot: usize, slots: &[usize]) -> std::result::Result<StoredExpert, String> {
-    match &source.experts[slot] {
-        Expert::Alias(of) => match slots.iter().position(|s| s == of) {
-            Some(target) => Ok(Expert::Alias(target)),
-            None => Err(format!("is an alias of expert {of}, which the plan drops; drop both or keep both")),
-        },
-        other => Ok(other.clone()),
+/// The expert as it is. An alias is pointed at the new slot of what it stands for, and where that goes, the first of its
+/// aliases takes the weights over.
+fn keep(plan: &LayerPlan, source: &MoeSource, slot: usize, slots: &[usize]) -> StoredExpert {
+    let Expert::Alias(of) = source.experts[slot] else { return source.experts[slot].clone() };
+    let stays = plan.has_row(&plan.experts[of].action) && plan.experts[of].action != Action::Constant;
+    let is_heir = |s: &usize| {
+        matches!(source.experts[*s], Expert::Alias(other) if other == of)
+            && plan.experts[*s].action == Action::Keep
+    };
+    let owner = if stays { Some(of) } else { slots.iter().copied().find(is_heir) };
+    match owner.and_then(|owner| slots.iter().position(|s| *s == owner)) {
+        Some(target) if owner != Some(slot) => Expert::Alias(target),
+        _ => source.experts[of].clone(),
     }
 }
 

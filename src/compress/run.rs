@@ -269,6 +269,7 @@ impl<'a> Job<'a> {
         let statistics = self
             .options
             .statistics
+            .filter(|_| !self.needs.is_empty())
             .map(|s| (&s.tokens().sha256, &s.tokens().sample, self.needed().iter().all(|m| s.has(*m))));
         let identity = &self.profile.identity;
         let densify = self.apply.factors.densify;

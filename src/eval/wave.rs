@@ -72,7 +72,7 @@ impl<'m, B: Backend> Wave<'m, B> {
             })?;
             drop(layer);
             source.release();
-            progress.step(&format!("layer {l}"));
+            progress.step("");
         }
         Ok(Wave::behind(model, stream.chunks, Arc::new(model.head()?)))
     }

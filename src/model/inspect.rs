@@ -154,6 +154,9 @@ pub struct MoeSummary {
     pub parameters: u64,
     /// Stored bytes of the routed experts.
     pub bytes: u64,
+    /// Parameters of those that a token does not choose, on average over equally likely experts.
+    #[serde(skip)]
+    pub idle_parameters: u64,
 }
 
 /// Numbers of parameters.
@@ -205,10 +208,6 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Inspection> {
         }
     }
     let total = dtypes.values().sum();
-    let idle = |layer: &MoeSummary| {
-        let (experts, unused) = (layer.experts as u64, (layer.experts - layer.top_k) as u64);
-        layer.parameters * unused / experts
-    };
     Ok(Inspection {
         family: architecture.family.into(),
         layout: if checkpoint.manifest().is_some() { "moepress" } else { "hf" },
@@ -224,7 +223,7 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Inspection> {
         parameters: ParameterCounts {
             total,
             routed_experts: moe_layers.iter().map(|l| l.parameters).sum(),
-            active: total - moe_layers.iter().map(idle).sum::<u64>(),
+            active: total - moe_layers.iter().map(|l| l.idle_parameters).sum::<u64>(),
         },
         bytes: ByteCounts {
             total: checkpoint.bytes(),
@@ -326,8 +325,22 @@ impl MoeSummary {
             ranks: range(source.experts.iter().flat_map(ranks)),
             parameters: source.routed_parameters(),
             bytes: source.routed_bytes(),
+            idle_parameters: idle_parameters(source),
         }
     }
+}
+
+/// Parameters of routed experts that a token does not touch, on average over equally likely experts. An alias touches
+/// what it stands for.
+fn idle_parameters(source: &MoeSource) -> u64 {
+    let touched = |expert: &StoredExpert| match expert {
+        Expert::Alias(of) => source.experts[*of].parameters(),
+        own => own.parameters(),
+    };
+    let all = source.experts.iter().map(touched).sum::<u64>();
+    let base = source.base.iter().flatten().map(|w| w.len() as u64).sum::<u64>();
+    let active = base + all * source.spec.top_k as u64 / source.experts.len() as u64;
+    source.routed_parameters().saturating_sub(active)
 }
 
 /// Stored type of a tensor's numbers.

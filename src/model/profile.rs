@@ -3,7 +3,7 @@
 use super::Result;
 use super::find::Finder;
 use super::source::MoeSource;
-use crate::architecture::{Architecture, MoeProfile, MoeSpec, Profile, Projection};
+use crate::architecture::{Architecture, ExpertSize, MoeProfile, MoeSpec, Profile, Projection};
 use crate::backend::{Expert, Matrix, StoredExpert};
 use crate::checkpoint::{Checkpoint, Tensor, Weight};
 
@@ -31,6 +31,15 @@ pub fn profile(checkpoint: &Checkpoint, architecture: &Architecture) -> Result<P
 
 fn moe_profile(layer: usize, spec: &MoeSpec, source: &MoeSource) -> MoeProfile {
     let n = source.experts.len() as u64;
+    let size = |expert: &StoredExpert| ExpertSize {
+        parameters: expert.parameters(),
+        bytes: expert.bytes(),
+        alias_of: if let Expert::Alias(of) = expert { Some(*of) } else { None },
+    };
+    let sizes: Vec<ExpertSize> = source.experts.iter().map(size).collect();
+    let parameters = sizes.iter().map(|s| s.parameters).sum::<u64>();
+    let bytes = sizes.iter().map(|s| s.bytes).sum::<u64>();
+    let alike = sizes.windows(2).all(|pair| pair[0] == pair[1]);
     let router = || source.router.tensors();
     let matrices = Projection::ALL.map(|p| dense_matrices(&source.experts, p));
     let number_bytes = |w: &&Weight| w.replacement_dtype().bitsize() as u64 / 8;
@@ -42,8 +51,14 @@ fn moe_profile(layer: usize, spec: &MoeSpec, source: &MoeSource) -> MoeProfile {
         ungated: !spec.activation.is_gated(),
         groups: source.spec.groups.map_or(1, |g| g.count),
         top_groups: source.spec.groups.map_or(1, |g| g.kept),
-        expert_parameters: source.routed_parameters() / n,
-        expert_bytes: source.routed_bytes() / n,
+        expert_parameters: parameters / n,
+        expert_bytes: bytes / n,
+        each: if alike { Vec::new() } else { sizes },
+        base: ExpertSize {
+            parameters: source.routed_parameters() - parameters,
+            bytes: source.routed_bytes() - bytes,
+            alias_of: None,
+        },
         matrix_bytes: matrices.each_ref().map(|all| common(all.iter().map(|w| w.bytes()))),
         factor_bytes: common(matrices.iter().flatten().map(number_bytes)),
         router_parameters: router().map(|t| t.len() as u64).sum::<u64>() / n,

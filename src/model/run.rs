@@ -1,10 +1,11 @@
 //! A forward pass whose results are kept: logits and, on request, what every layer did.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::{Chunk, Head, HeadScratch, LayerSource, Model, Result, Scratch, Stream, TOKENS_PER_CHUNK};
 use crate::architecture::{FeedForwardSpec, LayerSpec};
-use crate::backend::Backend;
+use crate::backend::{Backend, Routes};
 use crate::checkpoint::{Dtype, SafetensorsWriter};
 use crate::progress::Progress;
 use crate::tokens::Windows;
@@ -71,7 +72,7 @@ pub fn run<B: Backend>(
     let mut results = Results {
         model,
         windows,
-        file: SafetensorsWriter::create(out, tensors(model, windows, trace)?)?,
+        file: SafetensorsWriter::create(out, &BTreeMap::new(), tensors(model, windows, trace)?)?,
         first_window: 0,
     };
     for (pass, first) in (0..windows.count).step_by(per_pass).enumerate() {
@@ -164,7 +165,7 @@ impl<B: Backend> Results<'_, '_, B> {
         let (first, tokens) = (self.first_token(chunk, length), chunk.batch.tokens());
         self.write(&name(l, "hidden"), first, architecture.hidden_size, &backend.download(&chunk.x)?)?;
         if is_moe {
-            let routes = backend.routes(&scratch.routing)?;
+            let routes = by_weight(backend.routes(&scratch.routing)?);
             let experts = routes.logits.len() / tokens.max(1);
             self.write(&name(l, "router_logits"), first, experts, &routes.logits)?;
             // Those that are skipped are written as −1, which has the same bits.
@@ -186,4 +187,17 @@ impl<B: Backend> Results<'_, '_, B> {
         }
         Ok(())
     }
+}
+
+/// Every token's choices with the largest weight first, which is not the order of choice where a bias takes part in it.
+fn by_weight(mut routes: Routes) -> Routes {
+    let tokens = routes.ids.chunks_exact_mut(routes.top_k).zip(routes.weights.chunks_exact_mut(routes.top_k));
+    for (ids, weights) in tokens {
+        let mut slots: Vec<(u32, f32)> = ids.iter().copied().zip(weights.iter().copied()).collect();
+        slots.sort_by(|a, b| b.1.total_cmp(&a.1));
+        for ((id, weight), slot) in ids.iter_mut().zip(weights).zip(slots) {
+            (*id, *weight) = slot;
+        }
+    }
+    routes
 }

@@ -6,7 +6,7 @@ use super::error::Place;
 use super::file::{LayerPlan, VERSION};
 use super::groups::GroupState;
 use super::{Action, Channels, Plan, Projection, Result};
-use crate::architecture::{MoeProfile, Profile};
+use crate::architecture::{ExpertSize, MoeProfile, Profile};
 
 /// Everything that can be checked without the checkpoint.
 pub(super) fn structure(plan: &Plan) -> Result<()> {
@@ -244,9 +244,16 @@ pub(super) fn profile(profile: &Profile) -> Result<()> {
                 format!("found {}, expected at most {reach}, the experts within reach", layer.top_k);
             return Err(place.field("top_k").profile(problem));
         }
-        let each = |expert: u64, router: u64| experts as u128 * (u128::from(expert) + u128::from(router));
-        parameters += each(layer.expert_parameters, layer.router_parameters);
-        bytes += each(layer.expert_bytes, layer.router_bytes);
+        if !layer.each.is_empty() && layer.each.len() != experts {
+            let problem = format!("found {}, expected {experts}, one per expert", layer.each.len());
+            return Err(place.field("each").profile(problem));
+        }
+        let routed = |size: fn(ExpertSize) -> u64| {
+            (0..experts).map(|e| u128::from(size(layer.expert(e)))).sum::<u128>()
+                + u128::from(size(layer.base))
+        };
+        parameters += routed(|s| s.parameters) + experts as u128 * u128::from(layer.router_parameters);
+        bytes += routed(|s| s.bytes) + experts as u128 * u128::from(layer.router_bytes);
     }
     if profile.moe_layers.windows(2).any(|pair| pair[0].layer >= pair[1].layer) {
         return Err(Place::top().field("moe_layers").profile("layers must be in ascending order, each once"));

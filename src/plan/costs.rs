@@ -6,7 +6,7 @@ use std::ops::{Add, AddAssign, Mul};
 use super::file::LayerPlan;
 use super::options::{self, Options};
 use super::{Action, Projection};
-use crate::architecture::{MoeProfile, Profile};
+use crate::architecture::{ExpertSize, MoeProfile, Profile};
 
 /// What a compressed checkpoint will be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
@@ -194,8 +194,11 @@ impl<'a> Costs<'a> {
         let mut base = false;
         let mut targets = BTreeSet::new();
         let actions = actions.collect::<Vec<_>>();
-        for action in &actions {
-            sizes += self.expert(layer, action);
+        for (e, action) in actions.iter().enumerate() {
+            sizes += match action {
+                Action::Keep => self.kept(layer, e),
+                _ => self.expert(layer, action),
+            };
             base |= matches!(action, Action::Delta { .. });
             if let Action::Merge { into, .. } = action {
                 targets.insert(*into);
@@ -205,7 +208,31 @@ impl<'a> Costs<'a> {
             let [before, after] = self.replaced(layer, action);
             sizes.bytes = sizes.bytes.saturating_sub(before) + after;
         }
+        // Weights outlive their expert where an alias of it stays.
+        let stays = |(e, action): (usize, &&Action)| {
+            layer.expert(e).alias_of.filter(|of| {
+                **action == Action::Keep
+                    && actions.get(*of).is_some_and(|a| matches!(a, Action::Drop | Action::Constant))
+            })
+        };
+        let inherited: BTreeSet<usize> = actions.iter().enumerate().filter_map(stays).collect();
+        for of in inherited {
+            sizes += self.kept(layer, of);
+        }
+        sizes += Sizes { parameters: layer.base.parameters, bytes: layer.base.bytes, tensors: 0 };
         if base { sizes + self.matrices(layer, layer.width as u64) } else { sizes }
+    }
+
+    /// Expert `e` as it is.
+    fn kept(&self, layer: &MoeProfile, e: usize) -> Sizes {
+        let ExpertSize { parameters, bytes, .. } = layer.expert(e);
+        Sizes { parameters, bytes, tensors: self.expert_tensors(layer) }
+    }
+
+    /// A layer's experts as they are.
+    fn before(&self, layer: &MoeProfile) -> Sizes {
+        let ExpertSize { parameters, bytes, .. } = layer.routed();
+        Sizes { parameters, bytes, tensors: self.expert_tensors(layer) * layer.experts as u64 }
     }
 
     /// The matrices of an expert of this width, as they are stored where they replace others.
@@ -252,7 +279,7 @@ impl<'a> Costs<'a> {
     pub(super) fn with(&self, actions: &[Vec<Action>]) -> u64 {
         let (mut before, mut after) = (Sizes::default(), Sizes::default());
         for (layer, actions) in self.profile.moe_layers.iter().zip(actions) {
-            before += self.expert(layer, &Action::Keep) * layer.experts as u64;
+            before += self.before(layer);
             after += self.layer(layer, actions.iter());
         }
         let bytes = self.profile.bytes - before.bytes + after.bytes;
@@ -265,7 +292,7 @@ impl<'a> Costs<'a> {
         for (plan, layer) in layers.iter().zip(&self.profile.moe_layers) {
             let experts = layer.experts as u64;
             let router = Sizes { parameters: 0, bytes: layer.router_bytes, tensors: 0 };
-            before += (self.expert(layer, &Action::Keep) + router) * experts;
+            before += self.before(layer) + router * experts;
             after +=
                 self.layer(layer, plan.experts.iter().map(|e| &e.action)) + router * plan.routed() as u64;
         }

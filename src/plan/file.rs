@@ -235,6 +235,15 @@ impl Plan {
         Ok(Expected::of(&Costs::of_options(profile, &self.options), &self.layers))
     }
 
+    /// Bytes of the compressed checkpoint, safetensors headers included as far as they can be foreseen.
+    ///
+    /// # Errors
+    /// Those of [`Plan::check`].
+    pub fn bytes_on_disk(&self, profile: &Profile) -> Result<u64> {
+        self.check(profile)?;
+        Ok(Costs::of_options(profile, &self.options).on_disk_after(&self.layers))
+    }
+
     /// Routed experts that remain in each MoE layer, neither dropped nor merged.
     pub fn experts_kept(&self) -> Vec<usize> {
         let kept = |l: &LayerPlan| l.experts.iter().filter(|e| e.action.is_stored()).count();

@@ -15,8 +15,9 @@ use crate::architecture::WeightTarget;
 use crate::backend::{Backend, Expert};
 use crate::calibrate::Residual;
 use crate::checkpoint::Checkpoint;
-use crate::compress::Layout;
+use crate::compress::{Layout, PLAN_FILE};
 use crate::model::{Dissected, FeedForwardSource, LayerSource, Model, MoeSource, Stream};
+use crate::plan::Plan;
 use crate::progress::Progress;
 use crate::tokens::Windows;
 
@@ -157,16 +158,29 @@ fn check_pair<B: Backend>(original: &Model<'_, B>, compressed: &Model<'_, B>) ->
         let what = format!("{what}; expected a checkpoint that was made from {dir}");
         Err(Error::Pair { compressed: compressed.checkpoint().dir().into(), what })
     };
+    if a.family != b.family {
+        return refuse(format!("family {}, the original is of {}", b.family, a.family));
+    }
     for (what, a, b) in sizes {
         if a != b {
             return refuse(format!("{what} {b}, the original has {a}"));
         }
     }
     match (0..a.layers.len()).find(|&l| a.moe(l).is_some() != b.moe(l).is_some()) {
-        Some(l) => refuse(format!("layer {l} has experts in one of the two only")),
-        None if a.moe_layers().next().is_none() => refuse("no layer has experts".into()),
-        None => Ok(()),
+        Some(l) => return refuse(format!("layer {l} has experts in one of the two only")),
+        None if a.moe_layers().next().is_none() => return refuse("no layer has experts".into()),
+        None => {}
     }
+    // Made by a plan for another checkpoint. A chain of compressions keeps the last plan only, so one that is for neither
+    // of the two says nothing.
+    let made_from = |model: &Model<'_, B>| {
+        let plan = Plan::read(model.checkpoint().dir().join(PLAN_FILE)).ok()?;
+        Some(plan.model.identity)
+    };
+    if made_from(original).is_some_and(|id| id == compressed.checkpoint().identity()) {
+        return refuse("is what the other was made from: the original comes first".into());
+    }
+    Ok(())
 }
 
 /// For every window whether it is held out: a share of them, evenly spaced, at least one.

@@ -8,7 +8,7 @@ use moepress::backend::cpu::Cpu;
 use moepress::calibrate::{Options as CalibrateOptions, calibrate};
 use moepress::checkpoint::Checkpoint;
 use moepress::compress::{Options, Report, compress};
-use moepress::model::{FeedForwardSource, HeadScratch, LayerSource, Model, Stream};
+use moepress::model::{HeadScratch, Layer, LayerSource, Model, Stream};
 use moepress::plan::{Budget, Plan, Request, method};
 use moepress::tokens::Windows;
 
@@ -62,13 +62,14 @@ pub fn masked(dir: &Path, plan: &Plan, windows: &Windows) -> Vec<f32> {
     let model = Model::new(&checkpoint, &Cpu, windows.length).unwrap();
     let mut stream = Stream::new(&model, windows).unwrap();
     for l in 0..model.architecture().layers.len() {
-        let mut source = LayerSource::open(&checkpoint, model.architecture(), l).unwrap();
-        if let (FeedForwardSource::Moe(moe), Some(plan)) =
-            (&mut source.feed_forward, plan.layers.iter().find(|p| p.layer == l))
-        {
+        let source = LayerSource::open(&checkpoint, model.architecture(), l).unwrap();
+        let layer = model.prepare(&source).unwrap();
+        let router = plan.layers.iter().find(|p| p.layer == l).map(|plan| {
+            let mut moe = source.moe().unwrap().clone();
             plan.dropped().for_each(|e| moe.experts[e] = Expert::None);
-        }
-        stream.advance(&model.prepare(&source).unwrap(), |_, _| Ok(())).unwrap();
+            Layer::router(&Cpu, l, &moe).unwrap()
+        });
+        stream.advance_with(&layer, router.as_ref()).unwrap();
     }
     let head = model.head().unwrap();
     let mut work = HeadScratch::new(&Cpu);

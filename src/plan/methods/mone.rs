@@ -75,7 +75,7 @@ impl Method for Mone {
     fn plan(&self, request: &Request<'_>) -> Result<Plan> {
         check::profile(request.profile)?;
         let options = options::resolve(NAME, &OPTIONS, request.options)?;
-        selection(&options).plan(request, options)
+        selection(&options).plan(request, &options)
     }
 }
 

@@ -182,7 +182,7 @@ impl Method for Prune {
     fn plan(&self, request: &Request<'_>) -> Result<Plan> {
         check::profile(request.profile)?;
         let options = options::resolve(self.name, self.options(), request.options)?;
-        self.selection().plan(request, options)
+        self.selection().plan(request, &options)
     }
 }
 

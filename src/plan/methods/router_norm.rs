@@ -95,6 +95,6 @@ impl Method for RouterNorm {
         let scores = profile.moe_layers.iter().map(scores).collect::<Result<Vec<_>>>()?;
         // The rule is not used: the scores are there already.
         let selection = Selection { method: NAME, rule: Rule::Random, action: Action::Drop };
-        selection.plan_scored(request, budget, options, None, &scores)
+        selection.plan_scored(request, budget, &options, None, &scores)
     }
 }

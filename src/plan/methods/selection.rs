@@ -25,16 +25,16 @@ pub(super) struct Selection {
 
 impl Selection {
     /// The plan for a checked profile and resolved options.
-    pub(super) fn plan(&self, request: &Request<'_>, options: Options) -> Result<Plan> {
+    pub(super) fn plan(&self, request: &Request<'_>, options: &Options) -> Result<Plan> {
         let profile = request.profile;
-        let guard = options::is(&options, "protect", "super");
+        let guard = options::is(options, "protect", "super");
         let statistics = if guard || self.rule != Rule::Random { Some(moments(request)?) } else { None };
         let Some(budget) = request.budget else {
             let message = format!("{}: no budget; give --remove, --experts or --bytes", self.method);
             return Err(Error::Budget(message));
         };
 
-        let seed = seed(&options);
+        let seed = seed(options);
         let mut scores = Vec::with_capacity(profile.moe_layers.len());
         for (i, layer) in profile.moe_layers.iter().enumerate() {
             scores.push(score::scores(self.rule, layer, statistics.map(|s| &s[i]), seed)?);
@@ -47,32 +47,52 @@ impl Selection {
         &self,
         request: &Request<'_>,
         budget: Budget,
-        options: Options,
+        options: &Options,
+        statistics: Option<&[Moments]>,
+        scores: &[Vec<f64>],
+    ) -> Result<Plan> {
+        let mut aim = budget;
+        loop {
+            let plan = self.plan_for(request, aim, options, statistics, scores)?;
+            let (Budget::Bytes(most), Budget::Bytes(size)) = (budget, aim) else { return Ok(plan) };
+            // Which of unequal experts go is known only now.
+            match plan.bytes_on_disk(request.profile)?.saturating_sub(most) {
+                0 => return Ok(plan),
+                excess => aim = Budget::Bytes(size.saturating_sub(excess)),
+            }
+        }
+    }
+
+    fn plan_for(
+        &self,
+        request: &Request<'_>,
+        budget: Budget,
+        options: &Options,
         statistics: Option<&[Moments]>,
         scores: &[Vec<f64>],
     ) -> Result<Plan> {
         let profile = request.profile;
-        let guard = options::is(&options, "protect", "super");
+        let guard = options::is(options, "protect", "super");
         let protected = match statistics {
-            Some(statistics) if guard => protected(profile, statistics, &options)?,
+            Some(statistics) if guard => protected(profile, statistics, options)?,
             _ => profile.moe_layers.iter().map(|l| vec![false; l.experts]).collect(),
         };
         let open: Vec<MoeProfile> = profile.moe_layers.iter().map(|l| self.choices(l)).collect();
         let layers = open
             .iter()
             .zip(&protected)
-            .map(|(layer, protected)| Ok(Layer::new(layer, floor(&options, layer)?, protected.clone())))
+            .map(|(layer, protected)| Ok(Layer::new(layer, floor(options, layer)?, protected.clone())))
             .collect::<Result<Vec<_>>>()?;
 
-        if owl::is_owl(&options) && !matches!(budget, Budget::Remove(_)) {
+        if owl::is_owl(options) && !matches!(budget, Budget::Remove(_)) {
             return Err(owl::needs_fraction(budget));
         }
-        if owl::is_owl(&options) && options::is(&options, "scope", "global") {
+        if owl::is_owl(options) && options::is(options, "scope", "global") {
             let expected = "cannot be combined with scope=global, which divides the budget itself".into();
             return Err(Error::Option { option: "layer_ratio".into(), value: "owl".into(), expected });
         }
         let costs = Costs::new(profile, FactorDtype::Auto).replacing(&self.action);
-        let dropped = if options::is(&options, "scope", "global") {
+        let dropped = if options::is(options, "scope", "global") {
             let sequence = select::sequence(&layers, scores);
             let owners = sequence.iter().map(|(i, _)| &profile.moe_layers[*i]).collect::<Vec<_>>();
             let n = budget::drops_of_sequence(budget, &costs, &owners)?;
@@ -82,9 +102,9 @@ impl Selection {
         } else {
             let rooms = layers.iter().map(Layer::room).collect::<Vec<_>>();
             let drops = match budget {
-                Budget::Remove(fraction) if owl::is_owl(&options) => {
+                Budget::Remove(fraction) if owl::is_owl(options) => {
                     budget.check()?;
-                    let fractions = owl::fractions(request, &options, fraction)?;
+                    let fractions = owl::fractions(request, options, fraction)?;
                     budget::drops_of_fractions(budget, &rooms, &fractions)?
                 }
                 _ => budget::drops_per_layer(budget, &costs, &rooms)?,
@@ -104,7 +124,7 @@ impl Selection {
             None => Vec::new(),
         };
         let source = statistics.and(request.source).cloned();
-        Plan::assemble(profile, self.method, options, source, plans, warnings)
+        Plan::assemble(profile, self.method, options.clone(), source, plans, warnings)
     }
 
     /// The layer as far as choosing goes: experts that keep their router row keep every group of the router usable.

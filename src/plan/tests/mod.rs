@@ -10,7 +10,7 @@ mod reference;
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::architecture::{MoeProfile, Profile};
+use crate::architecture::{ExpertSize, MoeProfile, Profile};
 use crate::backend::{Moment, MomentDims, Moments};
 
 /// A MoE layer of width 12 with bf16 experts for the hidden size 8.
@@ -25,6 +25,8 @@ pub(super) fn layer(layer: usize, experts: usize, top_k: usize) -> MoeProfile {
         top_groups: 1,
         expert_parameters: 3 * 8 * 12,
         expert_bytes: 2 * 3 * 8 * 12,
+        each: Vec::new(),
+        base: ExpertSize::default(),
         matrix_bytes: [0; 3],
         factor_bytes: 0,
         router_parameters: 9,

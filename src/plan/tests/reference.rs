@@ -39,6 +39,8 @@ impl Reference {
             top_groups: 1,
             expert_parameters: number("parameters_per_expert"),
             expert_bytes: 2 * number("parameters_per_expert"),
+            each: Vec::new(),
+            base: ExpertSize::default(),
             matrix_bytes: [0; 3],
             factor_bytes: 0,
             router_parameters: hidden,

@@ -21,8 +21,8 @@ impl Job<'_> {
         let averages = match self.target {
             Target::Dense => return Ok(()),
             Target::Rank(rank) => vec![rank; shapes.len()],
-            Target::Share(share) => {
-                let share = share * profile.routed_parameters() as f64 / pruned.routed_parameters as f64;
+            Target::Share(of_all) => {
+                let share = of_all * profile.routed_parameters() as f64 / pruned.routed_parameters as f64;
                 if share >= 1.0 - 1e-9 {
                     return Ok(());
                 }
@@ -39,7 +39,10 @@ impl Job<'_> {
                         budget::round_down(largest)
                     )));
                 }
-                averages
+                let most = of_all * profile.routed_parameters() as f64;
+                self.enlarged(layers, importance, averages, |layers| {
+                    Expected::of(&costs, layers).routed_parameters as f64 <= most
+                })
             }
             Target::Bytes(size) => {
                 budget::refuse_enough(size, &costs)?;
@@ -64,6 +67,32 @@ impl Job<'_> {
         };
         self.set_ranks(layers, importance, &averages);
         Ok(())
+    }
+
+    /// These average ranks, or where some experts stay dense, which cannot use theirs, the largest that fit.
+    fn enlarged(
+        &self,
+        layers: &[LayerPlan],
+        importance: &[Vec<f64>],
+        mut averages: Vec<usize>,
+        fits: impl Fn(&[LayerPlan]) -> bool,
+    ) -> Vec<usize> {
+        let with = |averages: &[usize]| {
+            let mut layers = layers.to_vec();
+            self.set_ranks(&mut layers, importance, averages);
+            layers
+        };
+        let stays = |layers: &[LayerPlan]| {
+            layers.iter().flat_map(|l| &l.experts).filter(|e| e.action == Action::Keep).count()
+        };
+        loop {
+            let now = with(&averages);
+            let larger: Vec<usize> = averages.iter().map(|rank| rank + 1).collect();
+            if !(1..=stays(layers)).contains(&stays(&now)) || !fits(&with(&larger)) {
+                return averages;
+            }
+            averages = larger;
+        }
     }
 
     /// Sets the ranks of the experts that stay, with these average ranks.
