@@ -430,6 +430,33 @@ fn equal_losses_go_to_the_first_subset() {
 }
 
 #[test]
+fn text_does_in_place_of_tokens() {
+    let folder = tempfile::tempdir().unwrap();
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/data");
+    let out = folder.path().join("plan.json");
+    let text = examples.join("text/scripture.calibration.txt");
+    let given = [
+        "plan",
+        "--quiet",
+        "--method",
+        "naee",
+        "--remove",
+        "0.25",
+        "--windows",
+        "2",
+        "--window-length",
+        "32",
+    ];
+    let mut arguments: Vec<&std::ffi::OsStr> = given.iter().map(std::ffi::OsStr::new).collect();
+    let model = examples.join("model");
+    arguments.extend(["--model".as_ref(), model.as_os_str(), "--text".as_ref(), text.as_os_str()]);
+    arguments.extend(["--out".as_ref(), out.as_os_str()]);
+    moepress(arguments).ok();
+    let plan: Value = serde_json::from_slice(&std::fs::read(&out).unwrap()).unwrap();
+    assert_eq!(plan["statistics"]["tokens"], 64);
+}
+
+#[test]
 fn bad_input_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("tokens.safetensors");
@@ -445,7 +472,7 @@ fn bad_input_is_named() {
     let given = ["--model", model, "--tokens", file];
     assert_eq!(
         run(&["--remove", "0.25", "--model", model]).error(2),
-        "--model and --tokens are needed: naee searches on the tokens themselves"
+        "--model and --tokens (or --text) are needed: naee searches on the tokens themselves"
     );
     let cases: [(&[&str], &str); 6] = [
         (

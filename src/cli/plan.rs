@@ -93,7 +93,7 @@ impl Args {
         if method.needs().tokens && (self.model.is_none() || !self.text.is_given()) {
             let name = method.name();
             return Err(Failure::Usage(format!(
-                "--model and --text (or --tokens) are needed: {name} searches on the tokens themselves"
+                "--model and --tokens (or --text) are needed: {name} searches on the tokens themselves"
             )));
         }
         if self.text.is_given() && self.model.is_none() {
