@@ -188,7 +188,8 @@ moepress_status moepress_device_open(int32_t ordinal, moepress_device **device);
 /* Layers stay valid. Null is allowed. */
 void moepress_device_close(moepress_device *device);
 
-/* Prepares a layer. Waits for its copies. */
+/* Prepares a layer of up to 1024 experts, 32 of them per token, in up to 64 groups. Waits for its copies: host memory of the
+ * spec may go when it returns. Weights in device memory must stay as they are until the layer is destroyed. */
 moepress_status moepress_layer_create(const moepress_device *device, const moepress_layer_spec *spec,
                                       moepress_layer **layer);
 
@@ -198,7 +199,7 @@ void moepress_layer_destroy(moepress_layer *layer);
 /* Workspace for up to max_tokens tokens; never less for more tokens. */
 moepress_status moepress_layer_workspace_bytes(const moepress_layer *layer, int64_t max_tokens, size_t *bytes);
 
-/* Enqueues a forward pass on a CUstream or cudaStream_t of the device; null is the default stream. */
+/* Several threads may use one layer at a time, each with a stream and a workspace of its own. Enqueues a forward pass on a CUstream or cudaStream_t of the device; null is the default stream. */
 moepress_status moepress_layer_forward(const moepress_layer *layer, const moepress_forward_args *args, void *stream);
 
 #ifdef __cplusplus

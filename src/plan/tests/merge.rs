@@ -387,6 +387,21 @@ fn messages() {
     }
 }
 
+/// Groups that cannot take in more bound what is asked of a size, and do not refuse it.
+#[test]
+fn a_size_is_met_by_groups_of_a_largest_size() {
+    let (profile, statistics) = two_layers();
+    let now = Budget::Experts(3);
+    for (method, option) in [("m-smoe", "capacity=2"), ("ream", "group_size=2"), ("ream", "group_size=3")] {
+        let options = [option, "router=redirect"];
+        let counted = plan(method, &profile, Some(&statistics), Some(now), &options).unwrap();
+        let size = counted.bytes_on_disk(&profile).unwrap();
+        let sized = plan(method, &profile, Some(&statistics), Some(Budget::Bytes(size)), &options).unwrap();
+        assert!(sized.bytes_on_disk(&profile).unwrap() <= size, "{method} {option}");
+        assert_eq!(sized.experts_kept().iter().sum::<usize>(), counted.experts_kept().iter().sum::<usize>());
+    }
+}
+
 /// The rows of merged experts count until they go; a wider type of merged experts counts where something is merged.
 #[test]
 fn sizes_of_merged_layers() {

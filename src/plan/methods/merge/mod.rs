@@ -113,13 +113,22 @@ impl<'a> Job<'a> {
         profile.moe_layers.iter().enumerate().filter(|(_, l)| !self.excluded.contains(&l.layer))
     }
 
-    /// The fewest groups of a layer: one, or where rows go as many as a token must find.
+    /// The fewest groups of a layer: where rows go, as many as a token must find; where a size is to be met, as many as can
+    /// hold the experts (other budgets say how many groups there are, and an error says that these cannot).
     fn floor(&self, layer: &MoeProfile) -> usize {
+        let held = if matches!(self.budget, Budget::Bytes(_)) { self.fewest_that_hold(layer) } else { 1 };
         if self.rows == MergedRows::Fuse {
-            layer.experts - GroupState::new(layer, layer.top_k).removable()
+            held.max(layer.experts - GroupState::new(layer, layer.top_k).removable())
         } else {
-            1
+            held
         }
+    }
+
+    /// The fewest groups that can hold the experts of a layer, where groups have a largest size.
+    fn fewest_that_hold(&self, layer: &MoeProfile) -> usize {
+        let largest = |name| options::integer(&self.options, name).and_then(|n| usize::try_from(n).ok());
+        let largest = largest("capacity").or_else(|| largest("group_size")).unwrap_or(layer.experts);
+        layer.experts.div_ceil(largest.max(1))
     }
 
     /// Errors where the rows that go leave a group-limited router too few in some choice of its groups.
