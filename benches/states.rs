@@ -6,8 +6,8 @@
 //! speed of the vector units. A single token reads and writes the state, 2 MiB each: there the floor is 4 MiB over the
 //! bandwidth of the cache that holds it.
 //!
-//! Measured on two cores of a shared AMD EPYC with AVX-512, with other work beside it all the time: the rule on 512 tokens
-//! 26 to 45 ms (72 to 42 GFLOP/s), on a single one 0.19 to 0.31 ms; the convolution 0.25 to 0.39 ms and 0.8 to 1.3 µs.
+//! Measured on two cores of a shared AMD EPYC with AVX-512, otherwise idle: the rule on 512 tokens 10.6 ms (178 GFLOP/s), on
+//! a single one 93 µs (45 GB/s); the convolution 0.13 ms and 0.64 µs.
 
 #![allow(clippy::unwrap_used, missing_docs, reason = "a failed unwrap is a failed bench")]
 

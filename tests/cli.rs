@@ -501,7 +501,7 @@ fn a_missing_folder_is_named() {
 fn missing_files_are_named() {
     let model = Mutant::of("mixtral");
     std::fs::remove_file(model.file("config.json")).unwrap();
-    assert_rejected(model.path(), "config.json: No such file");
+    assert_rejected(model.path(), "config.json: missing; expected a checkpoint folder with config.json");
     let model = Mutant::of("mixtral");
     std::fs::remove_file(model.file("model.safetensors")).unwrap();
     assert_rejected(model.path(), "holds neither model.safetensors nor model.safetensors.index.json");

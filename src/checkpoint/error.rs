@@ -24,6 +24,12 @@ pub enum Error {
         /// The path.
         path: PathBuf,
     },
+    /// A folder that is no checkpoint.
+    #[error("{}: missing; expected a checkpoint folder with config.json and safetensors", path.display())]
+    NoConfig {
+        /// Where the config should be.
+        path: PathBuf,
+    },
     /// Something that is not a regular file.
     #[error("{}: is {found}, expected a file", path.display())]
     NotAFile {

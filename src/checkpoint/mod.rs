@@ -64,7 +64,11 @@ impl Checkpoint {
         if !dir.is_dir() {
             return Err(Error::NotAFolder { path: dir });
         }
-        let config = read_text(&dir.join("config.json"))?;
+        let config = dir.join("config.json");
+        if !is_listed(&config) {
+            return Err(Error::NoConfig { path: config });
+        }
+        let config = read_text(&config)?;
         let manifest = match dir.join(MANIFEST_FILE) {
             path if is_listed(&path) => Some(Manifest::parse(&path, &read_text(&path)?)?),
             _ => None,
