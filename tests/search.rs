@@ -12,16 +12,20 @@ use common::command::moepress;
 use common::compress::{options, tokens};
 use common::reference::{Reference, evaluate};
 use common::{data, read};
-use moepress::architecture::MoeProfile;
+use moepress::architecture::{MoeProfile, SkipThreshold};
 use moepress::backend::Moment;
 use moepress::backend::cpu::Cpu;
 use moepress::checkpoint::Checkpoint;
-use moepress::model::{Model, profile};
-use moepress::plan::{Action, Budget, Loss, LossSource, Pass, Plan, Request, Subsets, method};
+use moepress::compress::WeightSpectra;
+use moepress::model::{Model, open_architecture, profile};
+use moepress::plan::{
+    Action, Budget, Loss, LossSource, Pass, Plan, Projection, RankRule, Request, SpectrumSource, Subsets,
+    method, ranks_by_importance,
+};
 use moepress::progress::Progress;
 use moepress::search::Search;
 use moepress::tokens::{Windows, write_token_file};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const PASS: Pass<'static> = Pass { task: "test", batch: 8, progressive: false, exact: false };
 
@@ -131,8 +135,12 @@ fn losses_are_those_of_running_the_layer() {
     }
 }
 
-fn json(reference: &Reference, file: &str) -> Value {
+fn outputs(reference: &Reference, file: &str) -> Value {
     serde_json::from_str(&std::fs::read_to_string(reference.dir.join(file)).unwrap()).unwrap()
+}
+
+fn numbers(value: &Value) -> Vec<f64> {
+    value.as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect()
 }
 
 fn dropped(layer: &Value) -> Vec<usize> {
@@ -145,7 +153,7 @@ fn subsets_and_losses_are_those_of_the_reference() {
     for (name, kept) in [("mixtral", &[6, 4][..]), ("qwen2_moe", &[14, 12, 8])] {
         let Some(reference) = Reference::open(name, &[]) else { return };
         let experts = if name == "mixtral" { 8 } else { 16 };
-        let naee = json(&reference, "naee.json");
+        let naee = outputs(&reference, "naee.json");
         let losses = reference.dir.join("naee.safetensors");
         on(&reference.model, &reference.calibration, |search| {
             search.begin(&PASS).unwrap();
@@ -198,7 +206,7 @@ fn combinations(n: usize, k: usize) -> Vec<Vec<usize>> {
 fn moe_i2_is_that_of_the_reference() {
     for name in ["mixtral", "qwen2_moe"] {
         let Some(reference) = Reference::open(name, &[]) else { return };
-        let expected = json(&reference, "moei2.json");
+        let expected = outputs(&reference, "moei2.json");
         let sets = |value: &Value| -> Vec<usize> {
             value.as_array().unwrap().iter().map(|e| e.as_u64().unwrap() as usize).collect()
         };
@@ -210,11 +218,13 @@ fn moe_i2_is_that_of_the_reference() {
                 let mut candidates = Vec::new();
                 for l in [2 * block, 2 * block + 1] {
                     search.enter(l).unwrap();
-                    let importance = expected["importance_batch_sum"][l].as_array().unwrap();
+                    let [importance, single] =
+                        ["importance_batch_sum", "importance_single"].map(|key| numbers(&expected[key][l]));
                     let alone: Vec<Vec<usize>> = (0..importance.len()).map(|e| vec![e]).collect();
-                    for (found, wanted) in search.losses(&alone).unwrap().iter().zip(importance) {
-                        let wanted = wanted.as_f64().unwrap();
-                        assert!((found.batch_sum - wanted).abs() < 1e-5 * wanted + 1e-3, "{name} layer {l}");
+                    for (e, found) in search.losses(&alone).unwrap().iter().enumerate() {
+                        for (found, wanted) in [(found.batch_sum, importance[e]), (found.single, single[e])] {
+                            assert!((found - wanted).abs() < 1e-5 * wanted + 1e-3, "{name} layer {l}");
+                        }
                     }
                     let top = budget["layers"][l]["top"].as_array().unwrap();
                     candidates.push(top.iter().map(|t| sets(&t["dropped"])).collect::<Vec<_>>());
@@ -273,6 +283,62 @@ fn moe_i2_is_that_of_the_reference() {
                 "{name} layer {}",
                 layer.layer
             );
+        }
+    }
+}
+
+/// Ranks of all experts by their importance, and what the plain SVD at the ranks of those that stay loses.
+#[test]
+fn ranks_and_truncation_errors_of_the_reference() {
+    for (name, most) in [("mixtral", 128), ("qwen2_moe", 96)] {
+        let Some(reference) = Reference::open(name, &[]) else { return };
+        let expected = outputs(&reference, "moei2.json");
+        let number = |key: &str| expected[key].as_f64().unwrap();
+        let rule = RankRule { alpha: number("alpha"), epsilon: number("epsilon") };
+        let checkpoint = Checkpoint::open(&reference.model).unwrap();
+        let architecture = open_architecture(&checkpoint).unwrap();
+        let spectra = WeightSpectra::new(&checkpoint, &architecture, None);
+        for l in 0..4 {
+            let importance = numbers(&expected["importance_batch_sum"][l]);
+            let ranks = ranks_by_importance(&importance, number("average_rank") as usize, most, rule);
+            assert_eq!(json!(ranks), expected["ranks_without_pruning"][l], "{name} layer {l}");
+            let kept = &expected["ranks_after_pruning_25"][l.to_string()];
+            let errors = expected["truncation_errors"][l.to_string()].as_array().unwrap();
+            for (i, (expert, rank)) in numbers(&kept["kept"]).iter().zip(numbers(&kept["rank"])).enumerate() {
+                for (j, matrix) in
+                    [Projection::Gate, Projection::Up, Projection::Down].into_iter().enumerate()
+                {
+                    let spectrum = spectra.spectrum(l, *expert as usize, matrix).unwrap();
+                    let lost = spectrum[rank as usize..].iter().sum::<f64>();
+                    let relative = (lost / spectrum.iter().sum::<f64>()).sqrt();
+                    for (found, key) in [(lost.sqrt(), "abs"), (relative, "relative")] {
+                        let wanted = errors[i][j][key].as_f64().unwrap();
+                        assert!((found / wanted - 1.0).abs() < 1e-9, "{name} layer {l}: {found} {wanted}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The thresholds of skipping are the medians of the reference, behind any number of experts.
+#[test]
+fn skipping_begins_at_the_medians_of_the_reference() {
+    for (name, top_k) in [("mixtral", 2), ("qwen2_moe", 4)] {
+        let Some(reference) = Reference::open(name, &[]) else { return };
+        let expected = outputs(&reference, "naee.json")["skipping"].clone();
+        for after in 1..top_k {
+            let set = [("skip", "true"), ("skip_after", ["1", "2", "3"][after - 1])];
+            let found = plan(&reference.model, &reference.calibration, "naee", None, &set).unwrap();
+            for (layer, expected) in found.layers.iter().zip(expected.as_array().unwrap()) {
+                let (found, wanted) = match layer.skip.unwrap().threshold {
+                    SkipThreshold::Ratio(ratio) => (ratio, &expected["median_w2_over_w1"]),
+                    SkipThreshold::Tail(tail) => (tail, &expected["median_tail_fraction"][after - 1]),
+                };
+                let wanted = wanted.as_f64().unwrap();
+                let place = format!("{name} layer {} behind {after}", layer.layer);
+                assert!((found - wanted).abs() < 2e-6, "{place}: {found}, expected {wanted}");
+            }
         }
     }
 }
