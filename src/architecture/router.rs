@@ -38,6 +38,15 @@ impl RouterSpec {
             skip: None,
         }
     }
+
+    /// Sigmoid scores, and a bias per expert that only choices see.
+    pub fn biased_sigmoid(top_k: usize, weights: WeightRule) -> Self {
+        RouterSpec {
+            scoring: Scoring::Sigmoid,
+            choice: Choice::BiasedScore,
+            ..RouterSpec::softmax(top_k, weights)
+        }
+    }
 }
 
 /// From router logits to scores.

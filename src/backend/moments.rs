@@ -201,13 +201,14 @@ pub struct Moments {
 impl Moments {
     /// Zeros for every first moment and for those second moments that are listed in `second`.
     pub fn zeros(dims: MomentDims, second: &[Moment]) -> Self {
+        let zeros = |m: Moment| (m, vec![0.0; m.shape(dims).iter().product()]);
+        Moments { dims, arrays: Moments::with(second).map(zeros).collect() }
+    }
+
+    /// The moments that are measured together with `second`: all that are no second ones, and these.
+    pub fn with(second: &[Moment]) -> impl Iterator<Item = Moment> {
         let wanted = |m: &Moment| !Moment::SECOND.contains(m) || second.contains(m);
-        let arrays = Moment::ALL
-            .into_iter()
-            .filter(wanted)
-            .map(|m| (m, vec![0.0; m.shape(dims).iter().product()]))
-            .collect();
-        Moments { dims, arrays }
+        Moment::ALL.into_iter().filter(wanted)
     }
 
     /// Moments from arrays read elsewhere; every array must have the size of [`Moment::shape`].

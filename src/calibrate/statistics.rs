@@ -288,15 +288,14 @@ impl Statistics {
         }
         info.files = files;
         let second: Vec<Moment> = Moment::SECOND.into_iter().filter(|m| first.has(*m)).collect();
-        let zeros = |layer: usize| {
+        let dims = |layer: usize| {
             let dims = first.dims(layer).unwrap_or_else(|| unreachable!());
-            Moments::zeros(MomentDims { files: info.files.len(), ..dims }, &second)
+            MomentDims { files: info.files.len(), ..dims }
         };
         let layers = || first.profile.moe_layers.iter().map(|moe| moe.layer);
         let tensors = |l: usize| {
-            let zeros = zeros(l);
-            let tensor = |(m, _): (Moment, &[f64])| (tensor_name(l, m), Dtype::F64, m.shape(zeros.dims()));
-            zeros.iter().map(tensor).collect::<Vec<_>>()
+            let dims = dims(l);
+            Moments::with(&second).map(move |m| (tensor_name(l, m), Dtype::F64, m.shape(dims)))
         };
         let metadata = Statistics {
             path: path.into(),
@@ -308,7 +307,7 @@ impl Statistics {
         let tensors = layers().flat_map(tensors).collect();
         let mut file = SafetensorsWriter::create(path, &metadata.metadata()?, tensors)?;
         for l in layers() {
-            let mut sum = zeros(l);
+            let mut sum = Moments::zeros(dims(l), &second);
             for part in parts {
                 add(&mut sum, &info.files, &part.moments(l, &Moment::ALL)?, &part.tokens.files);
             }

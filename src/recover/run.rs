@@ -173,11 +173,8 @@ fn check_pair<B: Backend>(original: &Model<'_, B>, compressed: &Model<'_, B>) ->
     }
     // Made by a plan for another checkpoint. A chain of compressions keeps the last plan only, so one that is for neither
     // of the two says nothing.
-    let made_from = |model: &Model<'_, B>| {
-        let plan = Plan::read(model.checkpoint().dir().join(PLAN_FILE)).ok()?;
-        Some(plan.model.identity)
-    };
-    if made_from(original).is_some_and(|id| id == compressed.checkpoint().identity()) {
+    let plan = Plan::read(original.checkpoint().dir().join(PLAN_FILE));
+    if plan.is_ok_and(|plan| plan.model.identity == compressed.checkpoint().identity()) {
         return refuse("is what the other was made from: the original comes first".into());
     }
     Ok(())

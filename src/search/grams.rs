@@ -11,7 +11,7 @@ use std::path::Path;
 use rayon::prelude::*;
 
 use super::rule::{Change, Choices, Mask, Rule, Tokens};
-use super::table::{Table, TableWork};
+use super::table::{Table, TableWork, Token};
 use crate::plan::Loss;
 
 /// Tokens that one thread works on at a time; fixed, so that sums do not depend on the number of threads.
@@ -126,7 +126,7 @@ impl LayerGrams {
             for t in first..tokens.count.min(first + SEGMENT) {
                 let gram = &grams[t * self.size()..(t + 1) * self.size()];
                 if let Some(table) = table.filter(|_| !tokens.exact[t]) {
-                    self.add_squares(tokens, t, gram, (masks, slice), table, &mut work, &mut sums);
+                    self.add_squares(Token { tokens, t, gram }, (masks, slice), table, &mut work, &mut sums);
                     continue;
                 }
                 for (sum, mask) in sums.iter_mut().zip(masks) {

@@ -13,6 +13,16 @@ pub(super) struct Table {
     sets: Sets,
 }
 
+/// One token of a layer.
+#[derive(Clone, Copy)]
+pub(super) struct Token<'a> {
+    pub(super) tokens: &'a Tokens,
+    /// Its number among these.
+    pub(super) t: usize,
+    /// Its packed triangle.
+    pub(super) gram: &'a [f32],
+}
+
 /// A token of a router whose weights depend on the scores of all that can be chosen: what its routed output z, the extra
 /// vector e and the sum y of what it chooses, each with its score, have to do with each other.
 struct Original {
@@ -37,14 +47,8 @@ struct Part {
 }
 
 impl Original {
-    fn new(
-        grams: &LayerGrams,
-        tokens: &Tokens,
-        t: usize,
-        gram: &[f32],
-        outcomes: &Outcomes,
-        work: &mut Work,
-    ) -> Self {
+    fn new(grams: &LayerGrams, token: Token<'_>, outcomes: &Outcomes, work: &mut Work) -> Self {
+        let Token { tokens, t, gram } = token;
         let (ids, weights) = grams.rule.original(tokens, t);
         let output: Vec<(usize, f64)> =
             ids.iter().zip(weights).map(|(id, w)| (usize::from(*id), *w)).collect();
@@ -53,7 +57,7 @@ impl Original {
         let (zz, ze) = (product(gram, &output, &output), product(gram, &output, &extra));
         let ee = product(gram, &extra, &extra);
         let mut original = Original { output, extra, factor: 0.0, zz, ze, ee };
-        let sum = Part::new(grams, tokens, t, gram, outcomes, 0, &original, work).sum;
+        let sum = Part::new(grams, token, outcomes, 0, &original, work).sum;
         original.factor = grams.rule.factor(sum, tokens.totals[t]);
         original
     }
@@ -70,12 +74,9 @@ impl Original {
 }
 
 impl Part {
-    #[allow(clippy::too_many_arguments, reason = "a token is found by several of them")]
     fn new(
         grams: &LayerGrams,
-        tokens: &Tokens,
-        t: usize,
-        gram: &[f32],
+        Token { tokens, t, gram }: Token<'_>,
         outcomes: &Outcomes,
         outcome: usize,
         original: &Original,
@@ -115,18 +116,15 @@ impl LayerGrams {
     }
 
     /// Adds ‖Σ cⱼ fⱼ‖² of one token to `sums`, one of every mask, of which the first is the `first`-th of the table's.
-    #[allow(clippy::too_many_arguments, reason = "the parts of one loop")]
     pub(super) fn add_squares(
         &self,
-        tokens: &Tokens,
-        t: usize,
-        gram: &[f32],
+        token: Token<'_>,
         (masks, first): (&[Mask], usize),
         table: &Table,
         work: &mut Work,
         sums: &mut [f64],
     ) {
-        let Table { outcomes, sets } = table;
+        let (Token { tokens, t, .. }, Table { outcomes, sets }) = (token, table);
         let (order, fixed) = (self.rule.order(tokens, t), self.rule.is_fixed());
         let mut lookup = std::mem::take(&mut work.table.lookup);
         lookup.fill(sets, outcomes, order, (!fixed).then(|| self.rule.scores(tokens, t)));
@@ -138,21 +136,22 @@ impl LayerGrams {
             for (sum, (outcome, _)) in sums.iter_mut().zip(found) {
                 // Not a number: not computed yet. If it stays so, so be it.
                 if squares[outcome].is_nan() {
-                    squares[outcome] = self.square_of_choice(tokens, t, gram, outcomes, outcome, work);
+                    squares[outcome] = self.square_of_choice(token, outcomes, outcome, work);
                 }
                 *sum += squares[outcome];
             }
             work.table.squares = squares;
         } else {
-            let original = Original::new(self, tokens, t, gram, outcomes, work);
+            let original = Original::new(self, token, outcomes, work);
             let mut parts = std::mem::take(&mut work.table.parts);
             parts.clear();
             parts.resize(outcomes.len(), None);
             for ((sum, mask), (outcome, dropped)) in sums.iter_mut().zip(masks).zip(found) {
                 let part = match parts[outcome] {
                     Some(part) => part,
-                    None => *parts[outcome]
-                        .insert(Part::new(self, tokens, t, gram, outcomes, outcome, &original, work)),
+                    None => {
+                        *parts[outcome].insert(Part::new(self, token, outcomes, outcome, &original, work))
+                    }
                 };
                 let rest = self.rule.rest_without(tokens, t, mask, dropped);
                 *sum += original.square(part, self.rule.factor(part.sum, rest), outcome == 0);
@@ -165,9 +164,7 @@ impl LayerGrams {
     /// ‖Σ cⱼ fⱼ‖² of one token that chooses what an outcome says, where that alone decides the weights.
     fn square_of_choice(
         &self,
-        tokens: &Tokens,
-        t: usize,
-        gram: &[f32],
+        Token { tokens, t, gram }: Token<'_>,
         outcomes: &Outcomes,
         outcome: usize,
         work: &mut Work,

@@ -420,24 +420,23 @@ QWEN3_5_MOE_TEXT = COMMON | {
     },
 }
 
+VISION = {
+    "depth": 1,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_heads": 2,
+    "in_channels": 1,
+    "patch_size": 2,
+    "spatial_merge_size": 1,
+    "temporal_patch_size": 1,
+}
+
 QWEN3_5_MOE = {
     "model_type": "qwen3_5_moe",
     "architectures": ["Qwen3_5MoeForConditionalGeneration"],
     "tie_word_embeddings": False,
     "text_config": QWEN3_5_MOE_TEXT,
-    "vision_config": {
-        "model_type": "qwen3_5_moe",
-        "depth": 1,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_heads": 2,
-        "in_channels": 1,
-        "patch_size": 2,
-        "spatial_merge_size": 1,
-        "temporal_patch_size": 1,
-        "out_hidden_size": 32,
-        "num_position_embeddings": 4,
-    },
+    "vision_config": {"model_type": "qwen3_5_moe"} | VISION | {"out_hidden_size": 32, "num_position_embeddings": 4},
 }
 
 LFM2_MOE = {k: v for k, v in COMMON.items() if k not in ("hidden_act", "attention_dropout")} | {
@@ -777,17 +776,6 @@ MELLUM = QWEN3_MOE | {
 }
 for key in ("rope_theta", "rope_scaling", "use_sliding_window", "decoder_sparse_step", "mlp_only_layers"):
     del MELLUM[key]
-
-VISION = {
-    "depth": 1,
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_heads": 2,
-    "in_channels": 1,
-    "patch_size": 2,
-    "spatial_merge_size": 1,
-    "temporal_patch_size": 1,
-}
 
 QWEN3_VL_MOE = {
     "model_type": "qwen3_vl_moe",

@@ -1,8 +1,8 @@
 use super::{
-    Architecture, AttentionSpec, Choice, Common, Config, Defaults, GroupedAttention, LayerSpec, MoeSpec,
-    Names, NormPlacement, OutputGate, QkNorm, Result, RouterSpec, Scoring, Span, WeightRule,
+    Architecture, AttentionSpec, Common, Config, Defaults, GroupedAttention, LayerSpec, MoeSpec, Names,
+    NormPlacement, OutputGate, QkNorm, Result, RouterSpec, Span,
 };
-use super::{attending_layers, feed_forward, window};
+use super::{attending_layers, feed_forward, scaled_rule, window};
 
 /// Trinity (AFMoE, Arcee 2025): norms around attention and experts, gated attention, and no positions in layers that attend
 /// to everything.
@@ -38,14 +38,10 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
     let is_global = |l: usize| (l + 1).is_multiple_of(every);
     let attends = attending_layers(config, common.layers, "sliding_attention", Some(&is_global))?;
     let scale = config.float_or("route_scale", 1.0)? as f32;
-    let weights = WeightRule::Renormalised { added: 1e-20, least: 0.0, scale };
+    let weights = scaled_rule(true, scale);
     let width = config.positive("moe_intermediate_size")?;
     let moe = MoeSpec {
-        router: RouterSpec {
-            scoring: Scoring::Sigmoid,
-            choice: Choice::BiasedScore,
-            ..RouterSpec::softmax(common.top_k, weights)
-        },
+        router: RouterSpec::biased_sigmoid(common.top_k, weights),
         shared: common.shared("num_shared_experts", 2, width)?,
         ..common.moe(width, weights)
     };

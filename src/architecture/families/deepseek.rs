@@ -3,7 +3,7 @@ use super::{
     Architecture, AttentionSpec, Common, Config, Defaults, Error, GroupLimit, GroupScore, LayerSpec, MoeSpec,
     Names, NormPlacement, Pairing, Result, WeightRule,
 };
-use super::{expert_layers, feed_forward, within_images};
+use super::{expert_layers, feed_forward, group_limit, scaled_rule, within_images};
 
 const DEFAULTS: Defaults = Defaults { norm_eps: 1e-6, ..Defaults::USUAL };
 
@@ -141,17 +141,11 @@ fn read_mistral(config: &Config, family: &'static str, names: Names) -> Result<A
         strength: number("llama_4_scaling_beta")?,
     };
     let scale = config.float_or("routed_scaling_factor", 1.0)? as f32;
-    let weights = if config.flag_or("norm_topk_prob", true)? {
-        WeightRule::Renormalised { added: 1e-20, least: 0.0, scale }
-    } else {
-        WeightRule::Scaled(scale)
-    };
+    let weights = scaled_rule(config.flag_or("norm_topk_prob", true)?, scale);
     let width = config.positive("moe_intermediate_size")?;
-    let count = config.size_or("n_group", 1)?;
-    let limit = GroupLimit { count, kept: config.size_or("topk_group", 1)?, score: GroupScore::TwoLargest };
     let mut moe =
         MoeSpec { shared: common.shared("n_shared_experts", 1, width)?, ..common.moe(width, weights) };
-    moe.router.groups = (count != 1).then_some(limit);
+    moe.router.groups = group_limit(config, "n_group", [1, 1])?;
     let mut architecture = layers(common, &moe, pairing(config)?, 1024, later_layers(config, 0)?)?;
     for layer in &mut architecture.layers {
         if let AttentionSpec::Latent(attention) = &mut layer.attention {

@@ -1,8 +1,8 @@
 use super::{
-    Architecture, AttentionSpec, Choice, Common, Config, Defaults, GroupedAttention, KvHeads, LayerSpec,
-    MoeSpec, Names, QkNorm, Result, RouterSpec, Scoring, WeightRule,
+    Architecture, AttentionSpec, Common, Config, Defaults, GroupedAttention, KvHeads, LayerSpec, MoeSpec,
+    Names, QkNorm, Result, RouterSpec,
 };
-use super::{expert_layers, feed_forward};
+use super::{expert_layers, feed_forward, scaled_rule};
 
 /// Hunyuan 3 (2026): the attention of Qwen3 and the router of DeepSeek-V3, without groups. Layers for multi-token
 /// prediction are not part of the forward pass.
@@ -27,14 +27,10 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
     let attention =
         GroupedAttention { qkv_bias: bias, output_bias: bias, qk_norm: QkNorm::PerHead, ..common.grouped()? };
     let scale = config.float_or("router_scaling_factor", 2.826)? as f32;
-    let weights = WeightRule::Renormalised { added: 1e-20, least: 0.0, scale };
+    let weights = scaled_rule(true, scale);
     let width = config.positive("moe_intermediate_size")?;
     let moe = MoeSpec {
-        router: RouterSpec {
-            scoring: Scoring::Sigmoid,
-            choice: Choice::BiasedScore,
-            ..RouterSpec::softmax(common.top_k, weights)
-        },
+        router: RouterSpec::biased_sigmoid(common.top_k, weights),
         shared: common.shared("num_shared_experts", 1, width)?,
         ..common.moe(width, weights)
     };

@@ -1,9 +1,9 @@
 use super::super::{DeltaProjections, GatedDelta, LatentAttention};
-use super::feed_forward;
 use super::{
-    Architecture, AttentionSpec, Choice, Common, Config, Defaults, Error, GroupLimit, GroupScore, LayerSpec,
-    MoeSpec, Names, Result, RouterSpec, Scoring, WeightRule,
+    Architecture, AttentionSpec, Common, Config, Defaults, Error, LayerSpec, MoeSpec, Names, Result,
+    RouterSpec, WeightRule,
 };
+use super::{feed_forward, group_limit, scaled_rule};
 
 /// Kimi Linear (arXiv 2510.26692): layers of Kimi Delta Attention, with latent attention without positions among them.
 /// Keys have the names of the published config or those of transformers.
@@ -40,19 +40,9 @@ fn router(common: &Common<'_>, key: impl Fn([&'static str; 2]) -> &'static str) 
     let config = common.config;
     config.require("moe_router_activation_func", "sigmoid")?;
     let scale = config.float_or("routed_scaling_factor", 2.446)? as f32;
-    let weights = if config.flag_or(key(["moe_renormalize", "norm_topk_prob"]), true)? {
-        WeightRule::Renormalised { added: 1e-20, least: 0.0, scale }
-    } else {
-        WeightRule::Scaled(scale)
-    };
-    let count = config.size_or(key(["num_expert_group", "n_group"]), 1)?;
-    let limit = GroupLimit { count, kept: config.size_or("topk_group", 1)?, score: GroupScore::TwoLargest };
-    Ok(RouterSpec {
-        scoring: Scoring::Sigmoid,
-        choice: Choice::BiasedScore,
-        groups: (count != 1).then_some(limit),
-        ..RouterSpec::softmax(common.top_k, weights)
-    })
+    let weights = scaled_rule(config.flag_or(key(["moe_renormalize", "norm_topk_prob"]), true)?, scale);
+    let groups = group_limit(config, key(["num_expert_group", "n_group"]), [1, 1])?;
+    Ok(RouterSpec { groups, ..RouterSpec::biased_sigmoid(common.top_k, weights) })
 }
 
 fn latent(common: &Common<'_>) -> Result<LatentAttention> {

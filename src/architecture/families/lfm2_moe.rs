@@ -1,7 +1,7 @@
 use super::super::ShortConvolution;
 use super::{
     Architecture, AttentionSpec, Choice, Common, Config, Defaults, GroupedAttention, KvHeads, LayerSpec,
-    MoeSpec, Names, QkNorm, Result, RouterSpec, Scoring, WeightRule,
+    MoeSpec, Names, QkNorm, Result, RouterSpec, WeightRule,
 };
 use super::{attending_layers, feed_forward};
 
@@ -62,9 +62,6 @@ fn router(config: &Config, top_k: usize) -> Result<RouterSpec> {
         WeightRule::Scaled(scale)
     };
     let biased = config.flag_or("use_expert_bias", true)?;
-    Ok(RouterSpec {
-        scoring: Scoring::Sigmoid,
-        choice: if biased { Choice::BiasedScore } else { Choice::Score },
-        ..RouterSpec::softmax(top_k, weights)
-    })
+    let choice = if biased { Choice::BiasedScore } else { Choice::Score };
+    Ok(RouterSpec { choice, ..RouterSpec::biased_sigmoid(top_k, weights) })
 }

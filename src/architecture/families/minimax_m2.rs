@@ -1,7 +1,7 @@
 use super::moe_layer;
 use super::{
-    Architecture, Choice, Common, Config, Defaults, Error, GroupedAttention, KvHeads, MoeSpec, Names, QkNorm,
-    Result, RouterSpec, Scoring, WeightRule,
+    Architecture, Common, Config, Defaults, Error, GroupedAttention, KvHeads, MoeSpec, Names, QkNorm, Result,
+    RouterSpec, WeightRule,
 };
 
 /// `MiniMax`-M2 (2025). Published configs say with `rotary_dim` how much of a head is rotated, which transformers 5.17 passes
@@ -46,11 +46,7 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
     let common = Common::read(config, "minimax_m2", names, defaults)?;
     let attention = GroupedAttention { qk_norm: QkNorm::Whole, ..common.grouped()? };
     let moe = MoeSpec {
-        router: RouterSpec {
-            scoring: Scoring::Sigmoid,
-            choice: Choice::BiasedScore,
-            ..RouterSpec::softmax(common.top_k, WeightRule::RENORMALISED)
-        },
+        router: RouterSpec::biased_sigmoid(common.top_k, WeightRule::RENORMALISED),
         ..common.moe(config.positive("intermediate_size")?, WeightRule::RENORMALISED)
     };
     common.architecture(|_| moe_layer(&attention, &moe))

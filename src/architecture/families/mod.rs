@@ -234,20 +234,9 @@ impl<'c> Common<'c> {
         let config = self.config;
         config.require("topk_method", "noaux_tc")?;
         let scale = config.float_or("routed_scaling_factor", scale)? as f32;
-        let count = config.size_or("n_group", groups)?;
-        let limit =
-            GroupLimit { count, kept: config.size_or("topk_group", kept)?, score: GroupScore::TwoLargest };
-        let weights = if config.flag_or("norm_topk_prob", norm)? {
-            WeightRule::Renormalised { added: 1e-20, least: 0.0, scale }
-        } else {
-            WeightRule::Scaled(scale)
-        };
-        Ok(RouterSpec {
-            scoring: Scoring::Sigmoid,
-            choice: Choice::BiasedScore,
-            groups: (count != 1).then_some(limit),
-            ..RouterSpec::softmax(self.top_k, weights)
-        })
+        let groups = group_limit(config, "n_group", [groups, kept])?;
+        let weights = scaled_rule(config.flag_or("norm_topk_prob", norm)?, scale);
+        Ok(RouterSpec { groups, ..RouterSpec::biased_sigmoid(self.top_k, weights) })
     }
 
     /// A shared expert as wide as the number of routed ones that `key` says; one MLP, however many that are.
@@ -287,6 +276,24 @@ impl<'c> Common<'c> {
 fn weight_rule(config: &Config) -> Result<WeightRule> {
     let renormalise = config.flag_or("norm_topk_prob", false)?;
     Ok(if renormalise { WeightRule::RENORMALISED } else { WeightRule::Scaled(1.0) })
+}
+
+/// DeepSeek-V3's weights: the scores of the chosen, renormalised or not, times `scale`.
+fn scaled_rule(renormalise: bool, scale: f32) -> WeightRule {
+    if renormalise {
+        WeightRule::Renormalised { added: 1e-20, least: 0.0, scale }
+    } else {
+        WeightRule::Scaled(scale)
+    }
+}
+
+/// DeepSeek-V3's limit to the groups with the largest sums of two choice values, where there is more than one. The defaults
+/// are those of `count_key` and `topk_group`.
+fn group_limit(config: &Config, count_key: &str, [groups, kept]: [usize; 2]) -> Result<Option<GroupLimit>> {
+    let count = config.size_or(count_key, groups)?;
+    let limit =
+        GroupLimit { count, kept: config.size_or("topk_group", kept)?, score: GroupScore::TwoLargest };
+    Ok((count != 1).then_some(limit))
 }
 
 /// The rotary embedding that `section` says, which stands in for `rope_parameters`.
