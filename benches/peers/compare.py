@@ -4,7 +4,7 @@
     python benches/peers/compare.py path/to/the/built/layer [--shapes qwen,mixtral] [--threads 2] [--json out.json]
 
 Needs torch in the Python that runs it. PyTorch multiplies bf16 weights by bf16 activations. moepress keeps activations in f32,
-and where the processor has AVX512-BF16 a second column rounds them too (`MOEPRESS_CPU_ISA=avx512bf16`).
+and where the processor multiplies bf16 a second column rounds them too (`MOEPRESS_CPU_ISA=amxbf16` or `avx512bf16`).
 """
 
 import argparse
@@ -32,8 +32,11 @@ class Runner:
     @staticmethod
     def rounded(command):
         """Ours with bf16 inputs, or None where the processor has no instructions for that."""
-        probe = subprocess.run([*command, "avx512bf16"], input="", capture_output=True, text=True)
-        return Runner([*command, "avx512bf16"]) if probe.returncode == 0 else None
+        for isa in ["amxbf16", "avx512bf16"]:
+            probe = subprocess.run([*command, isa], input="", capture_output=True, text=True)
+            if probe.returncode == 0:
+                return Runner([*command, isa])
+        return None
 
     def __call__(self, tokens, runs):
         # Threads of the process before this one may still spin in wait of work.

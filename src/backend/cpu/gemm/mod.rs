@@ -8,6 +8,8 @@
 //! Two kernels share the work. Few tokens: [`stream`] reads W once, transposes blocks in registers and uses them there.
 //! Many tokens: [`panel`] widens and transposes a tile of W into scratch memory and multiplies all tokens by it.
 //!
+//! With [`Isa::Amx`] products with bf16 matrices are those of [`tiled`], which are summed in another order.
+//!
 //! Where [`Isa::rounds`], two bf16 columns of W are one column of pairs, x is rounded to pairs as well, and products of
 //! pairs take the place of products. All else is the same, except that the result is not the other instructions' one.
 
@@ -31,6 +33,8 @@ mod source;
 mod stream;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod tiled;
 mod weighted;
 
 use rayon::prelude::*;
@@ -38,6 +42,8 @@ use rayon::prelude::*;
 pub(super) use columns::Columns;
 pub(super) use scratch::Scratch;
 pub(super) use source::Source;
+#[cfg(target_arch = "x86_64")]
+pub(super) use tiled::TiledInput;
 pub(super) use weighted::WeightedRows;
 
 use super::simd::{Isa, Simd, Task};
@@ -158,23 +164,6 @@ impl Product<'_> {
 
     fn compute(self, isa: Isa, parallel: bool) {
         let Product { x, stride, w, out, accumulate } = self;
-        if let (true, Some(w)) = (isa.rounds(), w.pairs()) {
-            let (n, cols) = (out.rows(), w.cols());
-            let mut pairs = Scratch::take(n * cols);
-            let round = |(to, x): (&mut [f32], &[f32])| round_pairs(&x[..2 * cols], to);
-            if parallel {
-                let rows = pairs.par_chunks_exact_mut(cols).zip(x.par_chunks(stride));
-                rows.with_min_len(SMALL.div_ceil(cols)).for_each(round);
-            } else if cols > 0 {
-                pairs.chunks_exact_mut(cols).zip(x.chunks(stride)).for_each(round);
-            }
-            return Product { x: &pairs, stride: cols, w, out, accumulate }.multiply(isa, parallel);
-        }
-        self.multiply(isa, parallel);
-    }
-
-    fn multiply(self, isa: Isa, parallel: bool) {
-        let Product { x, stride, w, out, accumulate } = self;
         let (n, rows, cols) = (out.rows(), w.rows(), w.cols());
         assert_eq!(out.cols(), rows, "columns of a product");
         if n == 0 || rows == 0 {
@@ -188,6 +177,30 @@ impl Product<'_> {
             return;
         }
         assert!((n - 1) * stride + cols <= x.len(), "rows of x");
+        #[cfg(target_arch = "x86_64")]
+        if w.kind() == Kind::Bf16
+            && let Some(x) = TiledInput::new(isa, x, stride, (n, cols), parallel)
+        {
+            return x.multiply(w, out, accumulate, parallel);
+        }
+        if let (true, Some(w)) = (isa.rounds(), w.pairs()) {
+            let cols = w.cols();
+            let mut pairs = Scratch::take(n * cols);
+            let round = |(to, x): (&mut [f32], &[f32])| round_pairs(&x[..2 * cols], to);
+            if parallel {
+                let rows = pairs.par_chunks_exact_mut(cols).zip(x.par_chunks(stride));
+                rows.with_min_len(SMALL.div_ceil(cols)).for_each(round);
+            } else {
+                pairs.chunks_exact_mut(cols).zip(x.chunks(stride)).for_each(round);
+            }
+            return Product { x: &pairs, stride: cols, w, out, accumulate }.multiply(isa, parallel);
+        }
+        self.multiply(isa, parallel);
+    }
+
+    fn multiply(self, isa: Isa, parallel: bool) {
+        let Product { x, stride, w, out, accumulate } = self;
+        let (n, cols) = (out.rows(), w.cols());
         let cut = isa.run(Shape { n });
         let groups = Groups::new(n, cut.group);
         let mut memory;

@@ -18,6 +18,16 @@ pub(super) enum Kind {
     Bf16Pair,
 }
 
+impl Kind {
+    /// Bytes of an element.
+    const fn width(self) -> usize {
+        match self {
+            Kind::F32 | Kind::Bf16Pair => 4,
+            Kind::Bf16 | Kind::F16 => 2,
+        }
+    }
+}
+
 /// A row-major matrix W of f32, bf16 or f16 values, in bytes of any alignment.
 #[derive(Clone, Copy, Debug)]
 pub(in super::super) struct Source<'a> {
@@ -43,12 +53,13 @@ impl<'a> Source<'a> {
         cols: usize,
         stride: usize,
     ) -> Self {
-        let (kind, width) = match dtype {
-            Dtype::F32 => (Kind::F32, 4),
-            Dtype::BF16 => (Kind::Bf16, 2),
-            Dtype::F16 => (Kind::F16, 2),
+        let kind = match dtype {
+            Dtype::F32 => Kind::F32,
+            Dtype::BF16 => Kind::Bf16,
+            Dtype::F16 => Kind::F16,
             _ => panic!("{dtype:?} weights"),
         };
+        let width = kind.width();
         assert!(rows == 0 || ((rows - 1) * stride + cols) * width <= bytes.len(), "rows of W");
         Source { bytes, kind, rows, cols, stride: stride * width }
     }
@@ -69,6 +80,17 @@ impl<'a> Source<'a> {
 
     pub(in super::super) fn cols(&self) -> usize {
         self.cols
+    }
+
+    /// Bytes from one row to the next.
+    pub(super) fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// From row `first` to the end of the last of `count` rows.
+    pub(super) fn bytes(&self, first: usize, count: usize) -> &'a [u8] {
+        let end = (first + count - 1) * self.stride + self.cols * self.kind.width();
+        &self.bytes[first * self.stride..end]
     }
 
     /// Columns `cols` of as many consecutive rows as a vector has lanes, from `first` on; beyond the last row, of that
@@ -168,7 +190,7 @@ impl Group<'_> {
 pub(in super::super) trait Element {
     const KIND: Kind;
     /// Bytes of an element.
-    const WIDTH: usize;
+    const WIDTH: usize = Self::KIND.width();
     /// Elements that share a lane of a block.
     const PER_LANE: usize;
 
@@ -200,13 +222,11 @@ pub(super) struct Bf16Pair;
 
 impl Element for F32 {
     const KIND: Kind = Kind::F32;
-    const WIDTH: usize = 4;
     const PER_LANE: usize = 1;
 }
 
 impl Element for Bf16 {
     const KIND: Kind = Kind::Bf16;
-    const WIDTH: usize = 2;
     const PER_LANE: usize = 2;
 
     #[inline(always)]
@@ -217,7 +237,6 @@ impl Element for Bf16 {
 
 impl Element for F16 {
     const KIND: Kind = Kind::F16;
-    const WIDTH: usize = 2;
     const PER_LANE: usize = 1;
 
     #[inline(always)]
@@ -229,7 +248,6 @@ impl Element for F16 {
 
 impl Element for Bf16Pair {
     const KIND: Kind = Kind::Bf16Pair;
-    const WIDTH: usize = 4;
     const PER_LANE: usize = 1;
 
     #[inline(always)]

@@ -19,7 +19,7 @@ fn noise(count: usize, seed: u64) -> Vec<f32> {
 
 /// What this processor has, the instructions that round bf16 products too.
 fn every() -> impl Iterator<Item = Isa> {
-    Isa::available().chain([Isa::Avx512Bf16].into_iter().filter(|isa| isa.is_available()))
+    Isa::available().chain([Isa::Avx512Bf16, Isa::AmxBf16].into_iter().filter(|isa| isa.is_available()))
 }
 
 fn rounded(values: &[f32]) -> Vec<f32> {
@@ -64,7 +64,7 @@ fn check(isa: Isa, dtype: Dtype, (n, rows, cols): (usize, usize, usize), offset:
     let weight = Weight::new(dtype, rows, cols, offset);
     let x = noise(n * cols, 3);
     let out = product(isa, &x, weight.source(rows, cols), n);
-    let paired = isa.rounds() && dtype == Dtype::BF16 && cols.is_multiple_of(2);
+    let paired = isa.rounds() && dtype == Dtype::BF16 && (cols.is_multiple_of(2) || isa == Isa::AmxBf16);
     let x = if paired { rounded(&x) } else { x };
     check_against(&out, &x, &weight.values, cols, &format!("{isa} {dtype:?} {n}x{rows}x{cols}+{offset}"));
 }
@@ -85,7 +85,7 @@ fn check_against(out: &[f32], x: &[f32], w: &[f32], cols: usize, context: &str) 
 fn products_are_within_the_bound() {
     for isa in every() {
         for dtype in DTYPES {
-            for n in [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 63, 64, 65, 130] {
+            for n in [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 48, 49, 64, 65, 130] {
                 for (rows, cols) in [(1, 1), (15, 16), (16, 15), (17, 100), (100, 17), (65, 33)] {
                     for offset in [0, 1, 2] {
                         check(isa, dtype, (n, rows, cols), offset);
@@ -121,7 +121,7 @@ fn results_do_not_depend_on_the_batch() {
         for dtype in DTYPES {
             let weight = Weight::new(dtype, rows, cols, 0);
             let all = product(isa, &x, weight.source(rows, cols), most);
-            for n in [1, 2, 5, 11, 12, 13, 14, 15, 29, 69] {
+            for n in [1, 2, 5, 6, 11, 12, 13, 14, 15, 16, 17, 29, 48, 49, 69] {
                 let some = product(isa, &x[..n * cols], weight.source(rows, cols), n);
                 assert_eq!(some, all[..n * rows], "{isa} {dtype:?} {n}");
             }
@@ -151,11 +151,11 @@ fn results_do_not_depend_on_threads() {
 /// All instruction sets with fused multiply-add give the same bits.
 #[test]
 fn results_do_not_depend_on_instructions() {
-    let fused = |isa: &Isa| *isa != Isa::Scalar || cfg!(any(target_feature = "fma", target_arch = "aarch64"));
     for (n, rows, cols) in [(1, 70, 600), (13, 90, 700)] {
         let weight = Weight::new(Dtype::F16, rows, cols, 0);
         let x = noise(n * cols, 3);
-        let results = Isa::available().filter(fused).map(|i| product(i, &x, weight.source(rows, cols), n));
+        let results =
+            Isa::available().filter(|isa| isa.agrees()).map(|i| product(i, &x, weight.source(rows, cols), n));
         let results: Vec<_> = results.collect();
         assert!(results.windows(2).all(|pair| pair[0] == pair[1]), "{n}");
     }
@@ -209,6 +209,32 @@ fn products_are_added_where_asked() {
             let columns = Columns::new(&mut out, n, rows, rows);
             Product { x: &x, stride, w, out: columns, accumulate: true }.run_here(isa);
             assert!(out.iter().zip(&once).all(|(sum, v)| *sum == v + v), "{isa} {n}");
+        }
+    }
+}
+
+/// Infinity, NaN of any bits, and the largest and smallest numbers go through a product as they are.
+#[test]
+fn extremes_go_through() {
+    let (rows, cols) = (40, 70);
+    let ones = vec![1.0; rows * cols];
+    let bytes = encode_f32(Dtype::BF16, &ones);
+    let quiet = f32::from_bits(0x7f80_0001);
+    let extremes = [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, quiet, f32::MAX, -f32::MAX, 1.2e-38, 3e-5];
+    for isa in every() {
+        for at in [0, 31, 69] {
+            let mut x = vec![0.0; extremes.len() * cols];
+            for (row, value) in x.chunks_exact_mut(cols).zip(extremes) {
+                row[at] = value;
+            }
+            let out = product(isa, &x, Source::new(&bytes, Dtype::BF16, rows, cols), extremes.len());
+            for (out, value) in out.chunks_exact(rows).zip(extremes) {
+                let value = if isa.rounds() { half::bf16::from_f32(value).to_f32() } else { value };
+                // What is smaller than a normal number may count as 0.
+                let close = |found: f32| found == value || (found - value).abs() <= f32::MIN_POSITIVE;
+                let same = |found: &f32| close(*found) || found.is_nan() && value.is_nan();
+                assert!(out.iter().all(same), "{isa}: {value} at {at} became {}", out[0]);
+            }
         }
     }
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use super::Task;
 use super::{Simd, portable::Portable};
 #[cfg(target_arch = "x86_64")]
-use super::{avx2::Avx2, avx512::Avx512};
+use super::{amx::Amx, avx2::Avx2, avx512::Avx512};
 
 /// An instruction set of the CPU kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -25,6 +25,12 @@ pub enum Isa {
     /// side to bf16 and is twice as fast; sums stay f32. So results differ from those of the others, which agree among
     /// each other: it has to be selected. Routers are computed as with [`Isa::Avx512`].
     Avx512Bf16,
+    /// AVX-512 with tiles of bf16 (AMX). Products with bf16 matrices take both sides as they are, but in another order than
+    /// the others, so that the last bits of their sums differ.
+    Amx,
+    /// The same, with the other side of products with bf16 matrices rounded to bf16. It has to be selected. Routers are
+    /// computed as with [`Isa::Amx`].
+    AmxBf16,
 }
 
 /// A name that is no instruction set, or one that this processor does not have.
@@ -38,7 +44,8 @@ pub struct UnknownIsa {
 static SELECTED: AtomicU8 = AtomicU8::new(0);
 
 impl Isa {
-    const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Neon, Isa::Avx512Bf16];
+    const ALL: [Isa; 7] =
+        [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Neon, Isa::Avx512Bf16, Isa::Amx, Isa::AmxBf16];
 
     /// Name, as [`Isa::from_str`] takes it.
     pub fn name(self) -> &'static str {
@@ -48,6 +55,8 @@ impl Isa {
             Isa::Avx512 => "avx512",
             Isa::Neon => "neon",
             Isa::Avx512Bf16 => "avx512bf16",
+            Isa::Amx => "amx",
+            Isa::AmxBf16 => "amxbf16",
         }
     }
 
@@ -65,6 +74,8 @@ impl Isa {
             Isa::Avx512 => <Avx512>::detect().is_some(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Bf16 => Avx512::<true>::detect().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx | Isa::AmxBf16 => Amx::detect().is_some(),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => true,
             #[allow(unreachable_patterns, reason = "which sets are left depends on the target")]
@@ -83,13 +94,33 @@ impl Isa {
 
     /// Whether products with bf16 matrices round the other side to bf16.
     pub fn rounds(self) -> bool {
-        self == Isa::Avx512Bf16
+        matches!(self, Isa::Avx512Bf16 | Isa::AmxBf16)
     }
 
     /// The same without that rounding.
     #[must_use]
     pub fn exact(self) -> Isa {
-        if self.rounds() { Isa::Avx512 } else { self }
+        match self {
+            Isa::Avx512Bf16 => Isa::Avx512,
+            Isa::AmxBf16 => Isa::Amx,
+            _ => self,
+        }
+    }
+
+    /// Whether all products are those of [`Isa::Avx2`], [`Isa::Avx512`] and [`Isa::Neon`] to the last bit; of
+    /// [`Isa::Scalar`] too, where the program is compiled for fused multiply-add.
+    pub fn agrees(self) -> bool {
+        match self {
+            Isa::Scalar => cfg!(any(target_feature = "fma", target_arch = "aarch64")),
+            Isa::Avx2 | Isa::Avx512 | Isa::Neon => true,
+            Isa::Avx512Bf16 | Isa::Amx | Isa::AmxBf16 => false,
+        }
+    }
+
+    /// The tiles that multiply bf16 matrices, where it has them.
+    #[cfg(target_arch = "x86_64")]
+    pub(in super::super) fn amx(self) -> Option<Amx> {
+        if matches!(self, Isa::Amx | Isa::AmxBf16) { Amx::detect() } else { None }
     }
 
     /// The one that the kernels of this process use: the fastest, unless another was selected.
@@ -120,7 +151,7 @@ impl Isa {
     pub(in super::super) fn run<T: Task>(self, task: T) -> T::Output {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Avx512Bf16 => {
+            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx | Isa::AmxBf16 => {
                 if let Some(simd) = <Avx512>::detect() {
                     return simd.run(task);
                 }

@@ -1,0 +1,325 @@
+//! The kernel for bf16 matrices on processors with AMX: tiles of W times tiles of x.
+//!
+//! The processor multiplies bf16 by bf16 only. An f32 value is the sum of three bf16 values, its *pieces*, so x becomes
+//! three columns per token, and the sums of the three are added in the end: nothing is rounded but the sums. Where x is
+//! rounded to bf16, one piece is all there is. A sum runs over the columns of W, [`STEP`] at a time, whatever else is
+//! computed beside it.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::stream::add;
+use super::{Columns, Kind, SMALL, Scratch, Source};
+use crate::backend::cpu::simd::amx::{Ahead, Amx, COLUMNS, ROWS, Rows, SIDE, STEP, Shape};
+use crate::backend::cpu::simd::{Isa, Simd, Task};
+
+/// Steps of W between which sums go to memory. The tiles of that many and a group of tokens stay in the second-level cache.
+const SPAN: usize = 64;
+
+/// Most rows of W in a piece of work.
+const MOST_ROWS: usize = 4 * ROWS;
+
+/// Most groups of tokens in a piece of work.
+const MOST_GROUPS: usize = 4;
+
+/// The rows of x, split or rounded and packed for the tiles.
+pub(in super::super) struct TiledInput {
+    amx: Amx,
+    isa: Isa,
+    values: Scratch,
+    groups: Groups,
+    cols: usize,
+}
+
+impl TiledInput {
+    /// Packs `tokens` rows of `cols` values, `stride` apart; `None` where `isa` has no tiles.
+    pub(in super::super) fn new(
+        isa: Isa,
+        x: &[f32],
+        stride: usize,
+        (tokens, cols): (usize, usize),
+        parallel: bool,
+    ) -> Option<Self> {
+        let amx = isa.amx()?;
+        let groups = Groups { tokens, pieces: if isa.rounds() { 1 } else { 3 } };
+        let each = cols.div_ceil(STEP) * Groups::STEP;
+        let mut values = Scratch::take(groups.count() * each);
+        let pack = |(g, to): (usize, &mut [f32])| {
+            let (x, tokens) = (&x[groups.start(g) * stride..], groups.size(g));
+            isa.run(PackGroup { x, stride, cols, tokens, pieces: groups.pieces, to });
+        };
+        if parallel && tokens * cols > SMALL {
+            values.par_chunks_exact_mut(each).enumerate().for_each(pack);
+        } else {
+            values.chunks_exact_mut(each).enumerate().for_each(pack);
+        }
+        Some(TiledInput { amx, isa, values, groups, cols })
+    }
+
+    /// `out [tokens, rows]` = or, where `accumulate`, += x · Wᵀ for a bf16 matrix.
+    pub(in super::super) fn multiply(
+        &self,
+        w: Source<'_>,
+        out: Columns<'_>,
+        accumulate: bool,
+        parallel: bool,
+    ) {
+        assert_eq!((w.kind(), w.cols()), (Kind::Bf16, self.cols), "a matrix for tiles");
+        assert_eq!((out.rows(), out.cols()), (self.groups.tokens, w.rows()), "size of a product");
+        let groups = self.groups;
+        let wanted = if parallel { 4 * rayon::current_num_threads() } else { 1 };
+        let rows = w.rows().div_ceil(wanted).next_multiple_of(ROWS).min(MOST_ROWS);
+        let (down, across) = (w.rows().div_ceil(rows), groups.count().div_ceil(MOST_GROUPS));
+        let work = |i: usize| {
+            let (row, group) = (i / across * rows, i % across * MOST_GROUPS);
+            let rows = row..(row + rows).min(w.rows());
+            let range = group..(group + MOST_GROUPS).min(groups.count());
+            self.isa.run(Work { amx: self.amx, x: &self.values, groups, w, out, accumulate, rows, range });
+        };
+        if parallel {
+            (0..down * across).into_par_iter().for_each(work);
+        } else {
+            (0..down * across).for_each(work);
+        }
+    }
+}
+
+/// How tokens are cut into groups whose pieces are the columns of a product.
+#[derive(Clone, Copy)]
+struct Groups {
+    tokens: usize,
+    pieces: usize,
+}
+
+impl Groups {
+    /// Most values of a group in a step of W.
+    const STEP: usize = SIDE * COLUMNS;
+
+    fn most(self) -> usize {
+        COLUMNS / self.pieces
+    }
+
+    fn count(self) -> usize {
+        self.tokens.div_ceil(self.most())
+    }
+
+    /// First token of group `g`.
+    fn start(self, g: usize) -> usize {
+        g * self.most()
+    }
+
+    fn size(self, g: usize) -> usize {
+        self.most().min(self.tokens - self.start(g))
+    }
+
+    fn shape(self, g: usize) -> Shape {
+        Shape::new(self.pieces * self.size(g))
+    }
+}
+
+/// Bits of the upper half of a word.
+const UPPER: u32 = 0xffff_0000;
+
+/// bf16 values, in the upper halves, whose sum is `x`: each takes the leading bits of what the ones before leave. Alone
+/// it is `x` rounded. Infinity and NaN are all in the first.
+#[inline(always)]
+fn split<const PIECES: usize>(x: f32) -> [u32; PIECES] {
+    if PIECES == 1 {
+        let bits = x.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) & UPPER;
+        return [if x.is_nan() { f32::NAN.to_bits() } else { rounded }; PIECES];
+    }
+    let mut rest = if x.is_finite() { x } else { 0.0 };
+    let mut pieces = [0; PIECES];
+    for piece in &mut pieces {
+        *piece = rest.to_bits() & UPPER;
+        rest -= f32::from_bits(*piece);
+    }
+    let special = if x.is_nan() { f32::NAN } else { x };
+    pieces[0] = if x.is_finite() { pieces[0] } else { special.to_bits() };
+    pieces
+}
+
+/// A group of tokens as tiles of pairs of bf16, `[steps, tiles, SIDE, width]`: piece after piece, and in each piece token
+/// after token.
+struct PackGroup<'a> {
+    x: &'a [f32],
+    stride: usize,
+    cols: usize,
+    tokens: usize,
+    pieces: usize,
+    to: &'a mut [f32],
+}
+
+impl Task for PackGroup<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        if self.pieces == 1 { self.pack::<S, 1>(s) } else { self.pack::<S, 3>(s) }
+    }
+}
+
+impl PackGroup<'_> {
+    #[inline(always)]
+    fn pack<S: Simd, const PIECES: usize>(self, s: S) {
+        let PackGroup { x, stride, cols, tokens, to, .. } = self;
+        let shape = Shape::new(PIECES * tokens);
+        let width = shape.width();
+        // The columns of a step, those beyond the tokens always 0.
+        let mut columns = [[0.0; SIDE]; COLUMNS];
+        let mut tile = [[0.0; SIDE]; SIDE];
+        let steps = to.chunks_exact_mut(SIDE * shape.columns()).zip((0..cols).step_by(STEP));
+        for (to, col) in steps {
+            for t in 0..tokens {
+                let from = &x[t * stride + col..t * stride + cols.min(col + STEP)];
+                let mut x = [0.0; STEP];
+                match from.as_array() {
+                    Some(whole) => x = *whole,
+                    None => x[..from.len()].copy_from_slice(from),
+                }
+                let mut pairs = [[0.0; SIDE]; PIECES];
+                for i in 0..SIDE {
+                    let (low, high) = (split::<PIECES>(x[2 * i]), split::<PIECES>(x[2 * i + 1]));
+                    for p in 0..PIECES {
+                        pairs[p][i] = f32::from_bits(low[p] >> 16 | high[p]);
+                    }
+                }
+                for p in 0..PIECES {
+                    columns[p * tokens + t] = pairs[p];
+                }
+            }
+            for (to, columns) in to.chunks_exact_mut(SIDE * width).zip(columns.as_chunks().0) {
+                transpose(s, columns, &mut tile);
+                for (to, row) in to.chunks_exact_mut(width).zip(&tile) {
+                    to.copy_from_slice(&row[..width]);
+                }
+            }
+        }
+    }
+}
+
+/// `to` = the transpose of `from`.
+#[inline(always)]
+fn transpose<S: Simd>(s: S, from: &[[f32; SIDE]; SIDE], to: &mut [[f32; SIDE]; SIDE]) {
+    for row in (0..SIDE).step_by(S::LANES) {
+        for col in (0..SIDE).step_by(S::LANES) {
+            let block = s.transpose(s.block(|i| s.load(&from[row + i][col..])));
+            for_each_vector!(S::LANES, j, s.store(block.as_ref()[j], &mut to[col + j][row..]));
+        }
+    }
+}
+
+/// Some rows of W times some groups of tokens.
+struct Work<'a> {
+    amx: Amx,
+    x: &'a [f32],
+    groups: Groups,
+    w: Source<'a>,
+    out: Columns<'a>,
+    accumulate: bool,
+    rows: Range<usize>,
+    range: Range<usize>,
+}
+
+impl Task for Work<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let steps = self.w.cols().div_ceil(STEP);
+        // Of every tile of rows and group: `[ROWS, columns]`. A vector may be read behind the last.
+        let each = ROWS * COLUMNS;
+        let firsts = self.rows.clone().step_by(ROWS);
+        let mut sums = Scratch::take(firsts.len() * self.range.len() * each + SIDE);
+        sums.fill(0.0);
+        let mut panel = Scratch::take(steps.min(SPAN) * ROWS * SIDE);
+        for span in (0..steps).step_by(SPAN) {
+            let mut sums = sums.chunks_exact_mut(each);
+            for first in firsts.clone() {
+                let count = SPAN.min(steps - span);
+                // Whole steps of as many rows are used as they are stored: a copy costs more than it saves.
+                let is_whole = first + ROWS <= self.rows.end;
+                let stored = if is_whole { count.min(self.w.cols() / STEP - span) } else { 0 };
+                let panel = bytemuck::cast_slice_mut(&mut panel[..(count - stored) * ROWS * SIDE]);
+                self.pack(first, (span + stored) * STEP, panel);
+                for (g, sums) in self.range.clone().zip(&mut sums) {
+                    let shape = self.groups.shape(g);
+                    let x = &self.x[g * steps * Groups::STEP + span * SIDE * shape.columns()..];
+                    if stored > 0 {
+                        let bytes = &self.w.bytes(first, ROWS)[2 * span * STEP..];
+                        let w = Rows::stored(bytes, self.w.stride(), stored);
+                        let ahead = self.ahead(first, span, g - self.range.start);
+                        self.amx.multiply(&shape, w, ahead, x, sums);
+                    }
+                    let x = &x[stored * SIDE * shape.columns()..];
+                    self.amx.multiply(&shape, Rows::packed(panel), None, x, sums);
+                }
+            }
+        }
+        let mut starts = (0..).step_by(each);
+        for first in firsts {
+            for (g, start) in self.range.clone().zip(&mut starts) {
+                self.settle(s, first, g, &sums[start..start + each + SIDE]);
+            }
+        }
+    }
+}
+
+impl Work<'_> {
+    /// What the `i`-th group fetches: the rows that are used next, half of them beside each of the first two groups.
+    fn ahead(&self, first: usize, span: usize, i: usize) -> Option<Ahead> {
+        let stride = self.w.stride();
+        let offset = (ROWS + i * SIDE) * stride + 2 * span * STEP;
+        let start = self.w.bytes(first, 1).as_ptr().wrapping_add(offset);
+        (self.range.len() > 1 && i < 2).then_some(Ahead { start, stride })
+    }
+
+    /// Rows of W from `first` on as `[steps, ROWS, STEP]` bf16 values, from column `col` on; 0 where there are none.
+    fn pack(&self, first: usize, col: usize, panel: &mut [u8]) {
+        const WIDTH: usize = 2 * STEP;
+        panel.fill(0);
+        for row in first..self.rows.end.min(first + ROWS) {
+            let values = self.w.bytes(row, 1)[2 * col..].chunks(WIDTH);
+            for (step, from) in panel.chunks_exact_mut(ROWS * WIDTH).zip(values) {
+                step[(row - first) * WIDTH..][..from.len()].copy_from_slice(from);
+            }
+        }
+    }
+
+    /// Adds the sums of the pieces, the smallest first, and writes them to the result.
+    #[inline(always)]
+    fn settle<S: Simd>(&self, s: S, first: usize, g: usize, sums: &[f32]) {
+        let (columns, tokens) = (self.groups.shape(g).columns(), self.groups.size(g));
+        let mut tile = [[0.0; SIDE]; SIDE];
+        let mut turned = [[0.0; SIDE]; SIDE];
+        for row in (first..self.rows.end.min(first + ROWS)).step_by(SIDE) {
+            let rows = SIDE.min(self.rows.end - row);
+            for token in (0..tokens).step_by(SIDE) {
+                for (i, tile) in tile.iter_mut().enumerate() {
+                    let sums = &sums[(row - first + i) * columns + token..];
+                    for lane in (0..SIDE).step_by(S::LANES) {
+                        let mut sum = s.load(&sums[lane..]);
+                        if self.groups.pieces == 3 {
+                            let (middle, low) =
+                                (s.load(&sums[tokens + lane..]), s.load(&sums[2 * tokens + lane..]));
+                            sum = s.add(sum, s.add(middle, low));
+                        }
+                        s.store(sum, &mut tile[lane..]);
+                    }
+                }
+                transpose(s, &tile, &mut turned);
+                for (t, sums) in turned.iter().enumerate().take(tokens - token) {
+                    for lane in (0..rows).step_by(S::LANES) {
+                        let count = S::LANES.min(rows - lane);
+                        // SAFETY: pieces of work do not overlap, and this is the only view of it.
+                        let out =
+                            unsafe { self.out.row(self.groups.start(g) + token + t, row + lane, count) };
+                        add(s, s.load(&sums[lane..]), !self.accumulate, out);
+                    }
+                }
+            }
+        }
+    }
+}
