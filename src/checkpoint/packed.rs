@@ -46,11 +46,32 @@ pub(super) const E8M0_LARGEST: u8 = 252;
 /// The same for every FP8 value: 448 · 2^119.
 pub(super) const E8M0_LARGEST_OF_FP8: u8 = 246;
 
+/// [`E4M3`] by arithmetic, which vectors can do.
+#[inline(always)]
+pub(super) fn e4m3(code: u8) -> f32 {
+    let (sign, magnitude) = (u32::from(code & 0x80) << 24, u32::from(code & 0x7f));
+    // Exponent biased for f32; below 8 there is no leading one.
+    let normal = (magnitude << 20) + (120 << 23);
+    let bits = if magnitude < 8 { (magnitude as f32 / 512.0).to_bits() } else { normal };
+    let bits = if magnitude == 0x7f { f32::NAN.to_bits() } else { bits };
+    f32::from_bits(bits | sign)
+}
+
+/// [`E2M1`] by arithmetic, which vectors can do.
+#[inline(always)]
+fn e2m1(code: u8) -> f32 {
+    let (sign, magnitude) = (u32::from(code & 8) << 28, u32::from(code & 7));
+    let normal = (magnitude << 22) + (126 << 23);
+    let bits = if magnitude < 2 { (magnitude as f32 / 2.0).to_bits() } else { normal };
+    f32::from_bits(bits | sign)
+}
+
 /// The 32 values of one MXFP4 block: 16 bytes of two codes, the lower half-byte first, times 2^(scale − 127).
+#[inline(always)]
 pub(super) fn decode_mxfp4(block: &[u8; MX_BLOCK / 2], scale: u8, out: &mut [f32; MX_BLOCK]) {
     let scale = e8m0(scale);
     for (pair, &byte) in out.as_chunks_mut::<2>().0.iter_mut().zip(block) {
-        *pair = [E2M1[usize::from(byte & 15)] * scale, E2M1[usize::from(byte >> 4)] * scale];
+        *pair = [e2m1(byte & 15) * scale, e2m1(byte >> 4) * scale];
     }
 }
 
@@ -99,6 +120,16 @@ mod tests {
         assert!(E4M3[0x7f].is_nan() && E4M3[0xff].is_nan());
         assert_eq!(E4M3.iter().filter(|v| v.is_nan()).count(), 2);
         assert!(E4M3[..0x7f].windows(2).all(|pair| pair[0] < pair[1]));
+    }
+
+    #[test]
+    fn arithmetic_gives_the_tables() {
+        for code in 0..=255 {
+            assert_eq!(e4m3(code).to_bits(), E4M3[usize::from(code)].to_bits(), "{code:#x}");
+        }
+        for code in 0..16 {
+            assert_eq!(e2m1(code).to_bits(), E2M1[usize::from(code)].to_bits(), "{code:#x}");
+        }
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! A weight matrix in whatever form the checkpoint holds it.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use super::packed::{E4M3, E8M0_LARGEST, E8M0_LARGEST_OF_FP8, MX_BLOCK, decode_mxfp4, e8m0};
+use super::packed::{E8M0_LARGEST, E8M0_LARGEST_OF_FP8, MX_BLOCK, decode_mxfp4, e4m3, e8m0};
 use super::{Dtype, Error, Result, Tensor, decode_f32};
 
 /// A weight matrix W `[rows, cols]` = `[out, in]` as stored. Cheap to clone; nothing is read until it is decoded.
@@ -270,15 +271,24 @@ impl Weight {
     /// Decodes the rows from `first` on into `out`, as many as it holds. Exact, but for FP8 values, where the product
     /// with the scale is rounded to f32.
     pub fn decode_rows(&self, first: usize, out: &mut [f32]) {
+        self.decode_tile(first, 0..self.cols, out);
+    }
+
+    /// The same for some columns, which begin at a multiple of the block that shares a scale. Inlined, so that it is
+    /// compiled for the instructions of whoever calls it.
+    #[inline(always)]
+    pub(crate) fn decode_tile(&self, first: usize, cols: Range<usize>, out: &mut [f32]) {
         if out.is_empty() {
             return;
         }
-        let cols = self.cols;
+        let rows = (first..).zip(out.chunks_exact_mut(cols.len()));
         match &self.storage {
             Storage::Plain(tensor) => {
                 let width = tensor.dtype().bitsize() / 8;
-                let start = first * cols * width;
-                decode_f32(tensor.dtype(), &tensor.bytes()[start..start + out.len() * width], out);
+                for (r, row) in rows {
+                    let start = (r * self.cols + cols.start) * width;
+                    decode_f32(tensor.dtype(), &tensor.bytes()[start..start + row.len() * width], row);
+                }
             }
             Storage::InputMajor(tensor, columns) => {
                 let columns = Stride { first: columns.at(first), ..*columns };
@@ -291,26 +301,29 @@ impl Weight {
                 }
             }
             Storage::Fp8 { values, scales, block, .. } => {
-                let per_row = cols.div_ceil(block[1]);
-                let mut factors = vec![0.0; per_row];
-                let size = scales.dtype().bitsize() / 8 * per_row;
-                for (r, row) in (first..).zip(out.chunks_exact_mut(cols)) {
-                    let at = r / block[0] * size;
-                    decode_scales(scales.dtype(), &scales.bytes()[at..at + size], &mut factors);
-                    let codes = values.bytes()[r * cols..(r + 1) * cols].chunks(block[1]);
-                    for ((out, codes), factor) in row.chunks_mut(block[1]).zip(codes).zip(&factors) {
+                debug_assert!(cols.start.is_multiple_of(block[1]) || block[1] >= self.cols);
+                let per_row = self.cols.div_ceil(block[1]);
+                let width = scales.dtype().bitsize() / 8;
+                for (r, row) in rows {
+                    let codes = &values.bytes()[r * self.cols + cols.start..][..row.len()];
+                    let at = (r / block[0] * per_row + cols.start / block[1]) * width;
+                    let factors = scales.bytes()[at..].chunks_exact(width);
+                    let blocks = row.chunks_mut(block[1]).zip(codes.chunks(block[1]));
+                    for ((out, codes), factor) in blocks.zip(factors) {
+                        let factor = decode_scale(scales.dtype(), factor);
                         for (o, &code) in out.iter_mut().zip(codes) {
-                            *o = E4M3[usize::from(code)] * factor;
+                            *o = e4m3(code) * factor;
                         }
                     }
                 }
             }
-            Storage::Mxfp4 { blocks, scales, rows } => {
-                let per_row = cols / MX_BLOCK;
+            Storage::Mxfp4 { blocks, scales, rows: stored } => {
+                debug_assert!(cols.start.is_multiple_of(MX_BLOCK));
+                let per_row = self.cols / MX_BLOCK;
                 let (blocks, _) = blocks.bytes().as_chunks::<{ MX_BLOCK / 2 }>();
-                for (r, row) in (first..).zip(out.chunks_exact_mut(cols)) {
-                    let stored = rows.at(r) * per_row..(rows.at(r) + 1) * per_row;
-                    let packed = blocks[stored.clone()].iter().zip(&scales.bytes()[stored]);
+                for (r, row) in rows {
+                    let start = stored.at(r) * per_row + cols.start / MX_BLOCK;
+                    let packed = blocks[start..].iter().zip(&scales.bytes()[start..]);
                     for (out, (block, &scale)) in row.as_chunks_mut().0.iter_mut().zip(packed) {
                         decode_mxfp4(block, scale, out);
                     }
@@ -366,12 +379,15 @@ impl Weight {
     }
 }
 
-/// Scales as f32, whichever type they have.
-fn decode_scales(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
+/// A scale as f32, whichever type it has.
+#[inline(always)]
+fn decode_scale(dtype: Dtype, bytes: &[u8]) -> f32 {
+    let mut scale = [0.0];
     match dtype {
-        Dtype::F8_E8M0 => out.iter_mut().zip(bytes).for_each(|(o, &code)| *o = e8m0(code)),
-        _ => decode_f32(dtype, bytes, out),
+        Dtype::F8_E8M0 => scale[0] = e8m0(bytes[0]),
+        _ => decode_f32(dtype, bytes, &mut scale),
     }
+    scale[0]
 }
 
 fn check_dtype(tensor: &Tensor, dtype: Dtype, expected: &'static str) -> Result<()> {
@@ -382,20 +398,20 @@ fn check_dtype(tensor: &Tensor, dtype: Dtype, expected: &'static str) -> Result<
     Err(Error::Dtype { name, found, expected })
 }
 
-/// out[r, c] = tensor[c, columns.at(r)], for a tensor of N-byte numbers.
+/// out[r, c] = tensor[cols.start + c, columns.at(r)], for a tensor of N-byte numbers.
 fn gather<const N: usize>(
     tensor: &Tensor,
     columns: Stride,
-    cols: usize,
+    cols: Range<usize>,
     out: &mut [f32],
     value: impl Fn([u8; N]) -> f32,
 ) {
     let width = tensor.shape()[1];
     let (numbers, _) = tensor.bytes().as_chunks::<N>();
-    let rows = out.len() / cols;
-    for (c, stored) in numbers.chunks_exact(width).enumerate() {
+    let rows = out.len() / cols.len();
+    for (c, stored) in numbers[cols.start * width..].chunks_exact(width).enumerate().take(cols.len()) {
         for r in 0..rows {
-            out[r * cols + c] = value(stored[columns.at(r)]);
+            out[r * cols.len() + c] = value(stored[columns.at(r)]);
         }
     }
 }
@@ -411,6 +427,7 @@ fn transpose<const N: usize>(tensor: &Tensor, columns: Stride, rows: usize) -> V
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::E4M3;
 
     fn decoded(weight: &Weight, first: usize, rows: usize) -> Vec<f32> {
         let mut out = vec![f32::NAN; rows * weight.cols()];

@@ -1,9 +1,13 @@
 //! Weight matrices, mapped in their stored type, and x Wᵀ.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
+#[cfg(target_arch = "x86_64")]
+use super::gemm::TiledInput;
 use super::gemm::{Columns, Product, Scratch, Source};
-use super::simd::Isa;
+use super::simd::{Isa, Simd, Task};
 use crate::checkpoint::{Dtype, Storage, Weight};
 
 /// A weight matrix `[rows, cols]` = `[out, in]` as stored.
@@ -15,8 +19,29 @@ pub struct CpuWeight {
 }
 
 impl CpuWeight {
-    /// Values of a packed matrix that are widened at a time: half a MiB of f32.
-    const TILE: usize = 1 << 17;
+    /// Columns of a packed matrix that are widened at a time: whole chains of sums, and whole blocks that share a scale
+    /// where these are of the usual sizes.
+    const TILE_COLS: usize = 1024;
+
+    /// Whether all values are bf16, though the kernels cannot read them as they are.
+    #[cfg(target_arch = "x86_64")]
+    fn is_bf16(&self) -> bool {
+        match self.weight.storage() {
+            Storage::InputMajor(tensor, _) => tensor.dtype() == Dtype::BF16,
+            Storage::Mxfp4 { .. } => true,
+            Storage::Plain(_) | Storage::Fp8 { .. } => false,
+        }
+    }
+
+    /// Columns of a tile.
+    fn tile_cols(&self) -> usize {
+        match self.weight.storage() {
+            Storage::Fp8 { block: [_, block], .. } if !CpuWeight::TILE_COLS.is_multiple_of(*block) => {
+                self.cols
+            }
+            _ => CpuWeight::TILE_COLS,
+        }
+    }
 
     pub(super) fn new(weight: &Weight) -> Self {
         CpuWeight { weight: weight.clone(), rows: weight.rows(), cols: weight.cols() }
@@ -72,22 +97,82 @@ fn product(x: &[f32], stride: usize, weight: &CpuWeight, out: &mut [f32], accumu
     if let Some(w) = weight.source() {
         return Product { x, stride, w, out, accumulate }.run(isa);
     }
-    // Packed weights are widened a tile at a time. Values do not depend on the tiles.
-    let tile_rows = (CpuWeight::TILE / cols.max(1)).max(16);
+    #[cfg(target_arch = "x86_64")]
+    if weight.is_bf16()
+        && cols > 0
+        && let Some(x) = TiledInput::new(isa, x, stride, (n, cols), true)
+    {
+        return tiled(&x, weight, out, accumulate);
+    }
+    // Other weights are widened a tile at a time, into a cache. Values do not depend on the tiles.
+    let tile_rows = if n <= FEW { 16 } else { 128 };
+    let tile_cols = weight.tile_cols();
     (0..rows.div_ceil(tile_rows)).into_par_iter().for_each(|i| {
         let first = i * tile_rows;
         let count = tile_rows.min(rows - first);
-        let mut tile = Scratch::take(count * cols);
-        weight.decode_rows(first, &mut tile);
-        let w = Source::new(bytemuck::must_cast_slice(&tile), Dtype::F32, count, cols);
-        Product { x, stride, w, out: out.part(0, n, first, count), accumulate }.run(isa);
+        let mut tile = Scratch::take(count * tile_cols);
+        for col in (0..cols.max(1)).step_by(tile_cols.max(1)) {
+            let end = cols.min(col + tile_cols);
+            let tile = &mut tile[..count * (end - col)];
+            isa.run(Widen { weight: &weight.weight, first, cols: col..end, out: tile });
+            let w = Source::new(bytemuck::must_cast_slice(tile), Dtype::F32, count, end - col);
+            let accumulate = accumulate || col > 0;
+            Product { x: &x[col..], stride, w, out: out.part(0, n, first, count), accumulate }.run(isa);
+        }
     });
+}
+
+/// The product with a matrix of bf16 values that are not stored as such: brought into that form some rows at a time.
+#[cfg(target_arch = "x86_64")]
+fn tiled(x: &TiledInput, weight: &CpuWeight, out: Columns<'_>, accumulate: bool) {
+    const ROWS: usize = 32;
+    let isa = Isa::current();
+    let CpuWeight { rows, cols, .. } = *weight;
+    (0..rows.div_ceil(ROWS)).into_par_iter().for_each(|i| {
+        let first = i * ROWS;
+        let count = ROWS.min(rows - first);
+        let mut wide = Scratch::take(count * CpuWeight::TILE_COLS);
+        let mut narrow = Scratch::take((count * cols).div_ceil(2));
+        let narrow: &mut [u16] = &mut bytemuck::must_cast_slice_mut(&mut narrow)[..count * cols];
+        for col in (0..cols).step_by(CpuWeight::TILE_COLS) {
+            let width = CpuWeight::TILE_COLS.min(cols - col);
+            let wide = &mut wide[..count * width];
+            isa.run(Widen { weight: &weight.weight, first, cols: col..col + width, out: wide });
+            for (narrow, wide) in narrow.chunks_exact_mut(cols).zip(wide.chunks_exact(width)) {
+                for (n, w) in narrow[col..col + width].iter_mut().zip(wide) {
+                    *n = (w.to_bits() >> 16) as u16;
+                }
+            }
+        }
+        let w = Source::new(bytemuck::must_cast_slice(narrow), Dtype::BF16, count, cols);
+        x.multiply(w, out.part(0, out.rows(), first, count), accumulate, false);
+    });
+}
+
+/// Tokens that small tiles are for: packing them anew for each costs nothing.
+const FEW: usize = 12;
+
+/// Widens a tile of a matrix.
+struct Widen<'a> {
+    weight: &'a Weight,
+    first: usize,
+    cols: Range<usize>,
+    out: &'a mut [f32],
+}
+
+impl Task for Widen<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        self.weight.decode_tile(self.first, self.cols, self.out);
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::Tensor;
+    use crate::checkpoint::{Stride, Tensor};
 
     /// Every stored type, widths around the tile size, one row and many.
     #[test]
@@ -109,6 +194,52 @@ mod tests {
                         assert!((found - expected).abs() < 1e-4, "{dtype:?} {n}x{rows}x{cols}: [{i}, {j}]");
                     }
                 }
+            }
+        }
+    }
+
+    /// Matrices that are widened on the way have the products of what they stand for, whichever tiles and blocks.
+    #[test]
+    fn packed_matrices_multiply_as_what_they_stand_for() {
+        let (rows, cols) = (150usize, 2080usize);
+        let codes: Vec<u8> = (0..rows * cols).map(|i| (i * 37 % 253) as u8 & 0xf7).collect();
+        let fp8 = |block: [usize; 2]| {
+            let shape = vec![rows.div_ceil(block[0]), cols.div_ceil(block[1])];
+            let scales: Vec<f32> = (0..shape[0] * shape[1]).map(|i| 0.01 + (i % 7) as f32 / 64.0).collect();
+            let values = Tensor::owned("w", Dtype::F8_E4M3, vec![rows, cols], codes.clone());
+            Weight::fp8(values, Tensor::from_f32("s", Dtype::F32, shape, &scales), block).unwrap()
+        };
+        let blocks =
+            Tensor::owned("b", Dtype::U8, vec![rows, cols / 32, 16], codes[..rows * cols / 2].to_vec());
+        let scales: Vec<u8> = (0..rows * cols / 32).map(|i| 118 + (i % 9) as u8).collect();
+        let scales = Tensor::owned("s", Dtype::U8, vec![rows, cols / 32], scales);
+        let halves = Stride { first: 1, step: 2 };
+        let values: Vec<f32> = codes.iter().map(|&code| f32::from(code) / 64.0 - 2.0).collect();
+        let turned = Tensor::from_f32("t", Dtype::BF16, vec![cols, rows], &values);
+        let weights = [
+            fp8([128, 128]),
+            fp8([1, cols]),
+            fp8([rows, cols]),
+            fp8([64, 96]),
+            Weight::mxfp4(blocks.clone(), scales.clone(), Stride::ALL, rows).unwrap(),
+            Weight::mxfp4(blocks, scales, halves, rows / 2).unwrap(),
+            Weight::input_major(turned, halves, rows / 2).unwrap(),
+        ];
+        for weight in weights {
+            let is_fp8 = matches!(weight.storage(), Storage::Fp8 { .. });
+            let dtype = if is_fp8 { Dtype::F32 } else { Dtype::BF16 };
+            let shape = vec![weight.rows(), cols];
+            let plain = Weight::plain(Tensor::from_f32("w", dtype, shape, &weight.to_f32()));
+            let (packed, plain) = (CpuWeight::new(&weight), CpuWeight::new(&plain.unwrap()));
+            for n in [1, 12, 13, 40] {
+                let x: Vec<f32> = (0..n * cols).map(|i| (i * 31 % 17) as f32 * 0.3 - 2.0).collect();
+                let [mut out, mut expected] = [(); 2].map(|()| vec![0.25; n * weight.rows()]);
+                add_linear(&x, cols, &packed, &mut out);
+                add_linear(&x, cols, &plain, &mut expected);
+                assert_eq!(out, expected, "{n}");
+                linear(&x, cols, &packed, &mut out);
+                linear(&x, cols, &plain, &mut expected);
+                assert_eq!(out, expected, "{n}");
             }
         }
     }
