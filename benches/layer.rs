@@ -1,6 +1,6 @@
 //! Our side of `benches/peers/compare.py`: prepares one MoE layer, then runs it as asked on standard input.
 //!
-//! Arguments: shape (with `-routed`, without the shared expert), dtype (`f32` or `bf16`), form (`dense` or a percentage
+//! Arguments: shape (with `-routed`, without the shared expert), format (`f32`, `bf16`, `fp8` or `mxfp4`), form (`dense` or a percentage
 //! of full rank), threads, and optionally the CPU instructions. Each input line `tokens runs` is answered by a JSON list of seconds.
 
 mod layers;
@@ -8,13 +8,12 @@ mod layers;
 use std::io::{BufRead, Write};
 use std::time::Instant;
 
-use layers::{Layer, SHAPES};
+use layers::{Format, Layer, SHAPES};
 use moepress::backend::cpu::Isa;
-use moepress::checkpoint::Dtype;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
-    let [shape, dtype, form, threads, isa @ ..] = &args[..] else {
+    let [shape, format, form, threads, isa @ ..] = &args[..] else {
         // Run by `cargo bench` with the others: nothing to do.
         return Ok(());
     };
@@ -23,12 +22,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if routed {
         shape.shared_width = 0;
     }
-    let dtype = if dtype == "bf16" { Dtype::BF16 } else { Dtype::F32 };
+    let format = Format::named(format).ok_or("format: f32, bf16, fp8 or mxfp4")?;
     if let [isa] = isa {
         isa.parse::<Isa>()?.select()?;
     }
     rayon::ThreadPoolBuilder::new().num_threads(threads.parse()?).build_global()?;
-    let mut layer = Layer::new(shape, dtype, form.parse().ok());
+    let mut layer = Layer::new(shape, format, form.parse().ok());
     let mut out = std::io::stdout().lock();
     writeln!(out, "ready")?;
     for line in std::io::stdin().lock().lines() {

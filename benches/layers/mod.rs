@@ -3,7 +3,7 @@
 use moepress::architecture::{Activation, RouterSpec, WeightRule};
 use moepress::backend::cpu::Cpu;
 use moepress::backend::{Backend, Base, Expert, Linear, Matrix, Mlp, RouterRule, RouterWeights};
-use moepress::checkpoint::{Dtype, Tensor, Weight as Stored};
+use moepress::checkpoint::{Dtype, Stride, Tensor, Weight as Stored};
 
 type Buffer = <Cpu as Backend>::Buffer;
 type Weight = <Cpu as Backend>::Weight;
@@ -25,6 +25,38 @@ pub(crate) const SHAPES: [Shape; 3] = [
     Shape { name: "mixtral", hidden: 4096, width: 14336, experts: 4, top_k: 2, shared_width: 0 },
     Shape { name: "small", hidden: 512, width: 352, experts: 16, top_k: 4, shared_width: 1408 },
 ];
+
+/// How the matrices of experts are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Format {
+    F32,
+    Bf16,
+    /// FP8 e4m3 with a scale per block of 128 × 128.
+    Fp8,
+    Mxfp4,
+}
+
+impl Format {
+    #[allow(dead_code, reason = "one of the benches takes all")]
+    pub(crate) fn named(name: &str) -> Option<Self> {
+        let all = [Format::F32, Format::Bf16, Format::Fp8, Format::Mxfp4];
+        all.into_iter().find(|format| format.name() == name)
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Format::F32 => "f32",
+            Format::Bf16 => "bf16",
+            Format::Fp8 => "fp8",
+            Format::Mxfp4 => "mxfp4",
+        }
+    }
+
+    /// Of what is not packed: norms, routers.
+    fn dtype(self) -> Dtype {
+        if self == Format::F32 { Dtype::F32 } else { Dtype::BF16 }
+    }
+}
 
 /// A prepared layer and its buffers.
 pub(crate) struct Layer {
@@ -49,8 +81,28 @@ pub(crate) fn noise(count: usize, seed: u64, scale: f32) -> Vec<f32> {
     (0..count).map(|_| next()).collect()
 }
 
-fn stored(dtype: Dtype, rows: usize, cols: usize, seed: usize) -> Stored {
-    Stored::plain(tensor(dtype, rows, cols, seed)).expect("a matrix of plain numbers")
+fn stored(format: Format, rows: usize, cols: usize, seed: usize) -> Stored {
+    let codes = |count: usize| -> Vec<u8> {
+        let random = noise(count.div_ceil(2), seed as u64 + 1, 1.0);
+        random.iter().flat_map(|v| v.to_bits().to_le_bytes()[1..3].to_vec()).take(count).collect()
+    };
+    let matrix = match format {
+        Format::F32 | Format::Bf16 => Stored::plain(tensor(format.dtype(), rows, cols, seed)),
+        Format::Fp8 => {
+            // Without the codes of NaN.
+            let codes = codes(rows * cols).into_iter().map(|code| code & 0xf7).collect();
+            let values = Tensor::owned("w", Dtype::F8_E4M3, vec![rows, cols], codes);
+            let blocks = vec![rows.div_ceil(128), cols.div_ceil(128)];
+            let scales = vec![1e-4; blocks[0] * blocks[1]];
+            Stored::fp8(values, Tensor::from_f32("s", Dtype::F32, blocks, &scales), [128, 128])
+        }
+        Format::Mxfp4 => {
+            let blocks = Tensor::owned("b", Dtype::U8, vec![rows, cols / 32, 16], codes(rows * cols / 2));
+            let scales = Tensor::owned("s", Dtype::U8, vec![rows, cols / 32], vec![120; rows * cols / 32]);
+            Stored::mxfp4(blocks, scales, Stride::ALL, rows)
+        }
+    };
+    matrix.expect("a matrix of numbers")
 }
 
 fn tensor(dtype: Dtype, rows: usize, cols: usize, seed: usize) -> Tensor {
@@ -60,13 +112,13 @@ fn tensor(dtype: Dtype, rows: usize, cols: usize, seed: usize) -> Tensor {
 
 impl Layer {
     /// A layer whose experts are dense, or of rank `percent` of full rank.
-    pub(crate) fn new(shape: Shape, dtype: Dtype, percent: Option<usize>) -> Self {
+    pub(crate) fn new(shape: Shape, format: Format, percent: Option<usize>) -> Self {
         let Shape { hidden, width, experts, top_k, shared_width, .. } = shape;
         let matrix = |rows: usize, cols: usize, seed: usize| match percent {
-            None => Matrix::Dense(stored(dtype, rows, cols, seed)),
+            None => Matrix::Dense(stored(format, rows, cols, seed)),
             Some(percent) => {
                 let rank = rows.min(cols) * percent / 100;
-                let (u, v) = (stored(dtype, rows, rank, seed), stored(dtype, rank, cols, seed + 1));
+                let (u, v) = (stored(format, rows, rank, seed), stored(format, rank, cols, seed + 1));
                 Matrix::LowRank { u, v }
             }
         };
@@ -80,19 +132,24 @@ impl Layer {
             })
         };
         let experts_stored: Vec<_> = (0..experts).map(expert).collect();
-        let weight = |rows, cols, seed| Cpu.weight(&stored(dtype, rows, cols, seed)).expect("a known type");
+        let weight = |rows, cols, seed| Cpu.weight(&stored(format, rows, cols, seed)).expect("a known type");
         let shared = (shared_width > 0).then(|| {
             let (gate, up) = (weight(shared_width, hidden, 1001), weight(shared_width, hidden, 1002));
             let down = weight(hidden, shared_width, 1003);
-            (Mlp { gate, up: Some(up), down, activation: Activation::SwiGlu }, weight(1, hidden, 1004))
+            let scalar = Stored::plain(tensor(format.dtype(), 1, hidden, 1004)).expect("plain numbers");
+            let scalar = Cpu.weight(&scalar).expect("a known type");
+            (Mlp { gate, up: Some(up), down, activation: Activation::SwiGlu }, scalar)
         });
         let rule = RouterRule {
             spec: RouterSpec::softmax(top_k, WeightRule::Scaled(1.0)),
             group_of: vec![0; experts],
             live: vec![true; experts],
         };
-        let router =
-            RouterWeights { weight: tensor(dtype, experts, hidden, 1000), bias: None, choice_bias: None };
+        let router = RouterWeights {
+            weight: tensor(format.dtype(), experts, hidden, 1000),
+            bias: None,
+            choice_bias: None,
+        };
         Layer {
             shape,
             router: Cpu.router(&router, rule).expect("a known type"),

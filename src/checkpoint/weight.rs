@@ -271,17 +271,17 @@ impl Weight {
     /// Decodes the rows from `first` on into `out`, as many as it holds. Exact, but for FP8 values, where the product
     /// with the scale is rounded to f32.
     pub fn decode_rows(&self, first: usize, out: &mut [f32]) {
-        self.decode_tile(first, 0..self.cols, out);
+        self.decode_tile(first, 0..self.cols, self.cols, out);
     }
 
-    /// The same for some columns, which begin at a multiple of the block that shares a scale. Inlined, so that it is
-    /// compiled for the instructions of whoever calls it.
+    /// The same for some columns, which begin at a multiple of the block that shares a scale, and rows that begin `stride`
+    /// values apart. Inlined, so that it is compiled for the instructions of whoever calls it.
     #[inline(always)]
-    pub(crate) fn decode_tile(&self, first: usize, cols: Range<usize>, out: &mut [f32]) {
-        if out.is_empty() {
+    pub(crate) fn decode_tile(&self, first: usize, cols: Range<usize>, stride: usize, out: &mut [f32]) {
+        if cols.is_empty() {
             return;
         }
-        let rows = (first..).zip(out.chunks_exact_mut(cols.len()));
+        let rows = (first..).zip(out.chunks_mut(stride).map(|row| &mut row[..cols.len()]));
         match &self.storage {
             Storage::Plain(tensor) => {
                 let width = tensor.dtype().bitsize() / 8;
@@ -293,11 +293,13 @@ impl Weight {
             Storage::InputMajor(tensor, columns) => {
                 let columns = Stride { first: columns.at(first), ..*columns };
                 match tensor.dtype() {
-                    Dtype::F32 => gather(tensor, columns, cols, out, f32::from_le_bytes),
+                    Dtype::F32 => gather(tensor, columns, cols, stride, out, f32::from_le_bytes),
                     Dtype::F16 => {
-                        gather(tensor, columns, cols, out, |b| half::f16::from_le_bytes(b).to_f32());
+                        gather(tensor, columns, cols, stride, out, |b| half::f16::from_le_bytes(b).to_f32());
                     }
-                    _ => gather(tensor, columns, cols, out, |b| half::bf16::from_le_bytes(b).to_f32()),
+                    _ => {
+                        gather(tensor, columns, cols, stride, out, |b| half::bf16::from_le_bytes(b).to_f32())
+                    }
                 }
             }
             Storage::Fp8 { values, scales, block, .. } => {
@@ -330,6 +332,16 @@ impl Weight {
                 }
             }
         }
+    }
+
+    /// The codes of row `row`, where there are such a row and codes.
+    pub(crate) fn packed_row(&self, row: usize) -> Option<&[u8]> {
+        let (tensor, row, size) = match &self.storage {
+            Storage::Fp8 { values, .. } => (values, row, self.cols),
+            Storage::Mxfp4 { blocks, rows, .. } => (blocks, rows.at(row), self.cols / 2),
+            Storage::Plain(_) | Storage::InputMajor(..) => return None,
+        };
+        tensor.bytes().get(row * size..(row + 1) * size)
     }
 
     /// All values, row-major.
@@ -398,20 +410,22 @@ fn check_dtype(tensor: &Tensor, dtype: Dtype, expected: &'static str) -> Result<
     Err(Error::Dtype { name, found, expected })
 }
 
-/// out[r, c] = tensor[cols.start + c, columns.at(r)], for a tensor of N-byte numbers.
+/// out[r, c] = tensor[cols.start + c, columns.at(r)], for a tensor of N-byte numbers and rows `stride` apart.
+#[inline(always)]
 fn gather<const N: usize>(
     tensor: &Tensor,
     columns: Stride,
     cols: Range<usize>,
+    stride: usize,
     out: &mut [f32],
     value: impl Fn([u8; N]) -> f32,
 ) {
     let width = tensor.shape()[1];
     let (numbers, _) = tensor.bytes().as_chunks::<N>();
-    let rows = out.len() / cols.len();
+    let rows = out.len().div_ceil(stride);
     for (c, stored) in numbers[cols.start * width..].chunks_exact(width).enumerate().take(cols.len()) {
         for r in 0..rows {
-            out[r * cols.len() + c] = value(stored[columns.at(r)]);
+            out[r * stride + c] = value(stored[columns.at(r)]);
         }
     }
 }

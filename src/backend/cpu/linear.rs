@@ -19,10 +19,6 @@ pub struct CpuWeight {
 }
 
 impl CpuWeight {
-    /// Columns of a packed matrix that are widened at a time: whole chains of sums, and whole blocks that share a scale
-    /// where these are of the usual sizes.
-    const TILE_COLS: usize = 1024;
-
     /// Whether all values are bf16, though the kernels cannot read them as they are.
     #[cfg(target_arch = "x86_64")]
     fn is_bf16(&self) -> bool {
@@ -33,13 +29,12 @@ impl CpuWeight {
         }
     }
 
-    /// Columns of a tile.
-    fn tile_cols(&self) -> usize {
+    /// Columns that are widened at a time, at most `most`, a power of two: whole chains of sums and whole blocks that share
+    /// a scale.
+    fn tile_cols(&self, most: usize) -> usize {
         match self.weight.storage() {
-            Storage::Fp8 { block: [_, block], .. } if !CpuWeight::TILE_COLS.is_multiple_of(*block) => {
-                self.cols
-            }
-            _ => CpuWeight::TILE_COLS,
+            Storage::Fp8 { block: [_, block], .. } if !most.is_multiple_of(*block) => self.cols,
+            _ => most.min(self.cols),
         }
     }
 
@@ -106,16 +101,18 @@ fn product(x: &[f32], stride: usize, weight: &CpuWeight, out: &mut [f32], accumu
     }
     // Other weights are widened a tile at a time, into a cache. Values do not depend on the tiles.
     let tile_rows = if n <= FEW { 16 } else { 128 };
-    let tile_cols = weight.tile_cols();
+    let tile_cols = weight.tile_cols(if n <= FEW { 4096 } else { 512 });
+    // Rows must not compete for the same places in the cache.
+    let tile_stride = tile_cols + 16;
     (0..rows.div_ceil(tile_rows)).into_par_iter().for_each(|i| {
         let first = i * tile_rows;
         let count = tile_rows.min(rows - first);
-        let mut tile = Scratch::take(count * tile_cols);
+        let mut tile = Scratch::take(count * tile_stride);
         for col in (0..cols.max(1)).step_by(tile_cols.max(1)) {
-            let end = cols.min(col + tile_cols);
-            let tile = &mut tile[..count * (end - col)];
-            isa.run(Widen { weight: &weight.weight, first, cols: col..end, out: tile });
-            let w = Source::new(bytemuck::must_cast_slice(tile), Dtype::F32, count, end - col);
+            let cols = col..cols.min(col + tile_cols);
+            let width = cols.len();
+            isa.run(Widen { weight: &weight.weight, first, cols, stride: tile_stride, out: &mut tile });
+            let w = Source::strided(bytemuck::must_cast_slice(&tile), Dtype::F32, count, width, tile_stride);
             let accumulate = accumulate || col > 0;
             Product { x: &x[col..], stride, w, out: out.part(0, n, first, count), accumulate }.run(isa);
         }
@@ -125,28 +122,55 @@ fn product(x: &[f32], stride: usize, weight: &CpuWeight, out: &mut [f32], accumu
 /// The product with a matrix of bf16 values that are not stored as such: brought into that form some rows at a time.
 #[cfg(target_arch = "x86_64")]
 fn tiled(x: &TiledInput, weight: &CpuWeight, out: Columns<'_>, accumulate: bool) {
-    const ROWS: usize = 32;
     let isa = Isa::current();
     let CpuWeight { rows, cols, .. } = *weight;
-    (0..rows.div_ceil(ROWS)).into_par_iter().for_each(|i| {
-        let first = i * ROWS;
-        let count = ROWS.min(rows - first);
-        let mut wide = Scratch::take(count * CpuWeight::TILE_COLS);
+    let is_transposed = matches!(weight.weight.storage(), Storage::InputMajor(..));
+    let tile_rows = if is_transposed { 128 } else { 32 };
+    (0..rows.div_ceil(tile_rows)).into_par_iter().for_each(|i| {
+        let first = i * tile_rows;
+        let count = tile_rows.min(rows - first);
         let mut narrow = Scratch::take((count * cols).div_ceil(2));
         let narrow: &mut [u16] = &mut bytemuck::must_cast_slice_mut(&mut narrow)[..count * cols];
-        for col in (0..cols).step_by(CpuWeight::TILE_COLS) {
-            let width = CpuWeight::TILE_COLS.min(cols - col);
-            let wide = &mut wide[..count * width];
-            isa.run(Widen { weight: &weight.weight, first, cols: col..col + width, out: wide });
-            for (narrow, wide) in narrow.chunks_exact_mut(cols).zip(wide.chunks_exact(width)) {
-                for (n, w) in narrow[col..col + width].iter_mut().zip(wide) {
-                    *n = (w.to_bits() >> 16) as u16;
-                }
-            }
-        }
+        isa.run(Narrow { weight: &weight.weight, first, is_transposed, out: narrow });
         let w = Source::new(bytemuck::must_cast_slice(narrow), Dtype::BF16, count, cols);
         x.multiply(w, out.part(0, out.rows(), first, count), accumulate, false);
     });
+}
+
+/// The bf16 values of whole rows of a matrix that holds no others.
+#[cfg(target_arch = "x86_64")]
+struct Narrow<'a> {
+    weight: &'a Weight,
+    first: usize,
+    is_transposed: bool,
+    out: &'a mut [u16],
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Task for Narrow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Narrow { weight, first, is_transposed, out } = self;
+        let cols = weight.cols();
+        // Memory is read in the order in which it is stored.
+        let (high, wide) = if is_transposed { (out.len() / cols, 128) } else { (1, 4096) };
+        let count = out.len() / cols;
+        let mut values = Scratch::take(high * wide);
+        for (row, out) in (first..).step_by(high).zip(out.chunks_exact_mut(high * cols)) {
+            for col in (0..cols).step_by(wide) {
+                let width = wide.min(cols - col);
+                weight.decode_tile(row, col..col + width, wide, &mut values);
+                for (out, values) in out.chunks_exact_mut(cols).zip(values.chunks_exact(wide)) {
+                    for (out, value) in out[col..col + width].iter_mut().zip(values) {
+                        *out = (value.to_bits() >> 16) as u16;
+                    }
+                }
+                fetch(s, weight, row + count, &(col..col + width));
+            }
+        }
+    }
 }
 
 /// Tokens that small tiles are for: packing them anew for each costs nothing.
@@ -157,6 +181,8 @@ struct Widen<'a> {
     weight: &'a Weight,
     first: usize,
     cols: Range<usize>,
+    /// Of the rows of `out`.
+    stride: usize,
     out: &'a mut [f32],
 }
 
@@ -164,9 +190,25 @@ impl Task for Widen<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
-        self.weight.decode_tile(self.first, self.cols, self.out);
+    fn run<S: Simd>(self, s: S) {
+        let Widen { weight, first, cols, stride, out } = self;
+        if weight.packed_row(first).is_none() {
+            return weight.decode_tile(first, cols, stride, out);
+        }
+        let count = out.len() / stride;
+        for (row, out) in (first..).zip(out.chunks_exact_mut(stride)) {
+            weight.decode_tile(row, cols.clone(), stride, out);
+            fetch(s, weight, row + count, &cols);
+        }
     }
+}
+
+/// Asks for the codes of a row that is widened soon.
+#[inline(always)]
+fn fetch<S: Simd>(s: S, weight: &Weight, row: usize, cols: &Range<usize>) {
+    let Some(codes) = weight.packed_row(row) else { return };
+    let at = |col: usize| col * codes.len() / weight.cols();
+    codes[at(cols.start)..at(cols.end)].chunks(64).for_each(|line| s.prefetch(line.as_ptr()));
 }
 
 #[cfg(test)]
@@ -201,7 +243,7 @@ mod tests {
     /// Matrices that are widened on the way have the products of what they stand for, whichever tiles and blocks.
     #[test]
     fn packed_matrices_multiply_as_what_they_stand_for() {
-        let (rows, cols) = (150usize, 2080usize);
+        let (rows, cols) = (150usize, 4192usize);
         let codes: Vec<u8> = (0..rows * cols).map(|i| (i * 37 % 253) as u8 & 0xf7).collect();
         let fp8 = |block: [usize; 2]| {
             let shape = vec![rows.div_ceil(block[0]), cols.div_ceil(block[1])];

@@ -175,9 +175,9 @@ impl PackGroup<'_> {
             for t in 0..tokens {
                 let from = &x[t * stride + col..t * stride + cols.min(col + STEP)];
                 let mut x = [0.0; STEP];
-                match from.as_array() {
-                    Some(whole) => x = *whole,
-                    None => x[..from.len()].copy_from_slice(from),
+                match <&[f32; STEP]>::try_from(from) {
+                    Ok(whole) => x = *whole,
+                    Err(_) => x[..from.len()].copy_from_slice(from),
                 }
                 let mut pairs = [[0.0; SIDE]; PIECES];
                 for i in 0..SIDE {

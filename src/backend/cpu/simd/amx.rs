@@ -57,6 +57,7 @@ impl Amx {
             (_, Some(_)) => three_ahead,
         };
         let ahead = ahead.unwrap_or(Ahead { start: w.bytes.as_ptr(), stride: 0 });
+        let Amx(()) = self;
         // SAFETY: all operands are as large as said, there is a step, and `self` proves that the instructions are there.
         unsafe { kernel(&shape.registers, w, ahead, x.as_ptr(), sums.as_mut_ptr()) }
     }
