@@ -520,10 +520,7 @@ fn other_quantisation_is_named_with_what_would_do() {
 #[test]
 fn what_would_change_the_forward_pass_is_refused() {
     let scaled = |scaling: Value| with(&mixtral(), json!({"rope_scaling": scaling}));
-    refused(
-        &scaled(json!({"rope_type": "proportional", "factor": 2.0})),
-        "rope_type is `proportional`; known: default",
-    );
+    refused(&scaled(json!({"rope_type": "axial", "factor": 2.0})), "rope_type is `axial`; known: default");
     let nested = json!({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}});
     refused(&with(&mixtral(), nested), "rope_parameters.full_attention is an object");
     refused(&with(&mixtral(), json!({"hidden_act": "gelu"})), "hidden_act is \"gelu\"");

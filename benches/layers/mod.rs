@@ -91,8 +91,12 @@ impl Layer {
             group_of: vec![0; experts],
             live: vec![true; experts],
         };
-        let router =
-            RouterWeights { weight: tensor(dtype, experts, hidden, 1000), bias: None, choice_bias: None };
+        let router = RouterWeights {
+            weight: tensor(dtype, experts, hidden, 1000),
+            bias: None,
+            choice_bias: None,
+            expert_scales: None,
+        };
         Layer {
             shape,
             router: Cpu.router(&router, rule).expect("a known type"),
