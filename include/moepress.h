@@ -40,7 +40,8 @@ typedef enum moepress_activation {
     MOEPRESS_CLAMPED_SWIGLU = 1, /* gpt-oss: min(g, limit) sigmoid(slope min(g, limit)) (clamp(u, limit) + 1) */
     /* Of experts of two matrices (Switch Transformers): down(act(gate(x))). Their up is not looked at. */
     MOEPRESS_RELU = 2,
-    MOEPRESS_GELU_TANH = 3
+    MOEPRESS_GELU_TANH = 3,
+    MOEPRESS_GEGLU_TANH = 4 /* gelu(gate) * up (Gemma); GELU by its tanh formula in both */
 } moepress_activation;
 
 typedef enum moepress_expert_form {

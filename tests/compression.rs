@@ -18,7 +18,7 @@ use moepress::model::{Model, open_architecture, profile};
 use moepress::plan::{Action, Budget};
 use moepress::progress::Progress;
 
-const MODELS: [&str; 29] = [
+const MODELS: [&str; 34] = [
     "mixtral",
     "qwen2_moe",
     "qwen3_moe_fused",
@@ -42,7 +42,12 @@ const MODELS: [&str; 29] = [
     "granitemoe",
     "granitemoeshared_fused",
     "mistral3",
+    "cohere2_moe",
+    "cohere2_moe_fused",
+    "dbrx",
     "flex_olmo",
+    "gemma4",
+    "gemma4_text",
     "afmoe",
     "hy_v3",
     "mimo_v2_flash",

@@ -154,6 +154,7 @@ fn router_weights(rule: &RouterRule) -> RouterWeights {
         weight: Tensor::from_f32("router", Dtype::F32, vec![EXPERTS, HIDDEN], &values),
         bias: rule.spec.bias.then(|| vector(EXPERTS, 78)),
         choice_bias: (rule.spec.choice == Choice::BiasedScore).then(|| vector(EXPERTS, 79)),
+        expert_scales: None,
     }
 }
 
@@ -331,14 +332,15 @@ fn clamped_activation_against_the_cpu(gpu: &impl Gpu) {
     close(&bench.run(&x, &By::Router, None), &expected, 1e-5, "clamped");
 }
 
-/// Switch Transformers and others: experts without up, in every form.
-fn two_matrices_against_the_cpu(gpu: &impl Gpu) {
+/// Switch Transformers' experts without up, and Gemma's, in every form.
+fn other_activations_against_the_cpu(gpu: &impl Gpu) {
     let rule = rule(RouterSpec::softmax(TOP_K, WeightRule::RENORMALISED));
     let weights = router_weights(&rule);
     let cases = [
         (Element::F32, Activation::Relu, &[20][..]),
         (Element::Bf16, Activation::Relu, &[1, 20, 50, 150]),
         (Element::F16, Activation::GeluTanh, &[3, 150]),
+        (Element::Bf16, Activation::GeGluTanh, &[3, 150]),
     ];
     for (element, activation, batches) in cases {
         let experts = experts(element, activation);
@@ -542,7 +544,7 @@ on_every_gpu! {
     every_form_against_the_cpu
     deltas_against_the_cpu
     clamped_activation_against_the_cpu
-    two_matrices_against_the_cpu
+    other_activations_against_the_cpu
     routers_against_the_cpu
     given_ids_and_a_residual
     a_shared_expert

@@ -83,7 +83,7 @@ fn every_family() {
             seen += 1;
         }
     }
-    assert!(seen >= 42, "only {seen} checkpoints");
+    assert!(seen >= 47, "only {seen} checkpoints");
 }
 
 /// The larger fixtures, where they are.

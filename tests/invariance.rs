@@ -10,7 +10,7 @@ use common::{data, read, run, shape, windows};
 use moepress::backend::cpu::Isa;
 use moepress::tokens::{Windows, write_token_file};
 
-const MODELS: [&str; 7] = [
+const MODELS: [&str; 9] = [
     "mixtral_sliding_window",
     "qwen2_moe",
     "olmoe_clip",
@@ -18,6 +18,8 @@ const MODELS: [&str; 7] = [
     "qwen3_next",
     "lfm2_moe_fused",
     "kimi_linear_fused",
+    "gemma4",
+    "cohere2_moe",
 ];
 
 /// Logits of the given windows, `[count, length, vocabulary]`.

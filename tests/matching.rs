@@ -55,6 +55,10 @@ fn hidden(mlp: &Mlp<LinearSource>, x: &[f32], d: usize) -> Vec<Vec<f64>> {
     let value = |neuron: usize, x: &[f32]| {
         let g = apply(&mlp.gate, neuron, x);
         let u = mlp.up.as_ref().map_or(0.0, |up| apply(up, neuron, x));
+        let gelu = |x: f64| {
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x * x * x);
+            0.5 * x * (1.0 + inner.tanh())
+        };
         match mlp.activation {
             Activation::SwiGlu => g / (1.0 + (-g).exp()) * u,
             Activation::ClampedSwiGlu { limit, slope } => {
@@ -63,10 +67,8 @@ fn hidden(mlp: &Mlp<LinearSource>, x: &[f32], d: usize) -> Vec<Vec<f64>> {
                 g / (1.0 + (-slope * g).exp()) * (u.clamp(-limit, limit) + 1.0)
             }
             Activation::Relu => g.max(0.0),
-            Activation::GeluTanh => {
-                let inner = (2.0 / std::f64::consts::PI).sqrt() * (g + 0.044_715 * g * g * g);
-                0.5 * g * (1.0 + inner.tanh())
-            }
+            Activation::GeluTanh => gelu(g),
+            Activation::GeGluTanh => gelu(g) * u,
         }
     };
     (0..mlp.gate.weight.rows()).map(|i| x.chunks_exact(d).map(|x| value(i, x)).collect()).collect()

@@ -347,7 +347,7 @@ fn low_rank_keeps_biases_and_unpacks() {
 fn multiplied_back_into_fused_tensors() {
     let out = tempfile::tempdir().unwrap();
     let Ok(budget) = Budget::remove(0.5) else { unreachable!() };
-    for name in ["gpt_oss", "llama4_text", "qwen3_5_moe"] {
+    for name in ["gpt_oss", "llama4_text", "qwen3_5_moe", "gemma4", "dbrx"] {
         let model = data(name);
         let mut plan = plan(&model, "low-rank", Some(budget), &[("whiten", "false")]);
         plan.layers[0].experts[1].action = Action::Keep;

@@ -14,7 +14,7 @@ use common::{data, generate};
 const SKIPPED: i32 = 77;
 
 /// All without a group limit, which does not let deepseek_v2 keep three experts.
-const MODELS: [&str; 32] = [
+const MODELS: [&str; 37] = [
     "mixtral",
     "mixtral_sliding_window",
     "qwen2_moe",
@@ -30,7 +30,12 @@ const MODELS: [&str; 32] = [
     "glm4v_moe",
     "glm_moe_dsa",
     "hunyuan_v1_moe",
+    "cohere2_moe",
+    "cohere2_moe_fused",
+    "dbrx",
     "flex_olmo",
+    "gemma4",
+    "gemma4_text",
     "afmoe",
     "solar_open",
     "exaone_moe",

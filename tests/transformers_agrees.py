@@ -38,10 +38,14 @@ def load(torch, transformers, folder):
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise Disagreement("no config.json there")
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    if config.model_type == "dbrx":
+        # transformers reads this number and then rotates by its default.
+        config.rope_parameters = {"rope_type": "default", "rope_theta": config.attn_config.rope_theta}
     of_images = hasattr(config, "vision_config")
     kind = transformers.AutoModelForImageTextToText if of_images else transformers.AutoModelForCausalLM
     model, info = kind.from_pretrained(
         folder,
+        config=config,
         dtype=torch.float32,
         attn_implementation="eager",
         local_files_only=True,

@@ -149,6 +149,7 @@ impl Layer {
             weight: tensor(format.dtype(), experts, hidden, 1000),
             bias: None,
             choice_bias: None,
+            expert_scales: None,
         };
         Layer {
             shape,

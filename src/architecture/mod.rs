@@ -46,6 +46,8 @@ pub struct Architecture {
     pub embedding_scale: f32,
     /// Factor of what a layer's two halves add to the residual stream.
     pub residual_scale: f32,
+    /// Whether each layer has a number that it multiplies the residual stream by in the end.
+    pub layer_scales: bool,
     /// Between the matrices of the MLPs of dense layers and shared experts.
     pub dense_activation: Activation,
     /// Whether the MLPs of dense layers and shared experts have biases.
@@ -60,9 +62,11 @@ pub struct Architecture {
     pub encoder_layers: usize,
     /// Factor of the final hidden state before the output head.
     pub head_scale: f32,
+    /// Bound of the logits: z becomes cap · tanh(z / cap) (Gemma 2, arXiv 2408.00118, §2).
+    pub logit_cap: Option<f32>,
     /// Tensor names.
     pub names: Names,
-    /// Section of `config.json` that speaks of the language model; `None` where the whole file does.
+    /// Section of `config.json` that speaks of the language model, or of its experts; `None` where the whole file does.
     pub config_section: Option<&'static str>,
     /// Keys of `config.json` (or its section) that hold the number of routed experts.
     pub expert_count_keys: Vec<&'static str>,
@@ -110,17 +114,29 @@ pub enum NormPlacement {
     Around,
     /// Before both, and behind routed and shared experts together (A.X K1).
     BeforeAndBehindExperts,
+    /// One before both, which read the same: x + attention(norm(x)) + feed_forward(norm(x)) (GPT-J, Wang and Komatsuzaki,
+    /// 2021).
+    BeforeBoth,
+    /// Before and behind both, and in layers with experts around each part of the feed-forward half as well: routed
+    /// experts and shared expert have one before and one behind them each, and the router has one, divided by √hidden
+    /// (Gemma 4). The one behind the half is that of their sum.
+    AroundParts,
 }
 
 impl NormPlacement {
-    /// Whether there is a norm before each half.
+    /// Whether there is a norm before the attention.
     pub fn is_before(self) -> bool {
         self != NormPlacement::Behind
     }
 
+    /// Whether the feed-forward part has one of its own before it.
+    pub fn is_before_feed_forward(self) -> bool {
+        self.is_before() && self != NormPlacement::BeforeBoth
+    }
+
     /// Whether there is one behind the attention.
     pub fn is_behind_attention(self) -> bool {
-        matches!(self, NormPlacement::Behind | NormPlacement::Around)
+        matches!(self, NormPlacement::Behind | NormPlacement::Around | NormPlacement::AroundParts)
     }
 
     /// Whether there is one behind the feed-forward part of a layer, with experts or not.
@@ -255,6 +271,10 @@ pub struct GroupedAttention {
     pub value_dim: usize,
     /// Factor of the values.
     pub value_scale: f32,
+    /// Whether the key projection gives the values as well: keys before their norm and rotation (Gemma 4).
+    pub keys_as_values: bool,
+    /// Whether every value head has an RMS norm without a weight.
+    pub value_norm: bool,
     /// Whether q, k and v have biases.
     pub qkv_bias: bool,
     /// Whether the output projection has a bias.
@@ -462,6 +482,8 @@ pub enum Activation {
         /// Factor within the sigmoid.
         slope: f32,
     },
+    /// gelu(g) · u with GELU by its tanh approximation (Shazeer, arXiv 2002.05202).
+    GeGluTanh,
     /// max(g, 0), without an up projection (Switch Transformer, arXiv 2101.03961).
     Relu,
     /// g · Φ(g) with Φ by its tanh approximation, without an up projection (Hendrycks and Gimpel, arXiv 1606.08415).
@@ -471,17 +493,26 @@ pub enum Activation {
 impl Activation {
     /// Whether the MLP has an up projection, which this multiplies the gate's activation by.
     pub fn is_gated(self) -> bool {
-        matches!(self, Activation::SwiGlu | Activation::ClampedSwiGlu { .. })
+        matches!(self, Activation::SwiGlu | Activation::ClampedSwiGlu { .. } | Activation::GeGluTanh)
     }
 }
 
-/// The shared expert: a SwiGLU MLP that every token passes.
+/// The shared expert: an MLP that every token passes, with the activation of dense layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SharedSpec {
     /// Intermediate width.
     pub width: usize,
     /// Whether its output is multiplied by the sigmoid of a learned scalar per token (Qwen2-MoE).
     pub gated: bool,
+    /// Whether the mean of its output and that of routed experts is taken, not their sum.
+    pub averaged: bool,
+}
+
+impl SharedSpec {
+    /// One without a gate whose output is added.
+    pub fn of_width(width: usize) -> Self {
+        SharedSpec { width, gated: false, averaged: false }
+    }
 }
 
 impl Architecture {

@@ -41,6 +41,10 @@ pub struct Names {
     pub model: &'static str,
     /// What stands in its place, and in that of [`Names::head`], in some checkpoints of the family.
     pub other_model: Option<[&'static str; 2]>,
+    /// Embedding table, without `.weight`.
+    pub embedding: &'static str,
+    /// Module of the layers.
+    pub layers: &'static str,
     /// Norm before the attention, without `.weight`.
     pub input_norm: &'static str,
     /// Norm behind the attention, before its output is added.
@@ -49,8 +53,17 @@ pub struct Names {
     pub post_attention_norm: &'static str,
     /// Norm behind the feed-forward part, as published and in the fused layout that transformers 5 can write.
     pub feed_forward_output_norm: [&'static str; 2],
+    /// Norms of the parts of a layer with experts, where these have their own: before the router, without the module
+    /// that holds it, before and behind the shared expert, and behind routed experts.
+    pub part_norms: [&'static str; 4],
+    /// The number that a layer multiplies the residual stream by.
+    pub layer_scale: &'static str,
     /// Norm behind the last layer.
     pub final_norm: &'static str,
+    /// Module of the attention.
+    pub attention: &'static str,
+    /// Where queries, keys and values are projected by one matrix, whose rows are theirs in this order: its name.
+    pub fused_qkv: Option<&'static str>,
     /// Output projection of the attention.
     pub attention_output: &'static str,
     /// Norms of queries and keys.
@@ -65,7 +78,7 @@ pub struct Names {
     pub feed_forward: &'static str,
     /// Gate, up and down matrices of a dense layer's MLP.
     pub dense: [&'static str; 3],
-    /// Module that holds router and experts in the published layout.
+    /// Module that holds router and experts in the published layout; empty where the layer itself does.
     pub moe: &'static str,
     /// The same in the fused layout that transformers 5 can write.
     pub fused_moe: &'static str,
@@ -75,6 +88,8 @@ pub struct Names {
     pub choice_bias: [&'static str; 2],
     /// Whether that bias is stored as `[1, experts]` instead of `[experts]`.
     pub choice_bias_is_row: bool,
+    /// The factors of the experts' combine weights.
+    pub expert_scales: &'static str,
     /// Names of an expert's gate, up and down matrices in the published layout.
     pub projections: [&'static str; 3],
     /// The tensors in it that hold gate and up, and down, of all experts together, the same two ways.
@@ -105,6 +120,9 @@ pub enum ExpertStorage {
         /// Whether gate and up alternate; otherwise all of gate comes first.
         interleaved: bool,
     },
+    /// Three tensors `[experts · width, hidden]`, in which the experts stand one below the other: gate, up, and the
+    /// transpose of down.
+    Stacked,
 }
 
 impl Default for Names {
@@ -113,11 +131,17 @@ impl Default for Names {
         Names {
             model: "model.",
             other_model: None,
+            embedding: "embed_tokens",
+            layers: "layers",
             input_norm: "input_layernorm",
             attention_output_norm: "",
             post_attention_norm: "post_attention_layernorm",
             feed_forward_output_norm: [""; 2],
+            part_norms: [""; 4],
+            layer_scale: "",
             final_norm: "norm",
+            attention: "self_attn",
+            fused_qkv: None,
             attention_output: "o_proj",
             qk_norms: ["q_norm", "k_norm"],
             sinks: ["sinks"; 2],
@@ -130,6 +154,7 @@ impl Default for Names {
             router: ["gate"; 2],
             choice_bias: ["gate.e_score_correction_bias"; 2],
             choice_bias_is_row: false,
+            expert_scales: "",
             projections: Projection::ALL.map(Projection::mlp_name),
             fused: [["experts.gate_up_proj"; 2], ["experts.down_proj"; 2]],
             shared: [""; 2],
@@ -144,7 +169,7 @@ impl Names {
     /// Embedding table, `[vocabulary, hidden]`.
     pub fn embedding(&self) -> String {
         match self.t5 {
-            None => format!("{}embed_tokens.weight", self.model),
+            None => format!("{}{}.weight", self.model, self.embedding),
             Some(_) => "shared.weight".into(),
         }
     }
@@ -180,7 +205,7 @@ impl Names {
     /// Prefix of everything in layer `l`, with the final dot.
     pub fn layer(&self, l: usize) -> String {
         match self.t5 {
-            None => format!("{}layers.{l}.", self.model),
+            None => format!("{}{}.{l}.", self.model, self.layers),
             Some(encoder) if l < encoder => format!("encoder.block.{l}."),
             Some(encoder) => format!("decoder.block.{}.", l - encoder),
         }
@@ -200,7 +225,8 @@ impl Names {
     /// `layers` layers have behind them; the model itself does not use them.
     pub fn is_multi_token(&self, name: &str, layers: usize) -> bool {
         let rest = name.strip_prefix(self.model).unwrap_or(name);
-        let number = rest.strip_prefix("layers.").and_then(|r| r.split('.').next()?.parse::<usize>().ok());
+        let rest_of_layers = rest.strip_prefix(self.layers).and_then(|rest| rest.strip_prefix('.'));
+        let number = rest_of_layers.and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
         number.is_some_and(|l| l >= layers) || rest.starts_with("mtp")
     }
 
@@ -226,10 +252,20 @@ impl Names {
         self.feed_forward_output_norm.map(|name| format!("{}{name}", self.layer(l)))
     }
 
+    /// Norms of the parts of layer `l`, without `.weight` but for the router's: see [`Names::part_norms`].
+    pub fn part_norms(&self, l: usize) -> [String; 4] {
+        self.part_norms.map(|name| format!("{}{name}", self.layer(l)))
+    }
+
+    /// The number that layer `l` multiplies the residual stream by, `[1]`.
+    pub fn layer_scale(&self, l: usize) -> String {
+        format!("{}{}", self.layer(l), self.layer_scale)
+    }
+
     /// A parameter of the attention, such as `q_proj.weight`.
     pub fn attention(&self, l: usize, parameter: &str) -> String {
         match self.t5 {
-            None => format!("{}self_attn.{parameter}", self.layer(l)),
+            None => format!("{}{}.{parameter}", self.layer(l), self.attention),
             Some(_) => format!("{}layer.0.SelfAttention.{}", self.layer(l), parameter.replace("_proj", "")),
         }
     }
@@ -266,7 +302,7 @@ impl Names {
     pub fn dense(&self, l: usize, projection: Projection) -> [String; 2] {
         let names = if self.t5.is_some() { self.projections } else { self.dense };
         let name = names[projection as usize];
-        [self.feed_forward, self.moe].map(|module| format!("{}{module}.{name}", self.part(l)))
+        [self.feed_forward, self.moe].map(|module| self.within(l, module, name))
     }
 
     /// The router without `.weight`, `[experts, hidden]`: as published, and in the fused layout.
@@ -279,9 +315,19 @@ impl Names {
         self.in_moe(l, self.choice_bias)
     }
 
+    /// The factors of the experts' combine weights, `[experts]`.
+    pub fn expert_scales(&self, l: usize) -> String {
+        self.within(l, self.moe, self.expert_scales)
+    }
+
     fn in_moe(&self, l: usize, [published, fused]: [&str; 2]) -> [String; 2] {
-        let prefix = self.part(l);
-        [format!("{prefix}{}.{published}", self.moe), format!("{prefix}{}.{fused}", self.fused_moe)]
+        [self.within(l, self.moe, published), self.within(l, self.fused_moe, fused)]
+    }
+
+    /// `name` within `module` of layer `l`'s feed-forward part.
+    fn within(&self, l: usize, module: &str, name: &str) -> String {
+        let dot = if module.is_empty() { "" } else { "." };
+        format!("{}{module}{dot}{name}", self.part(l))
     }
 
     /// A matrix of a routed expert as published, without `.weight`.
@@ -292,12 +338,13 @@ impl Names {
     /// Prefix of everything that belongs to routed expert `e`, with the final dot.
     pub fn expert_prefix(&self, l: usize, e: usize) -> String {
         let expert = if self.t5.is_some() { "expert_" } else { "" };
-        format!("{}{}.experts.{expert}{e}.", self.part(l), self.moe)
+        self.within(l, self.moe, &format!("experts.{expert}{e}."))
     }
 
     /// A matrix that the experts of layer `l` share as their base, without `.weight`; only the moepress layout has it.
     pub fn base(&self, l: usize, projection: Projection) -> String {
-        format!("{}{}.experts.base.{}", self.part(l), self.moe, self.projections[projection as usize])
+        let projection = self.projections[projection as usize];
+        self.within(l, self.moe, &format!("experts.base.{projection}"))
     }
 
     /// Prefixes of everything that belongs to routed experts: as published, and in the fused layout.
@@ -309,6 +356,12 @@ impl Names {
     /// they can have.
     pub fn fused(&self, l: usize, down: bool) -> [String; 2] {
         self.in_moe(l, self.fused[usize::from(down)])
+    }
+
+    /// The tensor that holds one of the matrices of all experts, where they are [`ExpertStorage::Stacked`].
+    pub fn stacked(&self, l: usize, projection: Projection) -> String {
+        let projection = self.projections[projection as usize];
+        self.within(l, self.moe, &format!("experts.mlp.{projection}"))
     }
 
     /// A matrix of the shared expert, without `.weight`: as published, and in the fused layout.

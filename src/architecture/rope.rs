@@ -153,9 +153,12 @@ impl RopeConfig {
         Ok(RopeConfig { section, kind, theta, max_positions, original_positions, partial })
     }
 
-    /// The embedding of the rotated part of a head.
+    /// The embedding of the rotated part of a head; of the proportional kind, of the whole head.
     pub(super) fn of_head(&self, head_dim: usize, pairing: Pairing) -> Result<Rope> {
-        self.rope((head_dim as f64 * self.partial) as usize, pairing)
+        match &self.section {
+            Some(section) if self.kind == "proportional" => self.proportional(section, head_dim, pairing),
+            _ => self.rope((head_dim as f64 * self.partial) as usize, pairing),
+        }
     }
 
     /// mscale of DeepSeek's attention scale, 1 where the config asks for none (arXiv 2405.04434, §3.1.4).
@@ -169,16 +172,7 @@ impl RopeConfig {
 
     /// The embedding of `dim` elements.
     pub(super) fn rope(&self, dim: usize, pairing: Pairing) -> Result<Rope> {
-        if dim == 0 || !dim.is_multiple_of(2) {
-            return Err(Error::invalid(
-                "head_dim",
-                format!("gives {dim} rotated elements, expected an even number"),
-            ));
-        }
-        if dim > MOST_ELEMENTS {
-            let what = format!("gives {dim} rotated elements, expected at most {MOST_ELEMENTS}");
-            return Err(Error::invalid("head_dim", what));
-        }
+        check_dim(dim)?;
         let base = frequencies(self.theta, dim);
         let (inverse, magnitude) = match (self.kind.as_str(), &self.section) {
             ("default", _) | (_, None) => (base, 1.0),
@@ -191,7 +185,9 @@ impl RopeConfig {
             ("llama3", Some(s)) => (self.llama3(s, &base)?, 1.0),
             ("longrope", Some(s)) => return self.longrope(s, &base, pairing),
             (other, Some(_)) => {
-                let what = format!("is `{other}`; known: default, dynamic, linear, yarn, llama3, longrope");
+                let what = format!(
+                    "is `{other}`; known: default, dynamic, linear, yarn, llama3, longrope, proportional"
+                );
                 return Err(Error::invalid("rope_scaling.rope_type", what));
             }
         };
@@ -230,6 +226,18 @@ impl RopeConfig {
     /// What kind of embedding it is, as `rope_type` has it.
     pub(super) fn kind(&self) -> &str {
         &self.kind
+    }
+
+    /// The first pairs of a head, a share of all, have the frequencies that they have where all are rotated; the others
+    /// stand still (Gemma 4).
+    fn proportional(&self, section: &Config, head_dim: usize, pairing: Pairing) -> Result<Rope> {
+        check_dim(head_dim)?;
+        let factor = section.above_zero("factor")?.unwrap_or(1.0);
+        let rotated = (self.partial * head_dim as f64 / 2.0) as usize;
+        let all = frequencies(self.theta, head_dim).into_iter().enumerate();
+        let inverse = all.map(|(i, f)| if i < rotated { (f / factor) as f32 } else { 0.0 });
+        let inverse_frequencies = inverse.collect();
+        Ok(Rope { pairing, inverse_frequencies, magnitude: 1.0, long: None, dynamic: None })
     }
 
     fn dynamic(&self, section: &Config, base: &[f64], pairing: Pairing) -> Result<Rope> {
@@ -348,6 +356,19 @@ impl RopeConfig {
     }
 }
 
+/// Errors where `dim` elements cannot be rotated.
+fn check_dim(dim: usize) -> Result<()> {
+    if dim == 0 || !dim.is_multiple_of(2) {
+        let what = format!("gives {dim} rotated elements, expected an even number");
+        return Err(Error::invalid("head_dim", what));
+    }
+    if dim > MOST_ELEMENTS {
+        let what = format!("gives {dim} rotated elements, expected at most {MOST_ELEMENTS}");
+        return Err(Error::invalid("head_dim", what));
+    }
+    Ok(())
+}
+
 fn positive(section: &Config, key: &str) -> Result<f64> {
     match section.float_opt(key)? {
         Some(value) if value > 0.0 => Ok(value),
@@ -438,6 +459,22 @@ mod tests {
             assert!((f64::from(*found) / theta.powf(-(i as f64) / 4.0) - 1.0).abs() < 1e-6);
         }
         assert_eq!(read.max_positions(), MOST_POSITIONS);
+    }
+
+    /// A quarter of the pairs, and the frequencies are those of the whole head.
+    #[test]
+    fn proportional_pairs_of_a_head() {
+        let text = r#"{"rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": 0.25,
+            "rope_theta": 10000.0}}"#;
+        let config = Config::parse(text).unwrap();
+        let defaults = RopeDefaults { theta: 1.0, partial: 1.0, section: None };
+        let written = config.section("rope_parameters").unwrap();
+        let read = RopeConfig::read(&config, written, defaults, 64).unwrap();
+        let rope = read.of_head(16, Pairing::Halves).unwrap();
+        assert_eq!(rope.inverse_frequencies[2..], [0.0; 6]);
+        let expected = [1.0, 10f32.powf(-0.5)];
+        let found = rope.inverse_frequencies.iter().zip(expected);
+        assert!(found.map(|(f, e)| (f - e).abs()).all(|d| d < 1e-7), "{rope:?}");
     }
 
     /// Short divisors up to the first training's length, long ones beyond; Phi's magnitudes.

@@ -18,6 +18,8 @@ pub struct RouterSpec {
     pub groups: Option<GroupLimit>,
     /// What is done to the scores of the chosen experts.
     pub weights: WeightRule,
+    /// Whether each expert has a factor of its weights, behind all rules (Gemma 4).
+    pub expert_scales: bool,
     /// What the weights multiply.
     pub target: WeightTarget,
     /// Which of the chosen experts are left out after all; no published model has such a rule.
@@ -34,6 +36,7 @@ impl RouterSpec {
             choice: Choice::Score,
             groups: None,
             weights,
+            expert_scales: false,
             target: WeightTarget::Output,
             skip: None,
         }

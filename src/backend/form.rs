@@ -88,12 +88,14 @@ pub struct RouterWeights {
     pub bias: Option<Tensor>,
     /// Bias that only choices see, `[experts]`.
     pub choice_bias: Option<Tensor>,
+    /// Factors of the combine weights, `[experts]`.
+    pub expert_scales: Option<Tensor>,
 }
 
 impl RouterWeights {
     /// The tensors.
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
-        std::iter::once(&self.weight).chain(&self.bias).chain(&self.choice_bias)
+        std::iter::once(&self.weight).chain(&self.bias).chain(&self.choice_bias).chain(&self.expert_scales)
     }
 
     /// The router of the experts listed in `keep`, in that order; copied.
@@ -104,6 +106,7 @@ impl RouterWeights {
             weight: select(&self.weight),
             bias: self.bias.as_ref().map(select),
             choice_bias: self.choice_bias.as_ref().map(select),
+            expert_scales: self.expert_scales.as_ref().map(select),
         }
     }
 }

@@ -197,7 +197,7 @@ pub struct Routes {
     /// Router logits, `[tokens, experts]`.
     pub logits: Vec<f32>,
     /// Chosen experts, `[tokens, top_k]`, in the order of choice: by descending weight, unless a bias that the weights
-    /// do not see takes part in the choice. [`Routes::SKIPPED`] for one that is left out.
+    /// do not see takes part in the choice, or experts have factors. [`Routes::SKIPPED`] for one that is left out.
     pub ids: Vec<u32>,
     /// Combine weights as used, `[tokens, top_k]`.
     pub weights: Vec<f32>,
@@ -405,7 +405,7 @@ pub trait Backend: Sync {
         out: &mut Self::Buffer,
         observe: Option<(&mut Self::Observer, &Batch)>,
     ) -> Result<()>;
-    /// Runs every expert on the given rows of `x`, the same `x` that [`Backend::route`] saw last, and adds the outputs to
+    /// Runs every expert on the given rows of `x`, of the tokens that [`Backend::route`] saw last, and adds the outputs to
     /// [`Moment::SampleOutputSum`].
     fn observe_all(
         &self,
@@ -416,7 +416,7 @@ pub trait Backend: Sync {
         observer: &mut Self::Observer,
     ) -> Result<()>;
 
-    /// Runs every expert on the given rows of `x`, the same `x` that [`Backend::route`] saw last, waits, and returns for
+    /// Runs every expert on the given rows of `x`, of the tokens that [`Backend::route`] saw last, waits, and returns for
     /// each of the rows the inner products of the experts' outputs, without combine weights (where weights multiply
     /// inputs: of the outputs that the expert has for this token): the lower triangle, row-major, so that (a, b) with
     /// b ≤ a stands at a(a + 1)/2 + b. With `extra`, `[rows, hidden]`, one more vector per row stands behind the

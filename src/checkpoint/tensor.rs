@@ -149,6 +149,29 @@ impl Tensor {
         self
     }
 
+    /// The same with its rows in `count` entries of a new first dimension.
+    ///
+    /// # Panics
+    /// Where that does not come out even.
+    #[must_use]
+    pub fn split_rows(mut self, count: usize) -> Self {
+        assert!(self.shape[0].is_multiple_of(count), "{count} parts of {self:?}");
+        self.shape[0] /= count;
+        self.shape.insert(0, count);
+        self
+    }
+
+    /// The same with the rows of all entries one below the other: undoes [`Tensor::split_rows`].
+    ///
+    /// # Panics
+    /// Where there is one dimension alone.
+    #[must_use]
+    pub fn joined_rows(mut self) -> Self {
+        let count = self.shape.remove(0);
+        self.shape[0] *= count;
+        self
+    }
+
     /// The rows listed in `keep`, copied, in that order.
     #[must_use]
     pub fn select_rows(&self, keep: &[usize]) -> Self {

@@ -196,6 +196,7 @@ pub fn apply_layer<'a>(
     spec.top_k = plan.top_k;
     spec.skip = plan.skip.or(spec.skip);
     let moe = MoeSource {
+        norms: source.norms.clone(),
         router,
         spec,
         capacity: source.capacity,
@@ -205,6 +206,7 @@ pub fn apply_layer<'a>(
         numbers: slots.iter().map(|&s| source.numbers[s]).collect(),
         original_experts: source.original_experts,
         shared: source.shared.clone(),
+        averaged: source.averaged,
         fused: source.fused.clone(),
         fused_output_major: source.fused_output_major,
     };

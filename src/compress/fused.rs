@@ -13,16 +13,21 @@ pub(super) fn tensors(names: &Names, l: usize, moe: &MoeSource) -> Vec<Tensor> {
         if all { stored.clone() } else { stored.select_rows(&moe.numbers) }
     };
     let both = &[Projection::Gate, Projection::Up][..];
+    let all: &'static [Projection] = &Projection::ALL;
+    let stacked = names.storage == ExpertStorage::Stacked;
+    let one = |stem: &str| all.chunks_exact(1).find(|p| names.stacked(l, p[0]) == stem);
     let projections = |stem: &str| match [false, true].map(|down| names.fused(l, down)) {
         [gate_up, _] if gate_up.iter().any(|name| name == stem) => Some(both),
         [_, down] if down.iter().any(|name| name == stem) => Some(&[Projection::Down][..]),
         _ => None,
     };
+    let projections = |stem: &str| if stacked { one(stem) } else { projections(stem) };
     let replaced = |name: &str| match name.strip_suffix("_bias") {
         Some(stem) => assemble_biases(names, moe, projections(stem)?, name),
         None => assemble(names, moe, projections(name)?, name),
     };
-    moe.fused.iter().map(|stored| replaced(stored.name()).unwrap_or_else(|| rows(stored))).collect()
+    let tensors = moe.fused.iter().map(|stored| replaced(stored.name()).unwrap_or_else(|| rows(stored)));
+    tensors.map(|tensor| if stacked { tensor.joined_rows() } else { tensor }).collect()
 }
 
 /// All experts' matrices of the listed projections, `[experts, in, out of all]` or the other way round, as they were
@@ -44,12 +49,14 @@ fn assemble(names: &Names, moe: &MoeSource, projections: &[Projection], name: &s
     let dtype = types.max_by_key(Dtype::bitsize).unwrap_or(first.replacement_dtype());
     let parts = projections.len();
     let width = out * parts;
+    let output_major = moe.fused_output_major
+        || names.storage == ExpertStorage::Stacked && !projections.contains(&Projection::Down);
     let (mut bytes, mut values) = (Vec::new(), vec![0.0; width * input]);
     for weights in &experts {
         for (part, weight) in weights.iter().enumerate() {
             for (r, row) in weight.to_f32().chunks_exact(input).enumerate() {
                 let column = column(names, parts, out, part, r);
-                if moe.fused_output_major {
+                if output_major {
                     values[column * input..][..input].copy_from_slice(row);
                 } else {
                     row.iter().enumerate().for_each(|(c, value)| values[c * width + column] = *value);
@@ -58,7 +65,7 @@ fn assemble(names: &Names, moe: &MoeSource, projections: &[Projection], name: &s
         }
         bytes.extend(encode_f32(dtype, &values));
     }
-    let [rows, cols] = if moe.fused_output_major { [width, input] } else { [input, width] };
+    let [rows, cols] = if output_major { [width, input] } else { [input, width] };
     Some(Tensor::owned(name, dtype, vec![experts.len(), rows, cols], bytes))
 }
 

@@ -128,6 +128,7 @@ fn router_tensors(names: &Names, l: usize, moe: &MoeSource) -> Vec<Tensor> {
         let bias = bias.clone().renamed(name);
         tensors.push(if names.choice_bias_is_row { bias.as_row() } else { bias });
     }
+    tensors.extend(moe.router.expert_scales.iter().map(|s| s.clone().renamed(names.expert_scales(l))));
     tensors
 }
 
@@ -256,7 +257,7 @@ fn stock_config(
 const MULTI_TOKEN_LAYERS: [&str; 2] = ["num_nextn_predict_layers", "mtp_num_hidden_layers"];
 
 /// Keys that may hold the width of a routed expert, the more special one first.
-const WIDTHS: [&str; 2] = ["moe_intermediate_size", "intermediate_size"];
+const WIDTHS: [&str; 3] = ["moe_intermediate_size", "ffn_hidden_size", "intermediate_size"];
 
 /// `config` with routed experts of `width` channels, if it has a number for that and for nothing else.
 fn narrow_config(

@@ -93,6 +93,7 @@ fn spec(
             0 => WeightRule::Scaled(router.scale),
             _ => WeightRule::Renormalised { added: router.added, least: router.least, scale: router.scale },
         },
+        expert_scales: false,
         target,
         skip: (router.skip_tail != 0.0).then_some(Skip {
             threshold: SkipThreshold::Tail(f64::from(router.skip_tail)),

@@ -22,8 +22,13 @@ pub(super) enum Attention<B: Backend> {
 
 pub(super) struct Grouped<B: Backend> {
     spec: GroupedAttention,
-    qkv: [Linear<B>; 3],
+    query: Linear<B>,
+    key: Linear<B>,
+    /// `None` where keys are values.
+    value: Option<Linear<B>>,
     norms: Option<[B::Vector; 2]>,
+    /// Ones, where values have a norm.
+    value_norm: Option<B::Vector>,
     sinks: Option<B::Vector>,
     bias: Option<B::Vector>,
     gate: Option<Linear<B>>,
@@ -55,21 +60,26 @@ impl<B: Backend> Attention<B> {
         Ok(match (spec, source) {
             (
                 AttentionSpec::Grouped(spec),
-                AttentionSource::Grouped { qkv: [q, k, v], norms, sinks, bias, gate, output },
+                AttentionSource::Grouped { query, key, value, norms, sinks, bias, gate, output },
             ) => {
-                let ones = Tensor::from_f32("", Dtype::F32, vec![spec.head_dim], &vec![1.0; spec.head_dim]);
+                let ones = |dim: usize| {
+                    backend.vector(&Tensor::from_f32("", Dtype::F32, vec![dim], &vec![1.0; dim]))
+                };
                 let norms = match (norms, spec.qk_norm) {
                     (Some([q, k]), _) => {
                         let norm = |stored: &Tensor| backend.vector(&norm_weight(stored, zero_centred)?);
                         Some([norm(q)?, norm(k)?])
                     }
-                    (None, QkNorm::Unweighted) => Some([backend.vector(&ones)?, backend.vector(&ones)?]),
+                    (None, QkNorm::Unweighted) => Some([ones(spec.head_dim)?, ones(spec.head_dim)?]),
                     (None, _) => None,
                 };
                 Attention::Grouped(Grouped {
                     spec: spec.clone(),
-                    qkv: [linear(q)?, linear(k)?, linear(v)?],
+                    query: linear(query)?,
+                    key: linear(key)?,
+                    value: value.as_ref().map(linear).transpose()?,
                     norms,
+                    value_norm: spec.value_norm.then(|| ones(spec.value_dim)).transpose()?,
                     sinks: sinks.as_ref().map(|s| backend.vector(s)).transpose()?,
                     bias: match (spec.bias, bias) {
                         (Some(spec), Some(stored)) => Some(backend.vector(&bias_table(spec, stored)?)?),
@@ -167,10 +177,9 @@ impl<B: Backend> Attention<B> {
         memory: &B::Buffer,
         tokens: usize,
     ) -> Result<CrossCache<B>> {
-        let Attention::Grouped(Grouped { qkv: [_, k, v], .. }) = self else { unreachable!("{OTHER_CROSS}") };
+        let Attention::Grouped(grouped) = self else { unreachable!("{OTHER_CROSS}") };
         let mut cache = CrossCache { keys: backend.buffer(), values: backend.buffer(), tokens };
-        k.apply(backend, memory, &mut cache.keys)?;
-        v.apply(backend, memory, &mut cache.values)?;
+        grouped.keys_and_values(backend, memory, &mut cache.keys, &mut cache.values)?;
         Ok(cache)
     }
 
@@ -183,7 +192,7 @@ impl<B: Backend> Attention<B> {
         s: &mut Scratch<B>,
     ) -> Result<()> {
         let Attention::Grouped(grouped) = self else { unreachable!("{OTHER_CROSS}") };
-        grouped.qkv[0].apply(backend, &s.normed, &mut s.query)?;
+        grouped.query.apply(backend, &s.normed, &mut s.query)?;
         let keys = [&cache.keys, &cache.values];
         grouped.attend_cross(backend, batch, &s.query, keys, cache.tokens, None, &mut s.attended)?;
         grouped.output.apply(backend, &s.attended, &mut s.out)
@@ -212,7 +221,7 @@ impl<B: Backend> Grouped<B> {
         s: &mut Scratch<B>,
         cache: Option<&mut LayerCache<B>>,
     ) -> Result<()> {
-        let Grouped { spec, qkv: [q, k, v], norms, sinks, bias, gate, output, rotation } = self;
+        let Grouped { spec, query: q, norms, value_norm, sinks, bias, gate, output, rotation, .. } = self;
         if spec.output_gate == OutputGate::BehindQuery {
             q.apply(backend, &s.normed, &mut s.up)?;
             let pairs = |start: usize| HeadLayout { heads: spec.heads, stride: 2 * spec.head_dim, start };
@@ -223,8 +232,10 @@ impl<B: Backend> Grouped<B> {
         } else {
             q.apply(backend, &s.normed, &mut s.query)?;
         }
-        k.apply(backend, &s.normed, &mut s.key)?;
-        v.apply(backend, &s.normed, &mut s.value)?;
+        self.keys_and_values(backend, &s.normed, &mut s.key, &mut s.value)?;
+        if let Some(ones) = value_norm {
+            backend.rms_norm_heads(&mut s.value, ones, eps)?;
+        }
         if spec.value_scale != 1.0 {
             backend.scale(&mut s.value, spec.value_scale)?;
         }
@@ -285,6 +296,21 @@ impl<B: Backend> Grouped<B> {
         output.apply(backend, &s.attended, &mut s.out)
     }
 
+    /// Keys and values of `x`, before norms and rotation.
+    fn keys_and_values(
+        &self,
+        backend: &B,
+        x: &B::Buffer,
+        keys: &mut B::Buffer,
+        values: &mut B::Buffer,
+    ) -> Result<()> {
+        self.key.apply(backend, x, keys)?;
+        match &self.value {
+            Some(value) => value.apply(backend, x, values),
+            None => backend.copy(keys, values),
+        }
+    }
+
     fn shape(spec: &GroupedAttention) -> AttentionShape {
         AttentionShape {
             heads: spec.heads,
@@ -300,10 +326,9 @@ impl<B: Backend> Grouped<B> {
 
     /// Attention of `scratch.normed` to all tokens of `memory`, into `scratch.out`.
     fn apply_cross(&self, backend: &B, batch: &Batch, memory: &Memory<B>, s: &mut Scratch<B>) -> Result<()> {
-        let Grouped { qkv: [q, k, v], output, .. } = self;
-        q.apply(backend, &s.normed, &mut s.query)?;
-        k.apply(backend, &memory.x, &mut s.key)?;
-        v.apply(backend, &memory.x, &mut s.value)?;
+        let Grouped { query, output, .. } = self;
+        query.apply(backend, &s.normed, &mut s.query)?;
+        self.keys_and_values(backend, &memory.x, &mut s.key, &mut s.value)?;
         let (length, mask) = (memory.batch.length, memory.batch.mask.as_deref());
         self.attend_cross(backend, batch, &s.query, [&s.key, &s.value], length, mask, &mut s.attended)?;
         output.apply(backend, &s.attended, &mut s.out)

@@ -1,9 +1,10 @@
 //! The feed-forward half of a layer: a dense MLP, or router, experts and shared expert.
 
 use super::Result;
-use super::layer::{Linear, Observation, Scratch};
-use super::source::{FeedForwardSource, LayerSource, LinearSource, MoeSource};
+use super::layer::{Linear, Norm, Observation, Scratch};
+use super::source::{FeedForwardSource, LayerSource, LinearSource, MoeSource, NormSource, PartNorms};
 use crate::backend::{Backend, Batch, Mlp, Result as BackendResult};
+use crate::checkpoint::{Dtype, Tensor};
 
 pub(super) enum FeedForward<B: Backend> {
     Dense(Mlp<Linear<B>>),
@@ -11,10 +12,14 @@ pub(super) enum FeedForward<B: Backend> {
 }
 
 pub(super) struct Moe<B: Backend> {
+    /// Norms of the parts and their ε, where parts have their own.
+    norms: Option<(PartNorms<Norm<B>>, f32)>,
     router: B::Router,
     experts: B::Experts,
     capacity: Option<usize>,
     shared: Option<Shared<B>>,
+    /// Factor of the sum of routed and shared experts.
+    pub(super) output_scale: f32,
 }
 
 struct Shared<B: Backend> {
@@ -23,13 +28,20 @@ struct Shared<B: Backend> {
 }
 
 impl<B: Backend> FeedForward<B> {
-    pub(super) fn prepare(backend: &B, source: &LayerSource) -> Result<Self> {
+    /// Norms have this ε and are prepared by `norm`.
+    pub(super) fn prepare(
+        backend: &B,
+        source: &LayerSource,
+        eps: f32,
+        norm: impl Fn(&NormSource) -> BackendResult<Norm<B>>,
+    ) -> Result<Self> {
         let mlp = |mlp: &Mlp<LinearSource>| mlp.try_map(|m| Linear::prepare(backend, m));
         Ok(match &source.feed_forward {
             FeedForwardSource::Dense(source) => FeedForward::Dense(mlp(source)?),
             FeedForwardSource::Moe(moe) => {
                 moe.check_choices(source.layer)?;
-                FeedForward::Moe(Moe::prepare(backend, moe)?)
+                let norms = moe.norms.as_ref().map(|norms| part_norms(norms, norm)).transpose()?;
+                FeedForward::Moe(Moe::prepare(backend, moe, norms.map(|norms| (norms, eps)))?)
             }
         })
     }
@@ -52,8 +64,29 @@ impl<B: Backend> FeedForward<B> {
     }
 }
 
+/// The one before the router is divided by √hidden.
+fn part_norms<B: Backend>(
+    source: &PartNorms<NormSource>,
+    norm: impl Fn(&NormSource) -> BackendResult<Norm<B>>,
+) -> BackendResult<PartNorms<Norm<B>>> {
+    let stored = &source.router.weight;
+    let factor = (stored.len() as f64).powf(-0.5) as f32;
+    let scaled: Vec<f32> = stored.to_f32()?.into_iter().map(|w| w * factor).collect();
+    let weight = Tensor::from_f32("", Dtype::F32, stored.shape().to_vec(), &scaled);
+    Ok(PartNorms {
+        router: norm(&NormSource { weight, bias: None })?,
+        shared: norm(&source.shared)?,
+        shared_output: norm(&source.shared_output)?,
+        routed_output: norm(&source.routed_output)?,
+    })
+}
+
 impl<B: Backend> Moe<B> {
-    fn prepare(backend: &B, source: &MoeSource) -> BackendResult<Self> {
+    fn prepare(
+        backend: &B,
+        source: &MoeSource,
+        norms: Option<(PartNorms<Norm<B>>, f32)>,
+    ) -> BackendResult<Self> {
         let shared = match &source.shared {
             None => None,
             Some((mlp, gate)) => Some(Shared {
@@ -62,21 +95,37 @@ impl<B: Backend> Moe<B> {
             }),
         };
         Ok(Moe {
+            norms,
             router: backend.router(&source.router, source.rule())?,
             experts: backend.experts(&source.experts, &source.base)?,
             capacity: source.capacity,
             shared,
+            output_scale: if source.averaged { 0.5 } else { 1.0 },
         })
     }
 
-    /// Routes `scratch.normed` with `router`, or the layer's own, whatever the capacity of experts.
+    /// The inputs of router and shared expert from the residual stream, where they are not `scratch.normed`.
+    pub(super) fn enter(&self, backend: &B, x: &B::Buffer, scratch: &mut Scratch<B>) -> BackendResult<()> {
+        let Some((norms, eps)) = &self.norms else { return Ok(()) };
+        norms.router.apply(backend, x, *eps, &mut scratch.router_input)?;
+        norms.shared.apply(backend, x, *eps, &mut scratch.shared_input)
+    }
+
+    /// Whether the shared expert's output is added to that of routed experts with no norm between.
+    pub(super) fn adds_shared(&self) -> bool {
+        self.norms.is_none()
+    }
+
+    /// Routes the tokens with `router`, or the layer's own, whatever the capacity of experts.
     pub(super) fn route(
         &self,
         backend: &B,
         scratch: &mut Scratch<B>,
         router: Option<&B::Router>,
     ) -> BackendResult<()> {
-        backend.route(&scratch.normed, router.unwrap_or(&self.router), &mut scratch.routing)
+        let Scratch { normed, router_input, routing, .. } = scratch;
+        let input = if self.norms.is_some() { router_input } else { normed };
+        backend.route(input, router.unwrap_or(&self.router), routing)
     }
 
     /// Runs the experts that were just chosen, and no shared one, into `scratch.out`.
@@ -97,7 +146,7 @@ impl<B: Backend> Moe<B> {
         backend.output_grams(normed, rows, extra, &self.experts, routing)
     }
 
-    /// Reads `scratch.normed`, writes `scratch.out`; chooses with `router`, or the layer's own.
+    /// Reads what [`Moe::enter`] left and `scratch.normed`, writes `scratch.out`; chooses with `router`, or the layer's own.
     pub(super) fn apply(
         &self,
         backend: &B,
@@ -120,20 +169,33 @@ impl<B: Backend> Moe<B> {
                 }
             }
         }
+        if let Some((norms, eps)) = &self.norms {
+            // Nothing reads the experts' input any more.
+            norms.routed_output.apply(backend, &scratch.out, *eps, &mut scratch.normed)?;
+            std::mem::swap(&mut scratch.out, &mut scratch.normed);
+        }
         if self.shared(backend, scratch)? {
             backend.add(&mut scratch.out, &scratch.shared)?;
+        }
+        if self.output_scale != 1.0 {
+            backend.scale(&mut scratch.out, self.output_scale)?;
         }
         Ok(())
     }
 
-    /// The shared expert of `scratch.normed` into `scratch.shared`; whether there is one.
+    /// The shared expert's output, with the norm behind it, into `scratch.shared`; whether there is one.
     pub(super) fn shared(&self, backend: &B, scratch: &mut Scratch<B>) -> BackendResult<bool> {
         let Some(Shared { mlp, gate: scalar_gate }) = &self.shared else { return Ok(false) };
-        let Scratch { normed, shared, gate, up, scalar, .. } = scratch;
-        run(backend, mlp, normed, gate, up, shared)?;
+        let Scratch { normed, shared_input, shared, gate, up, scalar, .. } = scratch;
+        let input = if self.norms.is_some() { shared_input } else { normed };
+        run(backend, mlp, input, gate, up, shared)?;
         if let Some(weight) = scalar_gate {
-            backend.linear(normed, weight, None, scalar)?;
+            backend.linear(input, weight, None, scalar)?;
             backend.sigmoid_gate(shared, scalar)?;
+        }
+        if let Some((norms, eps)) = &self.norms {
+            norms.shared_output.apply(backend, shared, *eps, input)?;
+            std::mem::swap(shared, input);
         }
         Ok(true)
     }

@@ -111,7 +111,7 @@ impl Finder<'_> {
         self.numbers(&self.architecture.names.attention(self.l, name), &[length])
     }
 
-    fn norm(&self, prefix: &str) -> Result<NormSource> {
+    pub(super) fn norm(&self, prefix: &str) -> Result<NormSource> {
         let Architecture { hidden_size, norm, .. } = *self.architecture;
         Ok(NormSource {
             weight: self.numbers(&format!("{prefix}.weight"), &[hidden_size])?,
@@ -134,14 +134,17 @@ impl Finder<'_> {
         let has_experts = matches!(spec.feed_forward, FeedForwardSpec::Moe(_));
         let output_norms = names.feed_forward_output_norms(l);
         let output_norm = self.either(&output_norms, ".weight");
+        let scale = || self.numbers(&names.layer_scale(l), &[1]);
         Ok(LayerSource {
             layer: l,
             input_norm: self.norm_where(placement.is_before(), &names.input_norm(l))?,
             attention_output_norm: self
                 .norm_where(placement.is_behind_attention(), &names.attention_output_norm(l))?,
-            post_attention_norm: self.norm_where(placement.is_before(), &names.post_attention_norm(l))?,
+            post_attention_norm: self
+                .norm_where(placement.is_before_feed_forward(), &names.post_attention_norm(l))?,
             feed_forward_output_norm: self
                 .norm_where(placement.is_behind_feed_forward(has_experts), output_norm)?,
+            scale: self.architecture.layer_scales.then(scale).transpose()?,
             attention: self.attention(&spec.attention)?,
             cross: match &spec.attention {
                 AttentionSpec::Grouped(a) if a.cross => Some(self.cross_attention(a)?),
@@ -177,12 +180,11 @@ impl Finder<'_> {
                 };
                 let gate = || self.attention_linear("gate_proj", a.heads * values, d, false);
                 let gated_q = if a.output_gate == OutputGate::BehindQuery { 2 * q } else { q };
+                let (query, key, value) = self.qkv(a, [gated_q, kv, a.kv_heads * values])?;
                 Ok(AttentionSource::Grouped {
-                    qkv: [
-                        self.attention_linear("q_proj", gated_q, d, a.qkv_bias)?,
-                        self.attention_linear("k_proj", kv, d, a.qkv_bias)?,
-                        self.attention_linear("v_proj", a.kv_heads * values, d, a.qkv_bias)?,
-                    ],
+                    query,
+                    key,
+                    value,
                     norms: match a.qk_norm {
                         QkNorm::None | QkNorm::Unweighted => None,
                         QkNorm::PerHead | QkNorm::PerHeadRotated | QkNorm::Whole => {
@@ -212,6 +214,30 @@ impl Finder<'_> {
         }
     }
 
+    /// Projections to queries, keys and values of these widths, whichever way they are stored.
+    fn qkv(
+        &self,
+        a: &GroupedAttention,
+        [query, key, value]: [usize; 3],
+    ) -> Result<(LinearSource, LinearSource, Option<LinearSource>)> {
+        let (names, d) = (&self.architecture.names, self.architecture.hidden_size);
+        let Some(fused) = names.fused_qkv else {
+            let own = || self.attention_linear("v_proj", value, d, a.qkv_bias);
+            return Ok((
+                self.attention_linear("q_proj", query, d, a.qkv_bias)?,
+                self.attention_linear("k_proj", key, d, a.qkv_bias)?,
+                (!a.keys_as_values).then(own).transpose()?,
+            ));
+        };
+        let name = names.attention(self.l, &format!("{fused}.weight"));
+        let stored = self.numbers(&name, &[query + key + value, d])?;
+        let rows = |first: usize, count: usize| {
+            let weight = Weight::plain(stored.rows(first, count)).map_err(|e| self.error(e))?;
+            Ok::<_, Error>(LinearSource { weight, bias: None })
+        };
+        Ok((rows(0, query)?, rows(query, key)?, Some(rows(query + key, value)?)))
+    }
+
     /// The attention to the encoder's output and the norm before it.
     fn cross_attention(&self, a: &GroupedAttention) -> Result<(NormSource, AttentionSource)> {
         let (l, names, d) = (self.l, &self.architecture.names, self.architecture.hidden_size);
@@ -220,7 +246,9 @@ impl Finder<'_> {
             self.linear(&names.cross_attention(l, name), out, input, false)
         };
         let attention = AttentionSource::Grouped {
-            qkv: [linear("q_proj", q, d)?, linear("k_proj", kv, d)?, linear("v_proj", kv, d)?],
+            query: linear("q_proj", q, d)?,
+            key: linear("k_proj", kv, d)?,
+            value: Some(linear("v_proj", kv, d)?),
             norms: None,
             sinks: None,
             bias: None,

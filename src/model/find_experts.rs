@@ -2,9 +2,9 @@
 
 use super::find::Finder;
 use super::find_fused::Fused;
-use super::source::{LinearSource, MoeSource};
+use super::source::{LinearSource, MoeSource, NormSource, PartNorms};
 use super::{Error, Result};
-use crate::architecture::{Choice, MoeSpec, Projection};
+use crate::architecture::{Choice, MoeSpec, NormPlacement, Projection};
 use crate::backend::{Base, Expert, Linear, Matrix, Mlp, RouterWeights, StoredExpert};
 use crate::checkpoint::{ExpertEntry, ExpertForm, LayerEntry, Tensor, Weight};
 
@@ -38,6 +38,7 @@ impl Finder<'_> {
             }
         };
         let source = MoeSource {
+            norms: self.part_norms()?,
             router: self.router(moe, experts.len())?,
             spec,
             capacity: moe.capacity,
@@ -47,11 +48,27 @@ impl Finder<'_> {
             numbers,
             original_experts: moe.experts,
             shared,
+            averaged: moe.shared.is_some_and(|shared| shared.averaged),
             fused: fused.tensors,
             fused_output_major: fused.output_major,
         };
         source.check_choices(l)?;
         Ok(source)
+    }
+
+    /// Norms of router, routed experts and shared expert, where these have their own.
+    fn part_norms(&self) -> Result<Option<PartNorms<NormSource>>> {
+        if self.architecture.norm_placement != NormPlacement::AroundParts {
+            return Ok(None);
+        }
+        let [router, shared, shared_output, routed_output] = self.architecture.names.part_norms(self.l);
+        let weight = self.numbers(&router, &[self.architecture.hidden_size])?;
+        Ok(Some(PartNorms {
+            router: NormSource { weight, bias: None },
+            shared: self.norm(&shared)?,
+            shared_output: self.norm(&shared_output)?,
+            routed_output: self.norm(&routed_output)?,
+        }))
     }
 
     /// The shared expert, whichever way it is stored.
@@ -89,10 +106,12 @@ impl Finder<'_> {
                 self.numbers(name, &[experts])
             }
         };
+        let scales = || self.numbers(&names.expert_scales(l), &[experts]);
         Ok(RouterWeights {
             weight: self.numbers(&format!("{router}.weight"), &[experts, self.architecture.hidden_size])?,
             bias: self.bias(router, experts, moe.router.bias)?,
             choice_bias: (moe.router.choice == Choice::BiasedScore).then(choice_bias).transpose()?,
+            expert_scales: moe.router.expert_scales.then(scales).transpose()?,
         })
     }
 

@@ -33,6 +33,7 @@ impl Finder<'_> {
                 }
                 self.output_major_stacks(moe, names)
             }
+            ExpertStorage::Stacked => self.stacked(moe),
             ExpertStorage::Transposed if self.is_output_major(moe, [&gate_up[0], &down[0]]) => {
                 self.output_major_stacks(moe, [&gate_up[0], &down[0]])
             }
@@ -67,6 +68,30 @@ impl Finder<'_> {
             return Err(Error::Inconsistent { layer: self.l, what });
         }
         Ok((experts, Fused { tensors, output_major: true }))
+    }
+
+    /// Experts one below the other; the tensors come with an entry for each expert.
+    fn stacked(&self, moe: &MoeSpec) -> Result<(Vec<StoredExpert>, Fused)> {
+        let (n, d, width) = (moe.experts, self.architecture.hidden_size, moe.width);
+        let stack = |p| {
+            let stored = self.numbers(&self.architecture.names.stacked(self.l, p), &[n * width, d])?;
+            Ok(stored.split_rows(n))
+        };
+        let tensors = Projection::ALL.into_iter().map(stack).collect::<Result<Vec<Tensor>>>()?;
+        let experts = (0..n).map(|e| {
+            let map = |p: Projection| {
+                let own = tensors[p as usize].entry(e);
+                let weight = match p {
+                    Projection::Gate | Projection::Up => Weight::plain(own),
+                    Projection::Down => Weight::input_major(own, Stride::ALL, d),
+                };
+                let weight = weight.map_err(|e| self.error(e))?.renamed(self.weight_name(e, p));
+                Ok(Linear { weight: Matrix::Dense(weight), bias: None })
+            };
+            assemble(moe, map)
+        });
+        let experts = experts.collect::<Result<_>>()?;
+        Ok((experts, Fused { tensors, output_major: false }))
     }
 
     /// Whether matrices that a family publishes input-major are stored as transformers 5 holds them in memory.

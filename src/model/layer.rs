@@ -1,5 +1,9 @@
 //! One layer: x += attention(norm(x)); x += feed_forward(norm(x)); in some families with norms behind attention and
-//! feed-forward part instead, or as well; behind an encoder, with an attention to its output between the two.
+//! feed-forward part instead, or as well, or with a factor of the result, or with halves that read the same; behind an
+//! encoder, with an attention to its output between the two.
+//!
+//! Where the halves read the same, x is twice as wide between them: the residual stream as the attention saw it, and what
+//! the attention adds.
 
 use std::sync::Arc;
 
@@ -9,8 +13,8 @@ use super::cache::{CrossCache, LayerCache};
 use super::feed_forward::FeedForward;
 use super::source::{LayerSource, LinearSource, MoeSource, NormSource};
 use super::stream::{Chunk, Memory};
-use crate::architecture::Architecture;
-use crate::backend::{Backend, Batch, Result as BackendResult, Routes};
+use crate::architecture::{Architecture, NormPlacement};
+use crate::backend::{Backend, Batch, Error as BackendError, HeadLayout, Result as BackendResult, Routes};
 use crate::checkpoint::{Dtype, Tensor};
 
 /// A layer prepared for a backend.
@@ -20,8 +24,12 @@ pub struct Layer<B: Backend> {
     post_attention_norm: Option<Norm<B>>,
     feed_forward_output_norm: Option<Norm<B>>,
     eps: f32,
+    /// Width of the residual stream, where the halves read the same.
+    parallel: Option<usize>,
     /// Factor of what the halves add.
     residual_scale: f32,
+    /// Factor of the residual stream in the end.
+    scale: Option<f32>,
     attention: Attention<B>,
     /// To the encoder's output, with the norm before it.
     cross: Option<(Norm<B>, Attention<B>)>,
@@ -31,7 +39,7 @@ pub struct Layer<B: Backend> {
 }
 
 /// A norm: RMS, or with a bias a layer norm.
-struct Norm<B: Backend> {
+pub(super) struct Norm<B: Backend> {
     weight: B::Vector,
     bias: Option<B::Vector>,
 }
@@ -45,6 +53,9 @@ pub(super) struct Linear<B: Backend> {
 /// Buffers that all layers share; they grow to the largest batch and stay.
 pub struct Scratch<B: Backend> {
     pub(super) normed: B::Buffer,
+    /// Inputs of router and shared expert, where these are not `normed`.
+    pub(super) router_input: B::Buffer,
+    pub(super) shared_input: B::Buffer,
     pub(super) query: B::Buffer,
     pub(super) key: B::Buffer,
     pub(super) value: B::Buffer,
@@ -54,6 +65,7 @@ pub struct Scratch<B: Backend> {
     pub(super) gate: B::Buffer,
     pub(super) up: B::Buffer,
     pub(super) scalar: B::Buffer,
+    halves: B::Buffer,
     /// Routing of the last MoE layer that ran.
     pub routing: B::Routing,
 }
@@ -64,6 +76,8 @@ impl<B: Backend> Scratch<B> {
         let buffer = || backend.buffer();
         Scratch {
             normed: buffer(),
+            router_input: buffer(),
+            shared_input: buffer(),
             query: buffer(),
             key: buffer(),
             value: buffer(),
@@ -73,6 +87,7 @@ impl<B: Backend> Scratch<B> {
             gate: buffer(),
             up: buffer(),
             scalar: buffer(),
+            halves: buffer(),
             routing: backend.routing(),
         }
     }
@@ -89,13 +104,13 @@ pub struct Observation<'a, B: Backend> {
 /// The feed-forward half of a layer with experts, see [`Layer::dissect`].
 #[derive(Clone, Debug)]
 pub struct Dissected {
-    /// Input of the router and of all experts, `[tokens, hidden]`.
+    /// Input of all routed experts, `[tokens, hidden]`.
     pub input: Vec<f32>,
     /// What the router decided.
     pub routes: Routes,
     /// Sum of the chosen experts' weighted outputs, `[tokens, hidden]`.
     pub routed: Vec<f32>,
-    /// Output of the shared expert, `[tokens, hidden]`, where there is one.
+    /// Output of the shared expert, `[tokens, hidden]`, where there is one that is added to that sum as it is.
     pub shared: Option<Vec<f32>>,
 }
 
@@ -125,7 +140,13 @@ impl<B: Backend> Norm<B> {
         Ok(Norm { weight: backend.vector(&norm_weight(&source.weight, zero_centred)?)?, bias })
     }
 
-    fn apply(&self, backend: &B, x: &B::Buffer, eps: f32, out: &mut B::Buffer) -> BackendResult<()> {
+    pub(super) fn apply(
+        &self,
+        backend: &B,
+        x: &B::Buffer,
+        eps: f32,
+        out: &mut B::Buffer,
+    ) -> BackendResult<()> {
         backend.norm(x, &self.weight, self.bias.as_ref(), eps, out)
     }
 }
@@ -142,13 +163,20 @@ impl<B: Backend> Layer<B> {
         let centred = architecture.zero_centred_norms;
         let norm = |source: &NormSource| Norm::prepare(backend, source, centred);
         let norm_where = |source: &Option<NormSource>| source.as_ref().map(norm).transpose();
+        let is_parallel = architecture.norm_placement == NormPlacement::BeforeBoth;
+        let before_feed_forward = if is_parallel { &source.input_norm } else { &source.post_attention_norm };
         Ok(Layer {
             input_norm: norm_where(&source.input_norm)?,
             attention_output_norm: norm_where(&source.attention_output_norm)?,
-            post_attention_norm: norm_where(&source.post_attention_norm)?,
+            post_attention_norm: norm_where(before_feed_forward)?,
             feed_forward_output_norm: norm_where(&source.feed_forward_output_norm)?,
             eps: architecture.norm_eps,
+            parallel: is_parallel.then_some(architecture.hidden_size),
             residual_scale: architecture.residual_scale,
+            scale: match &source.scale {
+                None => None,
+                Some(stored) => stored.to_f32().map_err(BackendError::from)?.first().copied(),
+            },
             attention: Attention::prepare(backend, spec, &source.attention, rotation, centred)?,
             cross: match &source.cross {
                 None => None,
@@ -158,7 +186,7 @@ impl<B: Backend> Layer<B> {
                 }
             },
             encoder_norm: norm_where(&source.encoder_norm)?,
-            feed_forward: FeedForward::prepare(backend, source)?,
+            feed_forward: FeedForward::prepare(backend, source, architecture.norm_eps, norm)?,
         })
     }
 
@@ -272,7 +300,10 @@ impl<B: Backend> Layer<B> {
     ) -> Result<()> {
         self.enter_half(backend, self.input_norm.as_ref(), x, scratch)?;
         self.attention.apply(backend, self.eps, batch, scratch, cache)?;
-        self.leave_half(backend, self.attention_output_norm.as_ref(), x, scratch)
+        match self.parallel {
+            None => self.leave_half(backend, self.attention_output_norm.as_ref(), x, scratch),
+            Some(width) => keep_beside(backend, x, width, batch, scratch),
+        }
     }
 
     /// The feed-forward half.
@@ -286,17 +317,34 @@ impl<B: Backend> Layer<B> {
     ) -> Result<()> {
         self.enter_feed_forward(backend, x, scratch)?;
         self.feed_forward.apply(backend, batch, scratch, observe)?;
-        self.leave_feed_forward(backend, x, scratch)
+        self.leave_feed_forward(backend, x, batch, scratch)
     }
 
-    /// The input of the feed-forward part into `scratch.normed`.
+    /// The input of the feed-forward part into `scratch.normed`, and those of its parts.
     fn enter_feed_forward(&self, backend: &B, x: &B::Buffer, scratch: &mut Scratch<B>) -> Result<()> {
-        self.enter_half(backend, self.post_attention_norm.as_ref(), x, scratch)
+        self.enter_half(backend, self.post_attention_norm.as_ref(), x, scratch)?;
+        match &self.feed_forward {
+            FeedForward::Moe(moe) => Ok(moe.enter(backend, x, scratch)?),
+            FeedForward::Dense(_) => Ok(()),
+        }
     }
 
     /// Adds the output of the feed-forward part in `scratch.out` to `x`.
-    fn leave_feed_forward(&self, backend: &B, x: &mut B::Buffer, scratch: &mut Scratch<B>) -> Result<()> {
-        self.leave_half(backend, self.feed_forward_output_norm.as_ref(), x, scratch)
+    fn leave_feed_forward(
+        &self,
+        backend: &B,
+        x: &mut B::Buffer,
+        batch: &Batch,
+        scratch: &mut Scratch<B>,
+    ) -> Result<()> {
+        if let Some(width) = self.parallel {
+            join(backend, x, width, batch, scratch)?;
+        }
+        self.leave_half(backend, self.feed_forward_output_norm.as_ref(), x, scratch)?;
+        match self.scale {
+            None => Ok(()),
+            Some(scale) => Ok(backend.scale(x, scale)?),
+        }
     }
 
     fn enter_half(
@@ -331,10 +379,26 @@ impl<B: Backend> Layer<B> {
 
     /// By what factor the output of the feed-forward part enters the residual stream; `None` where a norm lies between.
     pub fn output_factor(&self) -> Option<f32> {
-        self.feed_forward_output_norm.is_none().then_some(self.residual_scale)
+        let own = match &self.feed_forward {
+            FeedForward::Moe(moe) => moe.output_scale,
+            FeedForward::Dense(_) => 1.0,
+        };
+        self.feed_forward_output_norm.is_none().then_some(own * self.residual_scale)
     }
 
-    /// What the feed-forward part sees of the residual stream `x`: `[tokens, hidden]` on the host.
+    /// The residual stream behind the attention half, `[tokens, hidden]` on the host.
+    pub fn behind_attention(&self, backend: &B, x: &B::Buffer) -> Result<Vec<f32>> {
+        let values = backend.download(x)?;
+        Ok(match self.parallel {
+            None => values,
+            Some(width) => {
+                let rows = values.chunks_exact(2 * width).map(|row| row.split_at(width));
+                rows.flat_map(|(x, attended)| x.iter().zip(attended).map(|(x, a)| x + a)).collect()
+            }
+        })
+    }
+
+    /// What routed experts, or a dense MLP, see of the residual stream `x`: `[tokens, hidden]` on the host.
     pub fn feed_input(&self, backend: &B, x: &B::Buffer, scratch: &mut Scratch<B>) -> Result<Vec<f32>> {
         self.enter_feed_forward(backend, x, scratch)?;
         Ok(backend.download(&scratch.normed)?)
@@ -362,7 +426,7 @@ impl<B: Backend> Layer<B> {
         if let FeedForward::Moe(moe) = &self.feed_forward {
             moe.apply(backend, batch, scratch, Some(router), None)?;
         }
-        self.leave_feed_forward(backend, x, scratch)
+        self.leave_feed_forward(backend, x, batch, scratch)
     }
 
     /// Routes the feed-forward half's input, with `router` or the layer's own, whatever the capacity of experts; leaves `x`
@@ -413,7 +477,7 @@ impl<B: Backend> Layer<B> {
         moe.route(backend, scratch, None)?;
         moe.run_routed(backend, scratch)?;
         let routed = backend.download(&scratch.out)?;
-        let has_shared = moe.shared(backend, scratch)?;
+        let has_shared = moe.adds_shared() && moe.shared(backend, scratch)?;
         Ok(Some(Dissected {
             input: backend.download(&scratch.normed)?,
             routes: backend.routes(&scratch.routing)?,
@@ -421,4 +485,39 @@ impl<B: Backend> Layer<B> {
             shared: has_shared.then(|| backend.download(&scratch.shared)).transpose()?,
         }))
     }
+}
+
+/// Puts the attention's output in `scratch.out` beside the residual stream.
+fn keep_beside<B: Backend>(
+    backend: &B,
+    x: &mut B::Buffer,
+    width: usize,
+    batch: &Batch,
+    scratch: &mut Scratch<B>,
+) -> Result<()> {
+    let whole = HeadLayout { heads: 1, stride: width, start: 0 };
+    backend.resize(&mut scratch.halves, batch.tokens(), 2 * width)?;
+    backend.copy_heads(x, whole, width, &mut scratch.halves, 0)?;
+    backend.copy_heads(&scratch.out, whole, width, &mut scratch.halves, width)?;
+    std::mem::swap(x, &mut scratch.halves);
+    Ok(())
+}
+
+/// Adds to the residual stream what stands beside it.
+fn join<B: Backend>(
+    backend: &B,
+    x: &mut B::Buffer,
+    width: usize,
+    batch: &Batch,
+    scratch: &mut Scratch<B>,
+) -> Result<()> {
+    let Scratch { halves, attended, .. } = scratch;
+    let half = |start: usize| HeadLayout { heads: 1, stride: 2 * width, start };
+    for (start, part) in [(0, &mut *halves), (width, &mut *attended)] {
+        backend.resize(part, batch.tokens(), width)?;
+        backend.copy_heads(x, half(start), width, part, 0)?;
+    }
+    backend.add(halves, attended)?;
+    std::mem::swap(x, halves);
+    Ok(())
 }

@@ -28,10 +28,13 @@ pub use profile::profile;
 pub use run::{RunSize, run};
 pub use source::{
     AttentionSource, DeltaInput, FeedForwardSource, LayerSource, LinearSource, MoeSource, NormSource,
+    PartNorms,
 };
 pub use stream::{Chunk, Memory, Stream, TOKENS_PER_CHUNK};
 
 use std::sync::{Arc, Mutex, PoisonError};
+
+use rayon::prelude::*;
 
 use crate::architecture::{Architecture, Names, NormKind, Rope};
 use crate::backend::Backend;
@@ -179,6 +182,7 @@ impl<'a, B: Backend> Model<'a, B> {
             eps: self.architecture.norm_eps,
             weight: self.backend.weight(&self.table(&self.architecture.head_table())?)?,
             bias: head_bias.then(|| vector(&names.head_bias(), vocabulary)).transpose()?,
+            cap: self.architecture.logit_cap,
             vocabulary,
         })
     }
@@ -247,6 +251,8 @@ pub struct Head<B: Backend> {
     eps: f32,
     weight: B::Weight,
     bias: Option<B::Vector>,
+    /// Bound of the logits.
+    cap: Option<f32>,
     vocabulary: usize,
 }
 
@@ -289,10 +295,15 @@ impl<B: Backend> Head<B> {
         logits: &mut Vec<f32>,
     ) -> Result<()> {
         backend.copy_rows(x, start, count, &mut work.rows)?;
-        let Head { norm, norm_bias, eps, weight, bias, .. } = self;
+        let Head { norm, norm_bias, eps, weight, bias, cap, .. } = self;
         backend.norm(&work.rows, norm, norm_bias.as_ref(), *eps, &mut work.normed)?;
         backend.linear(&work.normed, weight, bias.as_ref(), &mut work.logits)?;
-        Ok(backend.download_to(&work.logits, logits)?)
+        let first = logits.len();
+        backend.download_to(&work.logits, logits)?;
+        if let Some(cap) = *cap {
+            logits[first..].par_iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
+        }
+        Ok(())
     }
 }
 

@@ -21,6 +21,8 @@ pub struct LayerSource {
     pub post_attention_norm: Option<NormSource>,
     /// Norm behind the feed-forward part.
     pub feed_forward_output_norm: Option<NormSource>,
+    /// What the layer multiplies the residual stream by in the end, `[1]`.
+    pub scale: Option<Tensor>,
     /// The attention's parameters, in the order in which [`super::Layer`] takes them.
     pub attention: AttentionSource,
     /// Norm before, and parameters of, the attention to the encoder's output.
@@ -49,8 +51,12 @@ pub struct NormSource {
 pub enum AttentionSource {
     /// Multi-head or grouped-query attention.
     Grouped {
-        /// Query, key and value projections.
-        qkv: [LinearSource; 3],
+        /// Query projection.
+        query: LinearSource,
+        /// Key projection.
+        key: LinearSource,
+        /// Value projection; `None` where keys are values.
+        value: Option<LinearSource>,
         /// Norms of queries and keys.
         norms: Option<[Tensor; 2]>,
         /// Attention sinks, `[heads]`.
@@ -157,9 +163,33 @@ pub enum FeedForwardSource {
     Moe(MoeSource),
 }
 
+/// Norms of the parts of a layer with experts, `[hidden]` each, see
+/// [`NormPlacement::AroundParts`](crate::architecture::NormPlacement::AroundParts). The one before routed experts is
+/// [`LayerSource::post_attention_norm`].
+#[derive(Clone, Debug)]
+pub struct PartNorms<N> {
+    /// Before the router.
+    pub router: N,
+    /// Before the shared expert.
+    pub shared: N,
+    /// Behind the shared expert.
+    pub shared_output: N,
+    /// Behind routed experts.
+    pub routed_output: N,
+}
+
+impl<N> PartNorms<N> {
+    /// All, in the order of [`Names::part_norms`](crate::architecture::Names::part_norms).
+    pub fn all(&self) -> [&N; 4] {
+        [&self.router, &self.shared, &self.shared_output, &self.routed_output]
+    }
+}
+
 /// Router and experts of a layer.
 #[derive(Clone, Debug)]
 pub struct MoeSource {
+    /// Norms of its parts, where these have their own.
+    pub norms: Option<PartNorms<NormSource>>,
     /// The router, with one row per entry of `experts`.
     pub router: RouterWeights,
     /// Routing rule.
@@ -178,10 +208,13 @@ pub struct MoeSource {
     pub original_experts: usize,
     /// The shared expert and its scalar gate.
     pub shared: Option<(Mlp<LinearSource>, Option<Weight>)>,
+    /// Whether the mean of its output and that of routed experts is taken, not their sum.
+    pub averaged: bool,
     /// Where the family's stock layout holds all experts of a layer together: the tensors that it does so in, one entry
     /// of the first dimension per expert of the original model. Else empty.
     pub fused: Vec<Tensor>,
-    /// Whether those hold `[experts, out, in]` instead of `[experts, in, out]`; packed ones always do.
+    /// Whether those hold `[experts, out, in]` instead of `[experts, in, out]`; packed ones always do, and of
+    /// [stacked](crate::architecture::ExpertStorage::Stacked) ones gate and up.
     pub fused_output_major: bool,
 }
 
@@ -271,7 +304,9 @@ impl LayerSource {
         let norms = before.iter().chain(behind).chain(&self.post_attention_norm);
         let norms = norms.chain(&self.feed_forward_output_norm).chain(&self.encoder_norm);
         let norms = norms.chain(self.cross.iter().map(|(norm, _)| norm));
-        let mut all: Vec<&Tensor> = norms.flat_map(NormSource::tensors).collect();
+        let parts = self.moe().and_then(|moe| moe.norms.as_ref());
+        let norms = norms.chain(parts.into_iter().flat_map(PartNorms::all));
+        let mut all: Vec<&Tensor> = norms.flat_map(NormSource::tensors).chain(&self.scale).collect();
         all.extend(self.linears().into_iter().filter_map(|linear| linear.bias.as_ref()));
         all.extend(self.attentions().flat_map(AttentionSource::vectors));
         if let Some(moe) = self.moe() {
@@ -330,8 +365,8 @@ impl AttentionSource {
 
     fn linears(&self) -> Vec<&LinearSource> {
         match self {
-            AttentionSource::Grouped { qkv, gate, output, .. } => {
-                qkv.iter().chain(gate).chain([output]).collect()
+            AttentionSource::Grouped { query, key, value, gate, output, .. } => {
+                [query, key].into_iter().chain(value).chain(gate).chain([output]).collect()
             }
             AttentionSource::Latent { query, query_latent, latent, expand, output, .. } => {
                 let down = query_latent.iter().map(|(down, _)| down);

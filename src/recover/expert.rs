@@ -126,6 +126,18 @@ fn gelu_inner(x: f32) -> f32 {
     (2.0 / std::f32::consts::PI).sqrt() * (x + 0.044_715 * x * x * x)
 }
 
+/// GELU by its tanh approximation.
+fn gelu(x: f32) -> f32 {
+    0.5 * x * (1.0 + gelu_inner(x).tanh())
+}
+
+/// Its derivative.
+fn gelu_slope(x: f32) -> f32 {
+    let t = gelu_inner(x).tanh();
+    let inner = (2.0 / std::f32::consts::PI).sqrt() * (1.0 + 3.0 * 0.044_715 * x * x);
+    0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner
+}
+
 /// The hidden value of one gate and up value.
 fn value(activation: Activation, g: f32, u: f32) -> f32 {
     match activation {
@@ -135,7 +147,8 @@ fn value(activation: Activation, g: f32, u: f32) -> f32 {
             clamped * sigmoid(slope * clamped) * (u.clamp(-limit, limit) + 1.0)
         }
         Activation::Relu => g.max(0.0),
-        Activation::GeluTanh => 0.5 * g * (1.0 + gelu_inner(g).tanh()),
+        Activation::GeluTanh => gelu(g),
+        Activation::GeGluTanh => gelu(g) * u,
     }
 }
 
@@ -154,10 +167,7 @@ fn slopes(activation: Activation, g: f32, u: f32) -> [f32; 2] {
             [inside(g < limit, by_gate), inside(u.abs() < limit, clamped * s)]
         }
         Activation::Relu => [if g > 0.0 { 1.0 } else { 0.0 }, 0.0],
-        Activation::GeluTanh => {
-            let t = gelu_inner(g).tanh();
-            let inner = (2.0 / std::f32::consts::PI).sqrt() * (1.0 + 3.0 * 0.044_715 * g * g);
-            [0.5 * (1.0 + t) + 0.5 * g * (1.0 - t * t) * inner, 0.0]
-        }
+        Activation::GeluTanh => [gelu_slope(g), 0.0],
+        Activation::GeGluTanh => [gelu_slope(g) * u, gelu(g)],
     }
 }

@@ -283,7 +283,8 @@ impl<B: Backend> Distillation<'_, '_, B> {
                     if let (Some(wanted), Some(factor)) = (&mut wanted, student.output_factor()) {
                         // What has been lost before the experts is theirs to make up for, unless a norm stands behind
                         // them.
-                        let (ours, theirs) = (backend.download(&other.x)?, backend.download(&chunk.x)?);
+                        let ours = student.behind_attention(backend, &other.x)?;
+                        let theirs = teacher.behind_attention(backend, &chunk.x)?;
                         let drift = theirs.iter().zip(&ours).map(|(t, o)| (t - o) / factor);
                         wanted.routed.iter_mut().zip(drift).for_each(|(w, d)| *w += d);
                     }

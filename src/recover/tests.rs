@@ -100,6 +100,10 @@ mod reference {
         rows.map(|(r, row)| row.iter().zip(x).map(|(w, x)| w * x).sum::<f64>() + bias(r)).collect()
     }
 
+    fn gelu(x: f64) -> f64 {
+        0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))).tanh())
+    }
+
     fn activation(kind: Activation, g: f64, u: f64) -> f64 {
         let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
         match kind {
@@ -110,9 +114,8 @@ mod reference {
                 g * sigmoid(slope * g) * (u.clamp(-limit, limit) + 1.0)
             }
             Activation::Relu => g.max(0.0),
-            Activation::GeluTanh => {
-                0.5 * g * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (g + 0.044_715 * g.powi(3))).tanh())
-            }
+            Activation::GeluTanh => gelu(g),
+            Activation::GeGluTanh => gelu(g) * u,
         }
     }
 
@@ -162,6 +165,7 @@ fn gradients_are_the_finite_differences_of_the_loss_in_f64() {
         (3, Activation::SwiGlu, true),
         (4, Activation::Relu, false),
         (5, Activation::GeluTanh, false),
+        (6, Activation::GeGluTanh, false),
     ] {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut layer = layer(&mut rng, activation);

@@ -31,6 +31,7 @@ pub(super) fn measure<B: Backend>(
     let experts = moe.experts.len();
     let choice_bias = moe.router.choice_bias.as_ref().map(crate::checkpoint::Tensor::to_f32).transpose()?;
     let rule = Rule::new(moe.rule(), choice_bias.unwrap_or_default());
+    let scales = moe.router.expert_scales.as_ref().map(crate::checkpoint::Tensor::to_f32).transpose()?;
     let mut grams = LayerGrams::new(rule, original.is_some(), memory);
     // As many rows of experts as an ordinary forward pass has.
     let at_a_time = (TOKENS_PER_CHUNK * moe.spec.top_k / experts).clamp(16, TOKENS_PER_CHUNK);
@@ -54,7 +55,11 @@ pub(super) fn measure<B: Backend>(
                 let extra: Option<Vec<f32>> = moved
                     .as_ref()
                     .map(|moved| rows.iter().flat_map(|r| &moved[r * d..(r + 1) * d]).copied().collect());
-                values.extend(layer.output_grams(backend, rows, extra.as_deref(), scratch)?);
+                let mut triangles = layer.output_grams(backend, rows, extra.as_deref(), scratch)?;
+                if let Some(scales) = &scales {
+                    scale_outputs(&mut triangles, scales, experts + usize::from(extra.is_some()));
+                }
+                values.extend(triangles);
                 logits.extend(rows.iter().flat_map(|r| &routes.logits[r * experts..(r + 1) * experts]));
             }
             let io = |source| crate::checkpoint::Error::Io { path: path.into(), source };
@@ -62,4 +67,16 @@ pub(super) fn measure<B: Backend>(
         }
     }
     Ok(grams)
+}
+
+/// Makes the experts' factors of combine weights, which the rule does not know, factors of their outputs. `triangles` hold
+/// the inner products of these and of `vectors` − `scales.len()` others.
+fn scale_outputs(triangles: &mut [f32], scales: &[f32], vectors: usize) {
+    let scale = |v: usize| scales.get(v).copied().unwrap_or(1.0);
+    for triangle in triangles.chunks_exact_mut(vectors * (vectors + 1) / 2) {
+        let pairs = (0..vectors).flat_map(|a| (0..=a).map(move |b| (a, b)));
+        for (product, (a, b)) in triangle.iter_mut().zip(pairs) {
+            *product *= scale(a) * scale(b);
+        }
+    }
 }

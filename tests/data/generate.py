@@ -823,6 +823,113 @@ GLM4V_MOE = {
     "vision_config": VISION | {"model_type": "glm4v_moe", "out_hidden_size": 32, "image_size": 4},
 }
 
+# Layers of both kinds, whose heads differ in width and number, and keys that are values. No token stands for an image.
+GEMMA4_TEXT = {k: v for k, v in COMMON.items() if k not in ("hidden_act", "tie_word_embeddings")} | {
+    "model_type": "gemma4_text",
+    "torch_dtype": "bfloat16",
+    "num_hidden_layers": 3,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "attention_bias": False,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 64,
+    "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False,
+    "use_bidirectional_attention": "vision",
+    "enable_moe_block": True,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 12,
+    "num_experts": 5,
+    "top_k_experts": 2,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "sliding_window": 8,
+    "final_logit_softcapping": 4.0,
+    "rms_norm_eps": 1e-06,
+    "pad_token_id": 0,
+    "rope_parameters": {
+        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+}
+
+GEMMA4 = {
+    "model_type": "gemma4",
+    "torch_dtype": "bfloat16",
+    "architectures": ["Gemma4ForConditionalGeneration"],
+    "tie_word_embeddings": True,
+    "audio_config": None,
+    "text_config": GEMMA4_TEXT,
+    "vision_config": {
+        "model_type": "gemma4_vision",
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "patch_size": 2,
+        "pooling_kernel_size": 1,
+        "position_embedding_size": 4,
+    },
+}
+
+# A dense layer that rotates although it attends to everything, and layers with experts of both kinds.
+COHERE2_MOE = COMMON | {
+    "model_type": "cohere2_moe",
+    "torch_dtype": "bfloat16",
+    "architectures": ["Cohere2MoeForCausalLM"],
+    "num_hidden_layers": 3,
+    "head_dim": 12,
+    "intermediate_size": 12,
+    "prefix_dense_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "prefix_dense_sliding_window_pattern": 1,
+    "sliding_window_pattern": 2,
+    "sliding_window": 8,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "num_shared_experts": 2,
+    "shared_expert_combination_strategy": "average",
+    "expert_selection_fn": "sigmoid",
+    "norm_topk_prob": True,
+    "attention_bias": False,
+    "layer_norm_eps": 1e-05,
+    "logit_scale": 2.0,
+    "rope_theta": 50000.0,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+}
+
+# The base of the rotation is where the published config has it.
+DBRX = {
+    "model_type": "dbrx",
+    "torch_dtype": "bfloat16",
+    "architectures": ["DbrxForCausalLM"],
+    "attn_config": {"clip_qkv": 1.5, "kv_n_heads": 2, "model_type": "", "rope_theta": 500000},
+    "d_model": 32,
+    "emb_pdrop": 0.0,
+    "ffn_config": {
+        "ffn_hidden_size": 12,
+        "model_type": "",
+        "moe_jitter_eps": 0.01,
+        "moe_loss_weight": 0.05,
+        "moe_num_experts": 5,
+        "moe_top_k": 2,
+    },
+    "initializer_range": 0.02,
+    "max_seq_len": 512,
+    "n_heads": 4,
+    "n_layers": 2,
+    "output_router_logits": False,
+    "resid_pdrop": 0.0,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": 64,
+}
+
 KIMI_LINEAR = {k: v for k, v in COMMON.items() if k != "max_position_embeddings"} | {
     "model_type": "kimi_linear",
     "torch_dtype": "bfloat16",
@@ -1008,6 +1115,25 @@ FIXTURES = {
     "qwen3_vl_moe": {"config": QWEN3_VL_MOE, "dtype": torch.bfloat16},
     "qwen3_vl_moe_fused": {"config": QWEN3_VL_MOE, "dtype": torch.bfloat16, "fused": True, "written_config": True},
     "glm4v_moe": {"config": GLM4V_MOE, "dtype": torch.bfloat16},
+    "cohere2_moe": {"config": COHERE2_MOE, "dtype": torch.bfloat16},
+    "cohere2_moe_fused": {
+        "config": COHERE2_MOE
+        | {"num_hidden_layers": 2, "first_k_dense_replace": 0, "num_shared_experts": 1, "rms_norm_eps": 1e-05}
+        | {"shared_expert_combination_strategy": "sum", "expert_selection_fn": "softmax", "tie_word_embeddings": False},
+        "dtype": torch.bfloat16,
+        "fused": True,
+        "written_config": True,
+    },
+    "dbrx": {"config": DBRX, "dtype": torch.bfloat16},
+    "gemma4": {"config": GEMMA4, "dtype": torch.bfloat16},
+    "gemma4_text": {
+        "config": GEMMA4_TEXT
+        | {"architectures": ["Gemma4ForCausalLM"], "num_hidden_layers": 2, "tie_word_embeddings": False}
+        | {"layer_types": ["full_attention", "sliding_attention"], "attention_k_eq_v": False, "attention_bias": True}
+        | {"final_logit_softcapping": None, "use_bidirectional_attention": None},
+        "dtype": torch.bfloat16,
+        "written_config": True,
+    },
     "switch_transformers": {"config": SWITCH_TRANSFORMERS, "embedding": 1.0},
     "switch_transformers_untied": {
         "config": SWITCH_TRANSFORMERS
@@ -1033,17 +1159,19 @@ def is_choice_bias(name):
 def randomise(model, words, dtype, embedding):
     """Give every parameter and correction bias random values that `dtype` can hold exactly."""
     named = list(model.named_parameters())
-    # The choice-only bias of DeepSeek-V3, GLM, ERNIE and LFM2 is a buffer, and stays float32.
-    named += [(n, b) for n, b in model.named_buffers() if is_choice_bias(n)]
+    # The choice-only bias of DeepSeek-V3, GLM, ERNIE and LFM2 is a buffer, and stays float32; so are Gemma's factors of layers.
+    named += [(n, b) for n, b in model.named_buffers() if is_choice_bias(n) or n.endswith("layer_scalar")]
     zero_centred = model.config.model_type.startswith(("qwen3_next", "qwen3_5"))
     for name, tensor in named:
         noise = generator(*words, name).standard_normal(tuple(tensor.shape))
         kind = name.rsplit(".", 1)[-1]
         if is_choice_bias(name):
             value, keep = 0.2 * noise, torch.float32
-        elif "norm" in name and kind == "weight":
+        elif "norm" in name and kind == "weight" and tensor.dim() == 1:
             centre = 0.0 if zero_centred and "linear_attn.norm" not in name else 1.0
             value, keep = centre + 0.25 * noise, dtype
+        elif kind in ("scale", "per_expert_scale", "layer_scalar"):
+            value, keep = 1.0 + 0.25 * noise, dtype
         elif kind == "A_log":
             value, keep = -1.0 + noise, dtype
         elif "relative_attention_bias" in name:
@@ -1052,7 +1180,7 @@ def randomise(model, words, dtype, embedding):
             value, keep = 0.2 * noise, dtype
         elif kind == "sinks":
             value, keep = 0.7 * noise, dtype
-        elif "embed_tokens" in name or name.startswith("shared."):
+        elif "embed_tokens" in name or name.startswith(("shared.", "transformer.wte.")):
             value, keep = embedding * noise, dtype
         else:  # a matrix, or a stack of them: [out, in] except the input-major ones
             inputs = tensor.shape[-1]
@@ -1197,8 +1325,12 @@ def auto_class(folder):
 
 
 def load_plain(folder, dtype):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if config.model_type == "dbrx":
+        # transformers reads this number and then rotates by its default.
+        config.rope_parameters = {"rope_type": "default", "rope_theta": config.attn_config.rope_theta}
     model, info = auto_class(folder).from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        folder, config=config, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(what):

@@ -34,6 +34,7 @@ fn by_cpu(rule: &RouterRule, choice_bias: &[f32], logits: &[f32]) -> (Vec<i32>, 
         weight: Tensor::from_f32("w", Dtype::F32, vec![e, 1], &vec![0.0; e]),
         bias: vector(logits),
         choice_bias: vector(choice_bias),
+        expert_scales: None,
     };
     let mut x = Cpu.buffer();
     Cpu.upload(&[0.0], 1, 1, &mut x).unwrap();

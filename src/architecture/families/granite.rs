@@ -74,7 +74,7 @@ fn read(config: &Config, family: &'static str, shared_width: usize) -> Result<Ar
             choice: Choice::Logit,
             ..RouterSpec::softmax(common.top_k, WeightRule::RENORMALISED)
         },
-        shared: (shared_width > 0).then_some(SharedSpec { width: shared_width, gated: false }),
+        shared: (shared_width > 0).then_some(SharedSpec::of_width(shared_width)),
         ..common.moe(config.positive("intermediate_size")?, WeightRule::RENORMALISED)
     };
     let mut architecture = common.architecture(|_| moe_layer(&attention, &moe))?;

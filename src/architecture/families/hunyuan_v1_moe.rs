@@ -38,9 +38,7 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
         rope: Some(common.rope.rope(head_dim, Pairing::Halves)?),
         ..common.grouped()?
     };
-    let moe = MoeSpec {
-        shared: Some(SharedSpec { width, gated: false }),
-        ..common.moe(width, WeightRule::RENORMALISED)
-    };
+    let moe =
+        MoeSpec { shared: Some(SharedSpec::of_width(width)), ..common.moe(width, WeightRule::RENORMALISED) };
     common.architecture(|_| moe_layer(&attention, &moe))
 }

@@ -89,7 +89,7 @@ fn read(config: &Config, family: &'static str, names: Names) -> Result<Architect
     };
     let moe = MoeSpec {
         router,
-        shared: Some(SharedSpec { width, gated: false }),
+        shared: Some(SharedSpec::of_width(width)),
         ..common.moe(width, WeightRule::Scaled(1.0))
     };
     let listed = config.sizes("moe_layers")?;

@@ -1,11 +1,14 @@
 //! The families: one function each, from config keys to [`Architecture`].
 
 mod afmoe;
+mod cohere2_moe;
+mod dbrx;
 mod deepseek;
 mod dots1;
 mod ernie4_5_moe;
 mod exaone_moe;
 mod flex_olmo;
+mod gemma4;
 mod glm4_moe;
 mod gpt_oss;
 mod granite;
@@ -33,9 +36,11 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 40] = [
+pub(super) const FAMILIES: [(&str, Read); 44] = [
     ("afmoe", afmoe::read),
     ("axk1", deepseek::axk1),
+    ("cohere2_moe", cohere2_moe::read),
+    ("dbrx", dbrx::read),
     ("deepseek_v2", deepseek::v2),
     ("deepseek_v3", deepseek::v3),
     ("deepseek_v32", deepseek::v32),
@@ -43,6 +48,8 @@ pub(super) const FAMILIES: [(&str, Read); 40] = [
     ("ernie4_5_moe", ernie4_5_moe::read),
     ("exaone_moe", exaone_moe::read),
     ("flex_olmo", flex_olmo::read),
+    ("gemma4", gemma4::published),
+    ("gemma4_text", gemma4::text),
     ("glm4_moe", glm4_moe::read),
     ("glm4_moe_lite", deepseek::glm_lite),
     ("glm_moe_dsa", deepseek::glm_dsa),
@@ -77,7 +84,8 @@ pub(super) const FAMILIES: [(&str, Read); 40] = [
 ];
 
 const EXPERT_COUNTS: [&str; 4] = ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"];
-const CHOICE_COUNTS: [&str; 4] = ["num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token"];
+const CHOICE_COUNTS: [&str; 5] =
+    ["num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token", "top_k_experts"];
 
 /// What an absent key means; silent in transformers, and different from family to family.
 #[derive(Clone, Copy)]
@@ -199,6 +207,8 @@ impl<'c> Common<'c> {
             head_dim,
             value_dim: head_dim,
             value_scale: 1.0,
+            keys_as_values: false,
+            value_norm: false,
             qkv_bias: false,
             output_bias: false,
             qk_norm: QkNorm::None,
@@ -242,7 +252,7 @@ impl<'c> Common<'c> {
     /// A shared expert as wide as the number of routed ones that `key` says; one MLP, however many that are.
     fn shared(&self, key: &str, default: usize, width: usize) -> Result<Option<SharedSpec>> {
         let count = self.config.size_or(key, default)?;
-        Ok((count > 0).then_some(SharedSpec { width: count * width, gated: false }))
+        Ok((count > 0).then_some(SharedSpec::of_width(count * width)))
     }
 
     fn architecture(self, layer: impl Fn(usize) -> LayerSpec) -> Result<Architecture> {
@@ -257,6 +267,7 @@ impl<'c> Common<'c> {
             norm_placement: NormPlacement::Before,
             embedding_scale: 1.0,
             residual_scale: 1.0,
+            layer_scales: false,
             dense_activation: Activation::SwiGlu,
             mlp_bias: false,
             tied_embeddings: self.config.flag_or("tie_word_embeddings", self.defaults.tied)?,
@@ -264,6 +275,7 @@ impl<'c> Common<'c> {
             layers: (0..self.layers).map(layer).collect(),
             encoder_layers: 0,
             head_scale: 1.0,
+            logit_cap: None,
             names: self.names,
             config_section: None,
             expert_count_keys: self.expert_count_keys,

@@ -39,7 +39,7 @@ pub(super) fn qwen2(config: &Config) -> Result<Architecture> {
     };
     let shared_width = config.positive("shared_expert_intermediate_size")?;
     let moe = MoeSpec {
-        shared: Some(SharedSpec { width: shared_width, gated: true }),
+        shared: Some(SharedSpec { gated: true, ..SharedSpec::of_width(shared_width) }),
         ..common.moe(config.positive("moe_intermediate_size")?, weight_rule(config)?)
     };
     let sparse = sparse_layers(config)?;

@@ -64,7 +64,7 @@ fn moe(common: &Common<'_>, weights: WeightRule) -> Result<MoeSpec> {
     let config = common.config;
     let shared = config.positive_or("shared_expert_intermediate_size", 512)?;
     Ok(MoeSpec {
-        shared: Some(SharedSpec { width: shared, gated: true }),
+        shared: Some(SharedSpec { gated: true, ..SharedSpec::of_width(shared) }),
         ..common.moe(config.positive_or("moe_intermediate_size", 512)?, weights)
     })
 }

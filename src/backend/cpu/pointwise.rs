@@ -78,6 +78,11 @@ pub(crate) fn activate(gate: &mut [f32], up: &[f32], activation: Activation) {
                 *g = clamped * sigmoid(slope * clamped) * (u.clamp(-limit, limit) + 1.0);
             }
         }
+        Activation::GeGluTanh => {
+            for (g, u) in gate.iter_mut().zip(up) {
+                *g = gelu_tanh(*g) * u;
+            }
+        }
         Activation::Relu | Activation::GeluTanh => unreachable!("not gated"),
     });
 }
@@ -87,12 +92,17 @@ fn activate_alone(x: &mut [f32], activation: Activation) {
     match activation {
         // Unlike `max`, lets NaN through.
         Activation::Relu => x.iter_mut().for_each(|v| *v = if *v < 0.0 { 0.0 } else { *v }),
-        Activation::GeluTanh => x.iter_mut().for_each(|v| {
-            let inner = (2.0 / std::f32::consts::PI).sqrt() * (*v + 0.044_715 * *v * *v * *v);
-            *v *= 0.5 * (1.0 + inner.tanh());
-        }),
-        Activation::SwiGlu | Activation::ClampedSwiGlu { .. } => unreachable!("gated"),
+        Activation::GeluTanh => x.iter_mut().for_each(|v| *v = gelu_tanh(*v)),
+        Activation::SwiGlu | Activation::ClampedSwiGlu { .. } | Activation::GeGluTanh => {
+            unreachable!("gated")
+        }
     }
+}
+
+/// GELU by its tanh approximation.
+fn gelu_tanh(x: f32) -> f32 {
+    let inner = (2.0 / std::f32::consts::PI).sqrt() * (x + 0.044_715 * x * x * x);
+    x * (0.5 * (1.0 + inner.tanh()))
 }
 
 /// silu(gate) ∘ up into `gate`.

@@ -10,12 +10,13 @@ use crate::architecture::{Choice, GroupLimit, GroupScore, Scoring, Skip, WeightR
 use crate::backend::{Result, RouterRule, RouterWeights, Routes};
 use crate::checkpoint::{Dtype, Tensor};
 
-/// A router: f32 weight `[experts, hidden]`, biases `[experts]` and its rule.
+/// A router: f32 weight `[experts, hidden]`, biases and factors `[experts]` and its rule.
 #[derive(Clone, Debug)]
 pub struct CpuRouter {
     weight: Vec<f32>,
     bias: Option<Vec<f32>>,
     choice_bias: Vec<f32>,
+    expert_scales: Option<Vec<f32>>,
     rule: RouterRule,
 }
 
@@ -45,6 +46,7 @@ impl CpuRouter {
             weight: weights.weight.to_f32()?,
             bias: vector(&weights.bias)?,
             choice_bias: vector(&weights.choice_bias)?.unwrap_or_default(),
+            expert_scales: vector(&weights.expert_scales)?,
             rule,
         })
     }
@@ -69,6 +71,11 @@ impl CpuRouter {
                 logits.iter_mut().zip(bias).for_each(|(logit, b)| *logit += b);
             }
             self.rule.decide(logits, &self.choice_bias, scores, ids, weights);
+            if let Some(scales) = &self.expert_scales {
+                for (id, weight) in ids.iter().zip(weights).filter(|(id, _)| **id != Routes::SKIPPED) {
+                    *weight *= scales[*id as usize];
+                }
+            }
         });
     }
 }
@@ -137,7 +144,8 @@ fn order(value: f32) -> f32 {
 }
 
 impl RouterRule {
-    /// Scores of all experts, and the `top_k` chosen ones with their combine weights, from the logits of one token.
+    /// Scores of all experts, and the `top_k` chosen ones with their combine weights, from the logits of one token; experts'
+    /// factors of these are not part of the rule.
     ///
     /// Whatever the logits, the ids are distinct and in range, scores and weights finite: a logit that is NaN or −∞ counts
     /// as the least finite number, +∞ as the largest, and weights whose sum is 0 are not divided by it. (What is wrong with

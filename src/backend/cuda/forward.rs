@@ -430,7 +430,8 @@ impl<L: Launch + ?Sized> Pass<'_, L> {
         let (activation, limit, slope) = match self.tables.activation {
             Activation::SwiGlu => (0, 0.0, 0.0),
             Activation::ClampedSwiGlu { limit, slope } => (1, limit, slope),
-            Activation::GeluTanh => (2, 0.0, 0.0),
+            // An up projection that is not there counts as 1.
+            Activation::GeluTanh | Activation::GeGluTanh => (2, 0.0, 0.0),
             Activation::Relu => (4, 0.0, 0.0),
         };
         let ld_input = match self.tables.target {

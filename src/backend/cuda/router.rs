@@ -151,6 +151,9 @@ fn check(rule: &RouterRule, sizes: Sizes, target: WeightTarget) -> Result<()> {
     if rule.spec.top_k != top_k {
         return wrong("top_k", rule.spec.top_k.to_string(), top_k.to_string());
     }
+    if rule.spec.expert_scales {
+        return wrong("factors of experts", "some".into(), "none".into());
+    }
     if rule.spec.target != target {
         return wrong("target of weights", format!("{:?}", rule.spec.target), format!("{target:?}"));
     }
