@@ -18,7 +18,7 @@ use moepress::model::{Model, open_architecture, profile};
 use moepress::plan::{Action, Budget};
 use moepress::progress::Progress;
 
-const MODELS: [&str; 29] = [
+const MODELS: [&str; 30] = [
     "mixtral",
     "qwen2_moe",
     "qwen3_moe_fused",
@@ -41,6 +41,7 @@ const MODELS: [&str; 29] = [
     "kimi_linear",
     "granitemoe",
     "granitemoeshared_fused",
+    "granitemoehybrid_mamba",
     "mistral3",
     "flex_olmo",
     "afmoe",

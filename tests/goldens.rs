@@ -85,6 +85,8 @@ repository_goldens!(
     granitemoeshared,
     granitemoeshared_fused,
     granitemoehybrid,
+    granitemoehybrid_mamba,
+    granitemoehybrid_mamba_fused,
     minimax_m2,
     glm4_moe_lite,
     axk1,

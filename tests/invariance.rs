@@ -9,7 +9,7 @@ use common::{data, read, run, shape, windows};
 use moepress::backend::cpu::Isa;
 use moepress::tokens::Windows;
 
-const MODELS: [&str; 7] = [
+const MODELS: [&str; 8] = [
     "mixtral_sliding_window",
     "qwen2_moe",
     "olmoe_clip",
@@ -17,6 +17,7 @@ const MODELS: [&str; 7] = [
     "qwen3_next",
     "lfm2_moe_fused",
     "kimi_linear_fused",
+    "granitemoehybrid_mamba",
 ];
 
 /// Logits of the given windows, `[count, length, vocabulary]`.

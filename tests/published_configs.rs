@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-use moepress::architecture::{Architecture, AttentionSpec, Packing, Span};
+use moepress::architecture::{Architecture, AttentionSpec, Mamba2, Packing, Span};
 use serde_json::{Value, json};
 
 fn read(config: &Value) -> Architecture {
@@ -380,6 +380,66 @@ fn granite() -> Value {
         "rope_scaling": null, "rope_theta": 10_000_000, "tie_word_embeddings": true, "vocab_size": 49155})
 }
 
+fn granite_4_tiny() -> Value {
+    let types: Vec<_> = (0..40).map(|l| if l % 10 == 5 { "attention" } else { "mamba" }).collect();
+    json!({"architectures": ["GraniteMoeHybridForCausalLM"], "attention_bias": false,
+        "attention_multiplier": 0.0078125, "embedding_multiplier": 12, "hidden_act": "silu", "hidden_size": 1536,
+        "init_method": "mup", "intermediate_size": 512, "layer_types": types, "logits_scaling": 6,
+        "mamba_chunk_size": 256, "mamba_conv_bias": true, "mamba_d_conv": 4, "mamba_d_head": 64,
+        "mamba_d_state": 128, "mamba_expand": 2, "mamba_n_groups": 1, "mamba_n_heads": 48,
+        "mamba_proj_bias": false, "max_position_embeddings": 131_072, "model_type": "granitemoehybrid",
+        "normalization_function": "rmsnorm", "num_attention_heads": 12, "num_experts_per_tok": 6,
+        "num_hidden_layers": 40, "num_key_value_heads": 4, "num_local_experts": 64,
+        "position_embedding_type": "nope", "residual_multiplier": 0.22, "rms_norm_eps": 1e-5,
+        "rope_scaling": null, "rope_theta": 10000, "shared_intermediate_size": 1024,
+        "tie_word_embeddings": true, "vocab_size": 100_352})
+}
+
+/// Sizes of the state space model of layer `l`.
+fn mamba2(architecture: &Architecture, l: usize) -> Mamba2 {
+    let AttentionSpec::Mamba2(mamba) = architecture.layers[l].attention else {
+        unreachable!("of another kind")
+    };
+    mamba
+}
+
+#[test]
+fn granite_4() {
+    let tiny = read(&granite_4_tiny());
+    assert_eq!(sizes(&tiny), [40, 40, 64, 6, 1024]);
+    assert_eq!(attending(&tiny), [5, 15, 25, 35]);
+    assert!(tiny.layers[5].attention.rope().is_none());
+    let mamba = mamba2(&tiny, 0);
+    assert_eq!((mamba.width(), mamba.channels(), mamba.projected()), (3072, 3328, 6448));
+    assert_eq!(mamba.step_limits, [0.0, f32::INFINITY]);
+    let changed = |key: &str, value: Value| with(&granite_4_tiny(), json!({ key: value }));
+    // Without a list, all layers are of Mamba; a width that is not said follows from the others.
+    let all = read(&changed("layer_types", Value::Null));
+    assert_eq!(attending(&all), [0usize; 0]);
+    assert_eq!(mamba2(&read(&changed("mamba_d_head", json!("auto"))), 39), mamba);
+    for unlimited in [json!([0.0, {"__float__": "Infinity"}]), json!([0, 1e39]), Value::Null] {
+        assert_eq!(mamba2(&read(&changed("time_step_limit", unlimited)), 0), mamba);
+    }
+    // As Python writes it.
+    let written = json!({"time_step_limit": [0.25, "?"], "note": "\"Infinity\" is no number"});
+    let text = with(&granite_4_tiny(), written).to_string().replace("\"?\"", "Infinity");
+    let limited = Architecture::from_config(&text).unwrap();
+    assert_eq!(mamba2(&limited, 0).step_limits, [0.25, f32::INFINITY]);
+
+    let odd = |key: &str, value: Value, expected: &str| refused(&changed(key, value), expected);
+    odd("layer_types", json!(["mamba"]), "layer_types has 1 entries, expected 40, as num_hidden_layers says");
+    odd(
+        "layer_types",
+        json!(vec!["conv"; 40]),
+        "layer_types is `conv` in layer 0, expected one of `mamba`, `linear_attention`, `attention`",
+    );
+    let expected = "mamba_n_heads is 32: 32 heads of 64 are not mamba_expand · hidden_size = 3072 wide";
+    odd("mamba_n_heads", json!(32), expected);
+    odd("mamba_n_groups", json!(2), "mamba_n_groups is 2, only 1 is supported here");
+    odd("mamba_d_conv", json!(0), "mamba_d_conv is 0, expected at least 1");
+    odd("time_step_limit", json!([1.0, 0.5]), "time_step_limit is [1.0,0.5], expected two numbers");
+}
+
 fn minimax() -> Value {
     json!({"architectures": ["MiniMaxM2ForCausalLM"], "attn_type_list": [1, 1, 1], "head_dim": 128, "hidden_act": "silu",
         "hidden_size": 3072, "intermediate_size": 1536, "max_position_embeddings": 196_608, "model_type": "minimax_m2",
@@ -421,10 +481,6 @@ fn granite_minimax_and_hunyuan() {
     refused(&with(&granite(), json!({"logits_scaling": 0.0})), "logits_scaling is 0, expected more than 0");
     let shared = json!({"model_type": "granitemoeshared", "shared_intermediate_size": 1024});
     assert_eq!(sizes(&read(&with(&granite(), shared))), [32, 32, 40, 8, 1024]);
-    let hybrid =
-        |kinds: Value| with(&granite(), json!({"model_type": "granitemoehybrid", "layer_types": kinds}));
-    refused(&hybrid(json!(["mamba", "attention"])), "layer_types has `mamba` layers, only \"attention\"");
-    refused(&hybrid(Value::Null), "layer_types is missing, which means Mamba layers");
 
     let architecture = read(&minimax());
     assert_eq!((sizes(&architecture), rotated(&architecture)), ([62, 62, 256, 8, 0], 64));

@@ -9,6 +9,7 @@ mod profile;
 mod rope;
 mod router;
 mod skip;
+mod state_space;
 
 pub use error::Error;
 pub use names::{ExpertStorage, Names, Projection};
@@ -16,8 +17,10 @@ pub use profile::{ExpertSize, MoeProfile, Profile};
 pub use rope::{DynamicRope, LongRope, Pairing, Rope};
 pub use router::{Choice, GroupLimit, GroupScore, RouterSpec, Scoring, WeightRule, WeightTarget};
 pub use skip::{Skip, SkipThreshold};
+pub use state_space::Mamba2;
 
 use config::Config;
+pub(crate) use config::parse_json;
 
 /// Result of this module.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -149,6 +152,8 @@ pub enum AttentionSpec {
     GatedDelta(GatedDelta),
     /// A short convolution between two gates (LFM2).
     ShortConvolution(ShortConvolution),
+    /// A state space model with one decay per head (Mamba-2).
+    Mamba2(Mamba2),
 }
 
 impl QkNorm {
@@ -164,7 +169,9 @@ impl AttentionSpec {
         match self {
             AttentionSpec::Grouped(attention) => attention.rope.as_ref(),
             AttentionSpec::Latent(attention) => attention.rope.as_ref(),
-            AttentionSpec::GatedDelta(_) | AttentionSpec::ShortConvolution(_) => None,
+            AttentionSpec::GatedDelta(_) | AttentionSpec::ShortConvolution(_) | AttentionSpec::Mamba2(_) => {
+                None
+            }
         }
     }
 
@@ -539,6 +546,9 @@ impl Architecture {
             if let AttentionSpec::GatedDelta(delta) = spec.attention {
                 check_delta(delta)?;
             }
+            if let AttentionSpec::Mamba2(mamba) = spec.attention {
+                check_groups(mamba)?;
+            }
             if let AttentionSpec::Grouped(a) = &spec.attention
                 && (a.kv_heads == 0 || a.heads % a.kv_heads != 0)
             {
@@ -599,7 +609,9 @@ impl Architecture {
             let (rope, scale, clip) = match &spec.attention {
                 AttentionSpec::Grouped(a) => (Option::<&Rope>::from(&a.rope), a.scale, a.clip),
                 AttentionSpec::Latent(a) => (Option::<&Rope>::from(&a.rope), a.scale, None),
-                AttentionSpec::GatedDelta(_) | AttentionSpec::ShortConvolution(_) => continue,
+                AttentionSpec::GatedDelta(_)
+                | AttentionSpec::ShortConvolution(_)
+                | AttentionSpec::Mamba2(_) => continue,
             };
             if let Some(clip) = clip.filter(|c| c.is_nan() || *c <= 0.0) {
                 return Err(Error::invalid("clip_qkv", format!("is {clip}, expected more than 0")));
@@ -624,6 +636,16 @@ fn check_delta(delta: GatedDelta) -> Result<()> {
     }
     let what = format!("is {keys}, expected a divisor of linear_num_value_heads = {values}");
     Err(Error::invalid("linear_num_key_heads", what))
+}
+
+/// Errors where heads cannot share B and C evenly.
+fn check_groups(mamba: Mamba2) -> Result<()> {
+    let Mamba2 { heads, groups, .. } = mamba;
+    if heads.is_multiple_of(groups) {
+        return Ok(());
+    }
+    let what = format!("is {groups}, expected a divisor of the {heads} heads");
+    Err(Error::invalid("n_groups", what))
 }
 
 /// What to do about weights that cannot be read.

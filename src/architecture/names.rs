@@ -59,6 +59,8 @@ pub struct Names {
     pub sinks: [&'static str; 2],
     /// Module of a gated delta network.
     pub delta: &'static str,
+    /// Module of a state space model.
+    pub mamba: &'static str,
     /// Output head, without `.weight`.
     pub head: &'static str,
     /// Module of a dense layer's MLP and of the shared expert.
@@ -122,6 +124,7 @@ impl Default for Names {
             qk_norms: ["q_norm", "k_norm"],
             sinks: ["sinks"; 2],
             delta: "linear_attn",
+            mamba: "mamba",
             head: "lm_head",
             feed_forward: "mlp",
             dense: Projection::ALL.map(Projection::mlp_name),
@@ -237,6 +240,11 @@ impl Names {
     /// A parameter of the gated delta network, such as `A_log`.
     pub fn gated_delta(&self, l: usize, parameter: &str) -> String {
         format!("{}{}.{parameter}", self.layer(l), self.delta)
+    }
+
+    /// A parameter of the state space model, such as `A_log`.
+    pub fn mamba(&self, l: usize, parameter: &str) -> String {
+        format!("{}{}.{parameter}", self.layer(l), self.mamba)
     }
 
     /// A parameter of the short convolution, such as `in_proj`.

@@ -83,6 +83,12 @@ fn mixers(model: &Inspection) -> String {
         StateSummary::ShortConvolution { layers, kernel } => {
             (layers, format!("gated convolution of {kernel}"))
         }
+        StateSummary::Mamba2 { layers, heads, head_dim, state_dim, groups, kernel } => {
+            let (heads, groups) = (counted(heads, "head"), counted(groups, "group"));
+            let text =
+                format!("Mamba-2, {heads} of {state_dim}×{head_dim} in {groups}, convolution of {kernel}");
+            (layers, text)
+        }
     };
     if let Some(attention) = attention {
         let _ = write!(text, " in {}; else {attention}", counted(count, "layer"));

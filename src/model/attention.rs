@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::cache::{CrossCache, LayerCache, Rows, State};
 use super::layer::{Linear, Scratch, norm_weight};
+use super::mamba::Mamba2;
 use super::recurrent::{Convolution, Delta};
 use super::source::{AttentionSource, LinearSource};
 use super::stream::Memory;
@@ -18,6 +19,7 @@ pub(super) enum Attention<B: Backend> {
     Latent(Latent<B>),
     Delta(Delta<B>),
     Convolution(Convolution<B>),
+    Mamba2(Mamba2<B>),
 }
 
 pub(super) struct Grouped<B: Backend> {
@@ -102,6 +104,9 @@ impl<B: Backend> Attention<B> {
             (AttentionSpec::ShortConvolution(_), source) => {
                 Attention::Convolution(Convolution::prepare(backend, source)?)
             }
+            (AttentionSpec::Mamba2(spec), source) => {
+                Attention::Mamba2(Mamba2::prepare(backend, *spec, source)?)
+            }
             _ => unreachable!("a layer's source is read by its own spec"),
         })
     }
@@ -122,7 +127,7 @@ impl<B: Backend> Attention<B> {
             Attention::Latent(Latent { spec, .. }) => {
                 LayerCache::new(Rows::Latent(buffer(spec.latent_dim + spec.rope_dim)?), Span::Full)
             }
-            Attention::Delta(_) | Attention::Convolution(_) => {
+            Attention::Delta(_) | Attention::Convolution(_) | Attention::Mamba2(_) => {
                 let state = State { tail: backend.buffer(), heads: backend.buffer() };
                 LayerCache::new(Rows::State(state), Span::Full)
             }
@@ -143,6 +148,7 @@ impl<B: Backend> Attention<B> {
             Attention::Latent(latent) => latent.apply(backend, batch, scratch, cache),
             Attention::Delta(delta) => delta.apply(backend, eps, batch, scratch, cache),
             Attention::Convolution(convolution) => convolution.apply(backend, batch, scratch, cache),
+            Attention::Mamba2(mamba) => mamba.apply(backend, eps, batch, scratch, cache),
         }
     }
 

@@ -209,6 +209,7 @@ impl Finder<'_> {
             AttentionSpec::Latent(a) => self.latent_attention(a, d),
             AttentionSpec::GatedDelta(delta) => self.gated_delta(*delta, d),
             AttentionSpec::ShortConvolution(convolution) => self.short_convolution(*convolution, d),
+            AttentionSpec::Mamba2(mamba) => self.mamba2(*mamba, d),
         }
     }
 

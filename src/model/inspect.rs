@@ -6,8 +6,8 @@ use serde::Serialize;
 
 use super::{LayerSource, MoeSource, Result, open_architecture};
 use crate::architecture::{
-    Architecture, AttentionSpec, GatedDelta, GroupLimit, RouterSpec, Scoring, ShortConvolution, Skip, Span,
-    WeightRule,
+    Architecture, AttentionSpec, GatedDelta, GroupLimit, Mamba2, RouterSpec, Scoring, ShortConvolution, Skip,
+    Span, WeightRule,
 };
 use crate::backend::{Expert, StoredExpert};
 use crate::checkpoint::{Checkpoint, Dtype, Tensor};
@@ -105,6 +105,21 @@ pub enum StateSummary {
     ShortConvolution {
         /// Number of layers that have it.
         layers: usize,
+        /// Tokens that the convolution sees.
+        kernel: usize,
+    },
+    /// A state space model with one decay per head.
+    Mamba2 {
+        /// Number of layers that have it.
+        layers: usize,
+        /// Heads.
+        heads: usize,
+        /// Width of a head.
+        head_dim: usize,
+        /// Width of B and of C.
+        state_dim: usize,
+        /// Groups of heads that share these.
+        groups: usize,
         /// Tokens that the convolution sees.
         kernel: usize,
     },
@@ -260,7 +275,9 @@ impl AttentionSummary {
                 query_dim: a.nope_dim + a.rope_dim,
                 value_dim: a.value_dim,
             }),
-            AttentionSpec::GatedDelta(_) | AttentionSpec::ShortConvolution(_) => None,
+            AttentionSpec::GatedDelta(_) | AttentionSpec::ShortConvolution(_) | AttentionSpec::Mamba2(_) => {
+                None
+            }
         })
     }
 }
@@ -282,6 +299,9 @@ impl StateSummary {
             }
             AttentionSpec::ShortConvolution(ShortConvolution { kernel, .. }) => {
                 Some(StateSummary::ShortConvolution { layers, kernel })
+            }
+            AttentionSpec::Mamba2(Mamba2 { heads, head_dim, state_dim, groups, kernel, .. }) => {
+                Some(StateSummary::Mamba2 { layers, heads, head_dim, state_dim, groups, kernel })
             }
             AttentionSpec::Grouped(_) | AttentionSpec::Latent(_) => None,
         })

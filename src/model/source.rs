@@ -103,6 +103,25 @@ pub enum AttentionSource {
         /// Output projection.
         output: LinearSource,
     },
+    /// Mamba-2.
+    Mamba2 {
+        /// Projection to z, to x, B and C, and to a.
+        input: LinearSource,
+        /// The convolution of x, B and C, `[channels, 1, kernel]`.
+        kernel: Tensor,
+        /// Its bias, `[channels]`.
+        kernel_bias: Option<Tensor>,
+        /// A_log of every head.
+        log_rates: Tensor,
+        /// dt_bias of every head.
+        dt_bias: Tensor,
+        /// D of every head.
+        skip: Tensor,
+        /// Norm of what the heads give, `[heads · head_dim]`.
+        norm: Tensor,
+        /// Output projection.
+        output: LinearSource,
+    },
 }
 
 /// Projections of the input of a gated delta network, as
@@ -325,6 +344,9 @@ impl AttentionSource {
             AttentionSource::ShortConvolution { kernel, bias, .. } => {
                 [kernel].into_iter().chain(bias).collect()
             }
+            AttentionSource::Mamba2 { kernel, kernel_bias, log_rates, dt_bias, skip, norm, .. } => {
+                [kernel, log_rates, dt_bias, skip, norm].into_iter().chain(kernel_bias).collect()
+            }
         }
     }
 
@@ -340,7 +362,8 @@ impl AttentionSource {
             AttentionSource::GatedDelta { input, output, .. } => {
                 input.linears().into_iter().chain([output]).collect()
             }
-            AttentionSource::ShortConvolution { input, output, .. } => vec![input, output],
+            AttentionSource::ShortConvolution { input, output, .. }
+            | AttentionSource::Mamba2 { input, output, .. } => vec![input, output],
         }
     }
 }

@@ -496,6 +496,25 @@ GRANITEMOEHYBRID = GRANITEMOESHARED | {
     "mamba_d_state": 8,
 }
 
+# Chunks are shorter than windows; in the other fixture steps have limits.
+GRANITEMOEHYBRID_MAMBA = GRANITEMOESHARED | {
+    "model_type": "granitemoehybrid",
+    "architectures": ["GraniteMoeHybridForCausalLM"],
+    "num_hidden_layers": 3,
+    "layer_types": ["mamba", "attention", "mamba"],
+    "position_embedding_type": "nope",
+    "num_local_experts": 4,
+    "mamba_chunk_size": 16,
+    "mamba_conv_bias": True,
+    "mamba_d_conv": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 12,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_n_heads": 8,
+    "mamba_proj_bias": False,
+}
+
 MINIMAX_M2 = COMMON | {
     "model_type": "minimax_m2",
     "torch_dtype": "bfloat16",
@@ -989,6 +1008,22 @@ FIXTURES = {
         "written_config": True,
     },
     "granitemoehybrid": {"config": GRANITEMOEHYBRID, "dtype": torch.bfloat16, "embedding": 0.1},
+    "granitemoehybrid_mamba": {
+        "config": GRANITEMOEHYBRID_MAMBA,
+        "dtype": torch.bfloat16,
+        "embedding": 0.1,
+        "padded": True,
+    },
+    "granitemoehybrid_mamba_fused": {
+        "config": GRANITEMOEHYBRID_MAMBA
+        | {"num_hidden_layers": 2, "layer_types": ["attention", "mamba"], "position_embedding_type": "rope"}
+        | {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_conv": 3}
+        | {"mamba_conv_bias": False, "mamba_proj_bias": True, "time_step_limit": [0.3, 1.0]},
+        "dtype": torch.bfloat16,
+        "embedding": 0.1,
+        "fused": True,
+        "written_config": True,
+    },
     "minimax_m2": {"config": MINIMAX_M2, "dtype": torch.bfloat16},
     "glm4_moe_lite": {"config": GLM4_MOE_LITE, "dtype": torch.bfloat16, "embedding": 0.02},
     "deepseek_v32": {"config": DEEPSEEK_V32 | {"num_nextn_predict_layers": 0}, "dtype": torch.bfloat16},

@@ -14,6 +14,7 @@ mod hy_v3;
 mod kimi_linear;
 mod lfm2_moe;
 mod llama4;
+mod mamba;
 mod mimo_v2_flash;
 mod minimax_m2;
 mod mixtral;
