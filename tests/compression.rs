@@ -18,7 +18,7 @@ use moepress::model::{Model, open_architecture, profile};
 use moepress::plan::{Action, Budget};
 use moepress::progress::Progress;
 
-const MODELS: [&str; 30] = [
+const MODELS: [&str; 32] = [
     "mixtral",
     "qwen2_moe",
     "qwen3_moe_fused",
@@ -42,6 +42,8 @@ const MODELS: [&str; 30] = [
     "granitemoe",
     "granitemoeshared_fused",
     "granitemoehybrid_mamba",
+    "nemotron_h",
+    "nemotron_h_fused",
     "mistral3",
     "flex_olmo",
     "afmoe",

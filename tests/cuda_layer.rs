@@ -339,6 +339,7 @@ fn two_matrices_against_the_cpu(gpu: &impl Gpu) {
         (Element::F32, Activation::Relu, &[20][..]),
         (Element::Bf16, Activation::Relu, &[1, 20, 50, 150]),
         (Element::F16, Activation::GeluTanh, &[3, 150]),
+        (Element::F32, Activation::SquaredRelu, &[20]),
     ];
     for (element, activation, batches) in cases {
         let experts = experts(element, activation);

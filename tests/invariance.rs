@@ -9,7 +9,7 @@ use common::{data, read, run, shape, windows};
 use moepress::backend::cpu::Isa;
 use moepress::tokens::Windows;
 
-const MODELS: [&str; 8] = [
+const MODELS: [&str; 9] = [
     "mixtral_sliding_window",
     "qwen2_moe",
     "olmoe_clip",
@@ -18,6 +18,7 @@ const MODELS: [&str; 8] = [
     "lfm2_moe_fused",
     "kimi_linear_fused",
     "granitemoehybrid_mamba",
+    "nemotron_h",
 ];
 
 /// Logits of the given windows, `[count, length, vocabulary]`.

@@ -3,7 +3,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-use moepress::architecture::{Architecture, AttentionSpec, Mamba2, Packing, Span};
+use moepress::architecture::{
+    Activation, Architecture, AttentionSpec, FeedForwardSpec, LayerSpec, Mamba2, Packing, Span,
+};
 use serde_json::{Value, json};
 
 fn read(config: &Value) -> Architecture {
@@ -438,6 +440,54 @@ fn granite_4() {
     odd("mamba_n_groups", json!(2), "mamba_n_groups is 2, only 1 is supported here");
     odd("mamba_d_conv", json!(0), "mamba_d_conv is 0, expected at least 1");
     odd("time_step_limit", json!([1.0, 0.5]), "time_step_limit is [1.0,0.5], expected two numbers");
+}
+
+fn nemotron_3_nano() -> Value {
+    json!({"architectures": ["NemotronHForCausalLM"], "attention_bias": false, "chunk_size": 128, "conv_kernel": 4,
+        "expand": 2, "head_dim": 128, "hidden_size": 2688, "hybrid_override_pattern":
+        "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", "intermediate_size": 1856,
+        "layer_norm_epsilon": 1e-5, "mamba_head_dim": 64, "mamba_hidden_act": "silu", "mamba_num_heads": 64,
+        "mamba_proj_bias": false, "max_position_embeddings": 262_144, "mlp_bias": false,
+        "mlp_hidden_act": "relu2", "model_type": "nemotron_h", "moe_intermediate_size": 1856,
+        "moe_shared_expert_intermediate_size": 3712, "n_group": 1, "n_groups": 8, "n_routed_experts": 128,
+        "n_shared_experts": 1, "norm_topk_prob": true, "num_attention_heads": 32, "num_experts_per_tok": 6,
+        "num_hidden_layers": 52, "num_key_value_heads": 2, "partial_rotary_factor": 1.0, "rope_theta": 10000,
+        "routed_scaling_factor": 2.5, "sliding_window": null, "ssm_state_size": 128,
+        "tie_word_embeddings": false, "time_step_limit": [0.0, {"__float__": "Infinity"}], "topk_group": 1,
+        "use_bias": false, "use_conv_bias": true, "vocab_size": 131_072})
+}
+
+#[test]
+fn nemotron_3() {
+    let nano = read(&nemotron_3_nano());
+    assert_eq!(sizes(&nano), [52, 23, 128, 6, 3712]);
+    assert_eq!(attending(&nano), [5, 12, 19, 26, 33, 42]);
+    assert!(nano.layers[5].attention.rope().is_none());
+    let halves = |l: usize| {
+        let LayerSpec { attention, feed_forward } = &nano.layers[l];
+        [matches!(attention, AttentionSpec::None), matches!(feed_forward, FeedForwardSpec::None)]
+    };
+    assert_eq!([0, 1, 5].map(halves), [[false, true], [true, false], [false, true]]);
+    let mamba = mamba2(&nano, 0);
+    assert_eq!((mamba.width(), mamba.channels(), mamba.projected()), (4096, 6144, 10304));
+    assert_eq!(mamba.step_limits, [0.001, f32::INFINITY]);
+    let moe = nano.moe(1).unwrap();
+    assert_eq!((moe.activation, moe.width), (Activation::SquaredRelu, 1856));
+
+    let changed = |key: &str, value: Value| with(&nemotron_3_nano(), json!({ key: value }));
+    let odd = |key: &str, value: Value, expected: &str| refused(&changed(key, value), expected);
+    odd("hybrid_override_pattern", json!("ME"), "hybrid_override_pattern has 2 entries, expected 52");
+    odd(
+        "hybrid_override_pattern",
+        json!("ME-X".repeat(13)),
+        "hybrid_override_pattern is `X` in layer 3, expected one of `M`, `*`, `E`, `-`",
+    );
+    odd("layers_block_type", json!(vec!["conv"; 52]), "layers_block_type is `conv` in layer 0");
+    odd("mlp_hidden_act", json!("silu"), "mlp_hidden_act is \"silu\", only \"relu2\"");
+    odd("attention_bias", json!(true), "attention_bias is true, only false is supported here");
+    odd("n_groups", json!(7), "n_groups is 7, expected a divisor of the 64 heads");
+    odd("time_step_limit", json!([0.0, 0.5]), "time_step_limit is from 0 to 0.5, only 0 to infinity is");
+    odd("moe_latent_size", json!(1024), "moe_latent_size is 1024: experts on a latent");
 }
 
 fn minimax() -> Value {

@@ -60,6 +60,7 @@ fn every_command() {
         ("lfm2_moe", "short_convolution", "grouped"),
         ("kimi_linear", "gated_delta", "latent"),
         ("granitemoehybrid_mamba", "mamba2", "grouped"),
+        ("nemotron_h", "mamba2", "grouped"),
     ] {
         let model = Mutant::of(name);
         std::fs::write(model.file("tokenizer.json"), tokenizer().to_string()).unwrap();
@@ -72,7 +73,9 @@ fn every_command() {
         assert_eq!(seen["attention"]["kind"], attention);
         let text = desk.run(model, "inspect MODEL").ok();
         let expected = if attention == "latent" { "multi-head latent" } else { "grouped-query" };
-        assert!(text.contains(&format!(" layers; else {expected}, 4 heads of width")), "{text}");
+        // One of the five layers of Nemotron-H attends, and two more mix no tokens.
+        let attending = if name == "nemotron_h" { "in 1 layer" } else { "else" };
+        assert!(text.contains(&format!(" layers; {attending} {expected}, 4 heads of width")), "{text}");
 
         desk.run(model, "calibrate MODEL --tokens tokens --moments input,hidden --out stats").ok();
         desk.run(model, "plan --method reap --experts 3 --stats stats --out drop").ok();
@@ -202,6 +205,7 @@ fn tensors_that_do_not_fit() {
         ),
         ("lfm2_moe", "conv_L_cache", 4, ["layer 0", "conv.conv.weight", "[32, 1, 4]"]),
         ("granitemoehybrid_mamba", "mamba_d_state", 16, ["layer 0", "mamba.in_proj.weight", "[168, 32]"]),
+        ("nemotron_h", "ssm_state_size", 16, ["layer 0", "mixer.in_proj.weight", "[198, 32]"]),
         ("granitemoehybrid_mamba", "mamba_d_conv", 3, ["layer 0", "mamba.conv1d.weight", "[88, 1, 3]"]),
     ] {
         let mutant = made(name);

@@ -154,6 +154,8 @@ pub enum AttentionSpec {
     ShortConvolution(ShortConvolution),
     /// A state space model with one decay per head (Mamba-2).
     Mamba2(Mamba2),
+    /// Nothing: the layer is a feed-forward part alone (Nemotron-H).
+    None,
 }
 
 impl QkNorm {
@@ -169,9 +171,10 @@ impl AttentionSpec {
         match self {
             AttentionSpec::Grouped(attention) => attention.rope.as_ref(),
             AttentionSpec::Latent(attention) => attention.rope.as_ref(),
-            AttentionSpec::GatedDelta(_) | AttentionSpec::ShortConvolution(_) | AttentionSpec::Mamba2(_) => {
-                None
-            }
+            AttentionSpec::GatedDelta(_)
+            | AttentionSpec::ShortConvolution(_)
+            | AttentionSpec::Mamba2(_)
+            | AttentionSpec::None => None,
         }
     }
 
@@ -434,6 +437,8 @@ pub enum FeedForwardSpec {
     },
     /// Router and experts.
     Moe(MoeSpec),
+    /// Nothing: the layer is an attention, or what takes its place, alone (Nemotron-H).
+    None,
 }
 
 /// Router and experts of a layer.
@@ -471,6 +476,8 @@ pub enum Activation {
     },
     /// max(g, 0), without an up projection (Switch Transformer, arXiv 2101.03961).
     Relu,
+    /// max(g, 0)², without an up projection (So et al., arXiv 2109.08668, §3).
+    SquaredRelu,
     /// g · Φ(g) with Φ by its tanh approximation, without an up projection (Hendrycks and Gimpel, arXiv 1606.08415).
     GeluTanh,
 }
@@ -516,7 +523,7 @@ impl Architecture {
     pub fn moe_layers(&self) -> impl Iterator<Item = (usize, &MoeSpec)> {
         self.layers.iter().enumerate().filter_map(|(l, layer)| match &layer.feed_forward {
             FeedForwardSpec::Moe(moe) => Some((l, moe)),
-            FeedForwardSpec::Dense { .. } => None,
+            FeedForwardSpec::Dense { .. } | FeedForwardSpec::None => None,
         })
     }
 
@@ -524,7 +531,7 @@ impl Architecture {
     pub fn moe(&self, layer: usize) -> Option<&MoeSpec> {
         match &self.layers.get(layer)?.feed_forward {
             FeedForwardSpec::Moe(moe) => Some(moe),
-            FeedForwardSpec::Dense { .. } => None,
+            FeedForwardSpec::Dense { .. } | FeedForwardSpec::None => None,
         }
     }
 
@@ -611,7 +618,8 @@ impl Architecture {
                 AttentionSpec::Latent(a) => (Option::<&Rope>::from(&a.rope), a.scale, None),
                 AttentionSpec::GatedDelta(_)
                 | AttentionSpec::ShortConvolution(_)
-                | AttentionSpec::Mamba2(_) => continue,
+                | AttentionSpec::Mamba2(_)
+                | AttentionSpec::None => continue,
             };
             if let Some(clip) = clip.filter(|c| c.is_nan() || *c <= 0.0) {
                 return Err(Error::invalid("clip_qkv", format!("is {clip}, expected more than 0")));

@@ -41,6 +41,8 @@ pub struct Names {
     pub model: &'static str,
     /// What stands in its place, and in that of [`Names::head`], in some checkpoints of the family.
     pub other_model: Option<[&'static str; 2]>,
+    /// Embedding table, without `.weight`.
+    pub embedding: &'static str,
     /// Norm before the attention, without `.weight`.
     pub input_norm: &'static str,
     /// Norm behind the attention, before its output is added.
@@ -51,6 +53,8 @@ pub struct Names {
     pub feed_forward_output_norm: [&'static str; 2],
     /// Norm behind the last layer.
     pub final_norm: &'static str,
+    /// Module of the attention.
+    pub attention: &'static str,
     /// Output projection of the attention.
     pub attention_output: &'static str,
     /// Norms of queries and keys.
@@ -65,7 +69,7 @@ pub struct Names {
     pub head: &'static str,
     /// Module of a dense layer's MLP and of the shared expert.
     pub feed_forward: &'static str,
-    /// Gate, up and down matrices of a dense layer's MLP.
+    /// Gate, up and down matrices of a dense layer's MLP and of the shared expert.
     pub dense: [&'static str; 3],
     /// Module that holds router and experts in the published layout.
     pub moe: &'static str,
@@ -115,11 +119,13 @@ impl Default for Names {
         Names {
             model: "model.",
             other_model: None,
+            embedding: "embed_tokens",
             input_norm: "input_layernorm",
             attention_output_norm: "",
             post_attention_norm: "post_attention_layernorm",
             feed_forward_output_norm: [""; 2],
             final_norm: "norm",
+            attention: "self_attn",
             attention_output: "o_proj",
             qk_norms: ["q_norm", "k_norm"],
             sinks: ["sinks"; 2],
@@ -147,7 +153,7 @@ impl Names {
     /// Embedding table, `[vocabulary, hidden]`.
     pub fn embedding(&self) -> String {
         match self.t5 {
-            None => format!("{}embed_tokens.weight", self.model),
+            None => format!("{}{}.weight", self.model, self.embedding),
             Some(_) => "shared.weight".into(),
         }
     }
@@ -232,7 +238,7 @@ impl Names {
     /// A parameter of the attention, such as `q_proj.weight`.
     pub fn attention(&self, l: usize, parameter: &str) -> String {
         match self.t5 {
-            None => format!("{}self_attn.{parameter}", self.layer(l)),
+            None => format!("{}{}.{parameter}", self.layer(l), self.attention),
             Some(_) => format!("{}layer.0.SelfAttention.{}", self.layer(l), parameter.replace("_proj", "")),
         }
     }
@@ -321,7 +327,8 @@ impl Names {
 
     /// A matrix of the shared expert, without `.weight`: as published, and in the fused layout.
     pub fn shared(&self, l: usize, projection: Projection) -> [String; 2] {
-        self.in_moe(l, self.shared).map(|shared| format!("{shared}.{}", projection.mlp_name()))
+        let matrix = self.dense[projection as usize];
+        self.in_moe(l, self.shared).map(|shared| format!("{shared}.{matrix}"))
     }
 
     /// The shared expert's gate and up in one matrix, and its down matrix, where it is stored so.

@@ -56,6 +56,7 @@ pub(super) fn activation(spec: &types::LayerSpec) -> Result<Activation> {
         1 => Ok(Activation::ClampedSwiGlu { limit: spec.limit, slope: spec.slope }),
         2 => Ok(Activation::Relu),
         3 => Ok(Activation::GeluTanh),
+        4 => Ok(Activation::SquaredRelu),
         other => Err(wrong("activation", other.to_string(), "a moepress_activation")),
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::cache::{CrossCache, LayerCache, Rows, State};
+use super::feed_forward::NOTHING;
 use super::layer::{Linear, Scratch, norm_weight};
 use super::mamba::Mamba2;
 use super::recurrent::{Convolution, Delta};
@@ -20,6 +21,7 @@ pub(super) enum Attention<B: Backend> {
     Delta(Delta<B>),
     Convolution(Convolution<B>),
     Mamba2(Mamba2<B>),
+    None,
 }
 
 pub(super) struct Grouped<B: Backend> {
@@ -107,6 +109,7 @@ impl<B: Backend> Attention<B> {
             (AttentionSpec::Mamba2(spec), source) => {
                 Attention::Mamba2(Mamba2::prepare(backend, *spec, source)?)
             }
+            (AttentionSpec::None, AttentionSource::None) => Attention::None,
             _ => unreachable!("a layer's source is read by its own spec"),
         })
     }
@@ -127,7 +130,7 @@ impl<B: Backend> Attention<B> {
             Attention::Latent(Latent { spec, .. }) => {
                 LayerCache::new(Rows::Latent(buffer(spec.latent_dim + spec.rope_dim)?), Span::Full)
             }
-            Attention::Delta(_) | Attention::Convolution(_) | Attention::Mamba2(_) => {
+            Attention::Delta(_) | Attention::Convolution(_) | Attention::Mamba2(_) | Attention::None => {
                 let state = State { tail: backend.buffer(), heads: backend.buffer() };
                 LayerCache::new(Rows::State(state), Span::Full)
             }
@@ -149,6 +152,7 @@ impl<B: Backend> Attention<B> {
             Attention::Delta(delta) => delta.apply(backend, eps, batch, scratch, cache),
             Attention::Convolution(convolution) => convolution.apply(backend, batch, scratch, cache),
             Attention::Mamba2(mamba) => mamba.apply(backend, eps, batch, scratch, cache),
+            Attention::None => unreachable!("{NOTHING}"),
         }
     }
 

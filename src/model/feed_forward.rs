@@ -8,6 +8,7 @@ use crate::backend::{Backend, Batch, Mlp, Result as BackendResult};
 pub(super) enum FeedForward<B: Backend> {
     Dense(Mlp<Linear<B>>),
     Moe(Moe<B>),
+    None,
 }
 
 pub(super) struct Moe<B: Backend> {
@@ -22,6 +23,9 @@ struct Shared<B: Backend> {
     gate: Option<B::Weight>,
 }
 
+/// Why a layer's missing half is not asked for anything.
+pub(super) const NOTHING: &str = "a layer leaves out the half that it does not have";
+
 impl<B: Backend> FeedForward<B> {
     pub(super) fn prepare(backend: &B, source: &LayerSource) -> Result<Self> {
         let mlp = |mlp: &Mlp<LinearSource>| mlp.try_map(|m| Linear::prepare(backend, m));
@@ -31,6 +35,7 @@ impl<B: Backend> FeedForward<B> {
                 moe.check_choices(source.layer)?;
                 FeedForward::Moe(Moe::prepare(backend, moe)?)
             }
+            FeedForwardSource::None => FeedForward::None,
         })
     }
 
@@ -48,6 +53,7 @@ impl<B: Backend> FeedForward<B> {
                 Ok(run(backend, mlp, normed, gate, up, out)?)
             }
             FeedForward::Moe(moe) => Ok(moe.apply(backend, batch, scratch, None, observe)?),
+            FeedForward::None => unreachable!("{NOTHING}"),
         }
     }
 }

@@ -132,16 +132,19 @@ impl Finder<'_> {
         let spec = &self.architecture.layers[l];
         let placement = self.architecture.norm_placement;
         let has_experts = matches!(spec.feed_forward, FeedForwardSpec::Moe(_));
+        let attends = !matches!(spec.attention, AttentionSpec::None);
+        let feeds = !matches!(spec.feed_forward, FeedForwardSpec::None);
         let output_norms = names.feed_forward_output_norms(l);
         let output_norm = self.either(&output_norms, ".weight");
         Ok(LayerSource {
             layer: l,
-            input_norm: self.norm_where(placement.is_before(), &names.input_norm(l))?,
+            input_norm: self.norm_where(attends && placement.is_before(), &names.input_norm(l))?,
             attention_output_norm: self
-                .norm_where(placement.is_behind_attention(), &names.attention_output_norm(l))?,
-            post_attention_norm: self.norm_where(placement.is_before(), &names.post_attention_norm(l))?,
+                .norm_where(attends && placement.is_behind_attention(), &names.attention_output_norm(l))?,
+            post_attention_norm: self
+                .norm_where(feeds && placement.is_before(), &names.post_attention_norm(l))?,
             feed_forward_output_norm: self
-                .norm_where(placement.is_behind_feed_forward(has_experts), output_norm)?,
+                .norm_where(feeds && placement.is_behind_feed_forward(has_experts), output_norm)?,
             attention: self.attention(&spec.attention)?,
             cross: match &spec.attention {
                 AttentionSpec::Grouped(a) if a.cross => Some(self.cross_attention(a)?),
@@ -156,6 +159,7 @@ impl Finder<'_> {
                     FeedForwardSource::Dense(self.mlp(*width, name)?)
                 }
                 FeedForwardSpec::Moe(moe) => FeedForwardSource::Moe(self.moe(moe)?),
+                FeedForwardSpec::None => FeedForwardSource::None,
             },
         })
     }
@@ -210,6 +214,7 @@ impl Finder<'_> {
             AttentionSpec::GatedDelta(delta) => self.gated_delta(*delta, d),
             AttentionSpec::ShortConvolution(convolution) => self.short_convolution(*convolution, d),
             AttentionSpec::Mamba2(mamba) => self.mamba2(*mamba, d),
+            AttentionSpec::None => Ok(AttentionSource::None),
         }
     }
 

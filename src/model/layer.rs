@@ -1,5 +1,6 @@
 //! One layer: x += attention(norm(x)); x += feed_forward(norm(x)); in some families with norms behind attention and
-//! feed-forward part instead, or as well; behind an encoder, with an attention to its output between the two.
+//! feed-forward part instead, or as well; behind an encoder, with an attention to its output between the two; in some
+//! families one of the halves alone.
 
 use std::sync::Arc;
 
@@ -270,6 +271,9 @@ impl<B: Backend> Layer<B> {
         scratch: &mut Scratch<B>,
         cache: Option<&mut LayerCache<B>>,
     ) -> Result<()> {
+        if matches!(self.attention, Attention::None) {
+            return Ok(());
+        }
         self.enter_half(backend, self.input_norm.as_ref(), x, scratch)?;
         self.attention.apply(backend, self.eps, batch, scratch, cache)?;
         self.leave_half(backend, self.attention_output_norm.as_ref(), x, scratch)
@@ -284,6 +288,9 @@ impl<B: Backend> Layer<B> {
         scratch: &mut Scratch<B>,
         observe: Option<Observation<'_, B>>,
     ) -> Result<()> {
+        if matches!(self.feed_forward, FeedForward::None) {
+            return Ok(());
+        }
         self.enter_feed_forward(backend, x, scratch)?;
         self.feed_forward.apply(backend, batch, scratch, observe)?;
         self.leave_feed_forward(backend, x, scratch)
@@ -401,7 +408,7 @@ impl<B: Backend> Layer<B> {
     ) -> Result<Vec<f32>> {
         match &self.feed_forward {
             FeedForward::Moe(moe) => Ok(moe.output_grams(backend, rows, extra, scratch)?),
-            FeedForward::Dense(_) => Ok(Vec::new()),
+            FeedForward::Dense(_) | FeedForward::None => Ok(Vec::new()),
         }
     }
 

@@ -122,6 +122,8 @@ pub enum AttentionSource {
         /// Output projection.
         output: LinearSource,
     },
+    /// Nothing, in a layer that is a feed-forward part alone.
+    None,
 }
 
 /// Projections of the input of a gated delta network, as
@@ -174,6 +176,8 @@ pub enum FeedForwardSource {
     Dense(Mlp<LinearSource>),
     /// Router and experts.
     Moe(MoeSource),
+    /// Nothing, in a layer without a feed-forward part.
+    None,
 }
 
 /// Router and experts of a layer.
@@ -310,6 +314,7 @@ impl LayerSource {
         match &self.feed_forward {
             FeedForwardSource::Dense(mlp) => all.extend(mlp.maps()),
             FeedForwardSource::Moe(moe) => all.extend(moe.shared.iter().flat_map(|(mlp, _)| mlp.maps())),
+            FeedForwardSource::None => {}
         }
         all
     }
@@ -324,7 +329,7 @@ impl LayerSource {
     pub fn moe(&self) -> Option<&MoeSource> {
         match &self.feed_forward {
             FeedForwardSource::Moe(moe) => Some(moe),
-            FeedForwardSource::Dense(_) => None,
+            FeedForwardSource::Dense(_) | FeedForwardSource::None => None,
         }
     }
 }
@@ -347,6 +352,7 @@ impl AttentionSource {
             AttentionSource::Mamba2 { kernel, kernel_bias, log_rates, dt_bias, skip, norm, .. } => {
                 [kernel, log_rates, dt_bias, skip, norm].into_iter().chain(kernel_bias).collect()
             }
+            AttentionSource::None => Vec::new(),
         }
     }
 
@@ -364,6 +370,7 @@ impl AttentionSource {
             }
             AttentionSource::ShortConvolution { input, output, .. }
             | AttentionSource::Mamba2 { input, output, .. } => vec![input, output],
+            AttentionSource::None => Vec::new(),
         }
     }
 }

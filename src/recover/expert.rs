@@ -135,6 +135,7 @@ fn value(activation: Activation, g: f32, u: f32) -> f32 {
             clamped * sigmoid(slope * clamped) * (u.clamp(-limit, limit) + 1.0)
         }
         Activation::Relu => g.max(0.0),
+        Activation::SquaredRelu => g.max(0.0) * g.max(0.0),
         Activation::GeluTanh => 0.5 * g * (1.0 + gelu_inner(g).tanh()),
     }
 }
@@ -154,6 +155,7 @@ fn slopes(activation: Activation, g: f32, u: f32) -> [f32; 2] {
             [inside(g < limit, by_gate), inside(u.abs() < limit, clamped * s)]
         }
         Activation::Relu => [if g > 0.0 { 1.0 } else { 0.0 }, 0.0],
+        Activation::SquaredRelu => [2.0 * g.max(0.0), 0.0],
         Activation::GeluTanh => {
             let t = gelu_inner(g).tanh();
             let inner = (2.0 / std::f32::consts::PI).sqrt() * (1.0 + 3.0 * 0.044_715 * g * g);

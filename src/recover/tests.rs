@@ -110,6 +110,7 @@ mod reference {
                 g * sigmoid(slope * g) * (u.clamp(-limit, limit) + 1.0)
             }
             Activation::Relu => g.max(0.0),
+            Activation::SquaredRelu => g.max(0.0).powi(2),
             Activation::GeluTanh => {
                 0.5 * g * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (g + 0.044_715 * g.powi(3))).tanh())
             }
@@ -162,6 +163,7 @@ fn gradients_are_the_finite_differences_of_the_loss_in_f64() {
         (3, Activation::SwiGlu, true),
         (4, Activation::Relu, false),
         (5, Activation::GeluTanh, false),
+        (6, Activation::SquaredRelu, false),
     ] {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut layer = layer(&mut rng, activation);

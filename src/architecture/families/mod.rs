@@ -18,6 +18,7 @@ mod mamba;
 mod mimo_v2_flash;
 mod minimax_m2;
 mod mixtral;
+mod nemotron_h;
 mod olmoe;
 mod phimoe;
 mod qwen;
@@ -34,7 +35,7 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 40] = [
+pub(super) const FAMILIES: [(&str, Read); 41] = [
     ("afmoe", afmoe::read),
     ("axk1", deepseek::axk1),
     ("deepseek_v2", deepseek::v2),
@@ -65,6 +66,7 @@ pub(super) const FAMILIES: [(&str, Read); 40] = [
     ("mistral3", deepseek::mistral_of_images),
     ("mistral4", deepseek::mistral),
     ("mixtral", mixtral::read),
+    ("nemotron_h", nemotron_h::read),
     ("olmoe", olmoe::read),
     ("phimoe", phimoe::read),
     ("qwen2_moe", qwen::qwen2),
@@ -155,7 +157,7 @@ impl<'c> Common<'c> {
             family,
             defaults,
             hidden_size: config.positive("hidden_size")?,
-            layers: config.positive("num_hidden_layers")?,
+            layers: layer_count(config)?,
             heads: config.positive("num_attention_heads")?,
             rope: rope_of(config, defaults, rope)?,
             names,
@@ -270,6 +272,14 @@ impl<'c> Common<'c> {
             expert_count_keys: self.expert_count_keys,
             packing: None,
         })
+    }
+}
+
+/// `num_hidden_layers`, which transformers 5 does not write for a family whose layers it lists.
+fn layer_count(config: &Config) -> Result<usize> {
+    match config.strings("layers_block_type")? {
+        Some(kinds) if config.get("num_hidden_layers").is_none() => Ok(kinds.len()),
+        _ => config.positive("num_hidden_layers"),
     }
 }
 

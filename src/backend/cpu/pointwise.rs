@@ -87,7 +87,7 @@ pub(crate) fn activate(gate: &mut [f32], up: &[f32], activation: Activation) {
                 *g = clamped * sigmoid(slope * clamped) * (u.clamp(-limit, limit) + 1.0);
             }
         }
-        Activation::Relu | Activation::GeluTanh => unreachable!("not gated"),
+        Activation::Relu | Activation::SquaredRelu | Activation::GeluTanh => unreachable!("not gated"),
     });
 }
 
@@ -96,6 +96,7 @@ fn activate_alone(x: &mut [f32], activation: Activation) {
     match activation {
         // Unlike `max`, lets NaN through.
         Activation::Relu => x.iter_mut().for_each(|v| *v = if *v < 0.0 { 0.0 } else { *v }),
+        Activation::SquaredRelu => x.iter_mut().for_each(|v| *v = if *v < 0.0 { 0.0 } else { *v * *v }),
         Activation::GeluTanh => x.iter_mut().for_each(|v| {
             let inner = (2.0 / std::f32::consts::PI).sqrt() * (*v + 0.044_715 * *v * *v * *v);
             *v *= 0.5 * (1.0 + inner.tanh());

@@ -432,6 +432,7 @@ impl<L: Launch + ?Sized> Pass<'_, L> {
             Activation::ClampedSwiGlu { limit, slope } => (1, limit, slope),
             Activation::GeluTanh => (2, 0.0, 0.0),
             Activation::Relu => (4, 0.0, 0.0),
+            Activation::SquaredRelu => (5, 0.0, 0.0),
         };
         let ld_input = match self.tables.target {
             WeightTarget::Output => self.args.x.stride,
