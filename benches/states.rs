@@ -1,6 +1,6 @@
 //! Speed of what takes the place of attention, in the shapes of Qwen3-Next (16 key heads and 32 value heads of 128), LFM2
-//! (2048 channels, kernel of 3) and Nemotron 3 Nano (Mamba-2 with 64 heads of 128×64 in 8 groups): one token and a window
-//! of 512.
+//! (2048 channels, kernel of 3), Nemotron 3 Nano (Mamba-2 with 64 heads of 128×64 in 8 groups) and Jamba Mini (Mamba with
+//! 8192 channels of 16): one token and a window of 512.
 //!
 //! Per token and value head the gated delta rule has 7 floating-point operations for each of the 128 · 128 numbers of
 //! the state (one product, three multiply-adds), 3.67 MFLOP per token in all: the floor for 512 tokens is that over the
@@ -18,7 +18,7 @@ use std::hint::black_box;
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use moepress::architecture::{DeltaProjections, GatedDelta, Mamba2};
 use moepress::backend::cpu::Cpu;
-use moepress::backend::{Backend, Batch, DeltaGates, ScanTerms};
+use moepress::backend::{Backend, Batch, ChannelTerms, DeltaGates, ScanTerms};
 use moepress::checkpoint::{Dtype, Tensor};
 
 #[allow(dead_code, reason = "shared with the benches of layers")]
@@ -110,6 +110,31 @@ fn mamba2(c: &mut Criterion) {
     group.finish();
 }
 
+fn mamba(c: &mut Criterion) {
+    const CHANNELS: usize = 8192;
+    const STATE: usize = 16;
+    let skip = vector(CHANNELS, 1);
+    let rates = rates(STATE * CHANNELS, 2);
+    let mut group = c.benchmark_group("Mamba");
+    for tokens in [1, 512] {
+        let [x, steps] = [3, 4].map(|seed| buffer(tokens, CHANNELS, seed));
+        let [b, at] = [5, 6].map(|seed| buffer(tokens, STATE, seed));
+        let (mut state, mut out) = (Cpu.buffer(), Cpu.buffer());
+        group.throughput(Throughput::Elements(tokens as u64));
+        let mut run = |steps: &mut Buffer, start: usize| {
+            let terms = ChannelTerms { steps, b: &b, c: &at, rates: &rates, skip: &skip };
+            let batch = Batch::piece(start, tokens, start + tokens);
+            Cpu.mamba_scan(&x, terms, Some(&mut state), &batch, &mut out).unwrap();
+            black_box(out.data());
+        };
+        run(&mut steps.clone(), 0);
+        group.bench_function(BenchmarkId::new("tokens", tokens), |bench| {
+            bench.iter_batched_ref(|| steps.clone(), |steps| run(steps, tokens), BatchSize::LargeInput);
+        });
+    }
+    group.finish();
+}
+
 fn convolution(c: &mut Criterion) {
     const CHANNELS: usize = 2048;
     let kernel = vector(3 * CHANNELS, 1);
@@ -128,5 +153,5 @@ fn convolution(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, delta_rule, mamba2, convolution);
+criterion_group!(benches, delta_rule, mamba, mamba2, convolution);
 criterion_main!(benches);

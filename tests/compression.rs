@@ -18,7 +18,7 @@ use moepress::model::{Model, open_architecture, profile};
 use moepress::plan::{Action, Budget};
 use moepress::progress::Progress;
 
-const MODELS: [&str; 32] = [
+const MODELS: [&str; 33] = [
     "mixtral",
     "qwen2_moe",
     "qwen3_moe_fused",
@@ -42,6 +42,7 @@ const MODELS: [&str; 32] = [
     "granitemoe",
     "granitemoeshared_fused",
     "granitemoehybrid_mamba",
+    "jamba",
     "nemotron_h",
     "nemotron_h_fused",
     "mistral3",

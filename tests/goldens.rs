@@ -87,6 +87,8 @@ repository_goldens!(
     granitemoehybrid,
     granitemoehybrid_mamba,
     granitemoehybrid_mamba_fused,
+    jamba,
+    jamba_fused,
     nemotron_h,
     nemotron_h_fused,
     minimax_m2,

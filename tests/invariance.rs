@@ -9,7 +9,7 @@ use common::{data, read, run, shape, windows};
 use moepress::backend::cpu::Isa;
 use moepress::tokens::Windows;
 
-const MODELS: [&str; 9] = [
+const MODELS: [&str; 10] = [
     "mixtral_sliding_window",
     "qwen2_moe",
     "olmoe_clip",
@@ -18,6 +18,7 @@ const MODELS: [&str; 9] = [
     "lfm2_moe_fused",
     "kimi_linear_fused",
     "granitemoehybrid_mamba",
+    "jamba_fused",
     "nemotron_h",
 ];
 

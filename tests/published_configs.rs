@@ -442,6 +442,38 @@ fn granite_4() {
     odd("time_step_limit", json!([1.0, 0.5]), "time_step_limit is [1.0,0.5], expected two numbers");
 }
 
+fn jamba() -> Value {
+    json!({"architectures": ["JambaForCausalLM"], "attention_dropout": 0.0, "attn_layer_offset": 4,
+        "attn_layer_period": 8, "bos_token_id": 1, "eos_token_id": [2, 518], "expert_layer_offset": 1,
+        "expert_layer_period": 2, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
+        "mamba_conv_bias": true, "mamba_d_conv": 4, "mamba_d_state": 16, "mamba_dt_rank": 256, "mamba_expand": 2,
+        "mamba_inner_layernorms": true, "mamba_proj_bias": false, "max_position_embeddings": 262_144,
+        "model_type": "jamba", "num_attention_heads": 32, "num_experts": 16, "num_experts_per_tok": 2,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "num_logits_to_keep": 1,
+        "output_router_logits": false, "pad_token_id": 0, "rms_norm_eps": 1e-6, "router_aux_loss_coef": 0.001,
+        "sliding_window": null, "tie_word_embeddings": false, "use_mamba_kernels": true, "vocab_size": 65536})
+}
+
+#[test]
+fn jamba_mini() {
+    let mini = read(&jamba());
+    assert_eq!(sizes(&mini), [32, 16, 16, 2, 0]);
+    assert_eq!(attending(&mini), [4, 12, 20, 28]);
+    assert!(mini.layers[4].attention.rope().is_none());
+    assert!(mini.moe(0).is_none() && mini.moe(1).is_some_and(|moe| moe.width == 14336));
+    let changed = |key: &str, value: Value| with(&jamba(), json!({ key: value }));
+    let AttentionSpec::Mamba(mamba) = read(&changed("mamba_dt_rank", json!("auto"))).layers[0].attention
+    else {
+        unreachable!("of another kind")
+    };
+    assert_eq!((mamba.width, mamba.state_dim, mamba.step_rank), (8192, 16, 256));
+    let odd = |key: &str, value: Value, expected: &str| refused(&changed(key, value), expected);
+    odd("attn_layer_offset", json!(8), "attn_layer_offset is 8, expected less than attn_layer_period = 8");
+    odd("expert_layer_period", json!(0), "expert_layer_period is 0, expected at least 1");
+    odd("mamba_dt_rank", json!(0), "mamba_dt_rank is 0, expected at least 1");
+    odd("mamba_inner_layernorms", json!(false), "mamba_inner_layernorms is false, only true is supported");
+}
+
 fn nemotron_3_nano() -> Value {
     json!({"architectures": ["NemotronHForCausalLM"], "attention_bias": false, "chunk_size": 128, "conv_kernel": 4,
         "expand": 2, "head_dim": 128, "hidden_size": 2688, "hybrid_override_pattern":

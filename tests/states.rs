@@ -60,6 +60,7 @@ fn every_command() {
         ("lfm2_moe", "short_convolution", "grouped"),
         ("kimi_linear", "gated_delta", "latent"),
         ("granitemoehybrid_mamba", "mamba2", "grouped"),
+        ("jamba", "mamba", "grouped"),
         ("nemotron_h", "mamba2", "grouped"),
     ] {
         let model = Mutant::of(name);
@@ -205,6 +206,7 @@ fn tensors_that_do_not_fit() {
         ),
         ("lfm2_moe", "conv_L_cache", 4, ["layer 0", "conv.conv.weight", "[32, 1, 4]"]),
         ("granitemoehybrid_mamba", "mamba_d_state", 16, ["layer 0", "mamba.in_proj.weight", "[168, 32]"]),
+        ("jamba", "mamba_dt_rank", 4, ["layer 0", "mamba.x_proj.weight", "[16, 64]"]),
         ("nemotron_h", "ssm_state_size", 16, ["layer 0", "mixer.in_proj.weight", "[198, 32]"]),
         ("granitemoehybrid_mamba", "mamba_d_conv", 3, ["layer 0", "mamba.conv1d.weight", "[88, 1, 3]"]),
     ] {

@@ -17,7 +17,7 @@ pub use profile::{ExpertSize, MoeProfile, Profile};
 pub use rope::{DynamicRope, LongRope, Pairing, Rope};
 pub use router::{Choice, GroupLimit, GroupScore, RouterSpec, Scoring, WeightRule, WeightTarget};
 pub use skip::{Skip, SkipThreshold};
-pub use state_space::Mamba2;
+pub use state_space::{Mamba, Mamba2};
 
 use config::Config;
 pub(crate) use config::parse_json;
@@ -152,6 +152,8 @@ pub enum AttentionSpec {
     GatedDelta(GatedDelta),
     /// A short convolution between two gates (LFM2).
     ShortConvolution(ShortConvolution),
+    /// A state space model with a decay for every element of its state (Mamba, as Jamba has it).
+    Mamba(Mamba),
     /// A state space model with one decay per head (Mamba-2).
     Mamba2(Mamba2),
     /// Nothing: the layer is a feed-forward part alone (Nemotron-H).
@@ -173,6 +175,7 @@ impl AttentionSpec {
             AttentionSpec::Latent(attention) => attention.rope.as_ref(),
             AttentionSpec::GatedDelta(_)
             | AttentionSpec::ShortConvolution(_)
+            | AttentionSpec::Mamba(_)
             | AttentionSpec::Mamba2(_)
             | AttentionSpec::None => None,
         }
@@ -618,6 +621,7 @@ impl Architecture {
                 AttentionSpec::Latent(a) => (Option::<&Rope>::from(&a.rope), a.scale, None),
                 AttentionSpec::GatedDelta(_)
                 | AttentionSpec::ShortConvolution(_)
+                | AttentionSpec::Mamba(_)
                 | AttentionSpec::Mamba2(_)
                 | AttentionSpec::None => continue,
             };

@@ -43,3 +43,26 @@ impl Mamba2 {
         self.width() + self.channels() + self.heads
     }
 }
+
+/// Mamba (Gu and Dao, arXiv 2312.00752, §3) with the norms of Jamba (arXiv 2403.19887). One linear map of the layer's input
+/// gives x and a gate z; x passes a causal depthwise convolution and SiLU; a linear map of the result gives a step of low
+/// rank, B and C, each of which an RMS norm follows. Then each channel of x has a state s `[state_dim]`:
+///
+/// s ← exp(−exp(A_log) Δ) ∘ s + Δ x B; y = C · s + D x,
+///
+/// with Δ the softplus of a linear map of the step. A linear map of y ∘ silu(z) follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mamba {
+    /// Channels.
+    pub width: usize,
+    /// Width of B and of C.
+    pub state_dim: usize,
+    /// Width of the step of low rank.
+    pub step_rank: usize,
+    /// Tokens that the convolution sees: the own one and those right before it.
+    pub kernel: usize,
+    /// Whether the convolution has a bias.
+    pub convolution_bias: bool,
+    /// Whether the projections of input and output have biases.
+    pub projection_bias: bool,
+}

@@ -190,6 +190,21 @@ pub struct ScanTerms<'a, B, V> {
     pub skip: &'a V,
 }
 
+/// What a state space model with a state for every channel needs besides x.
+#[derive(Debug)]
+pub struct ChannelTerms<'a, B, V> {
+    /// What Δ is made of, `[tokens, channels]`.
+    pub steps: &'a mut B,
+    /// B, `[tokens, state_dim]`.
+    pub b: &'a B,
+    /// C, `[tokens, state_dim]`.
+    pub c: &'a B,
+    /// exp(A_log), `[state_dim, channels]`.
+    pub rates: &'a V,
+    /// D of every channel.
+    pub skip: &'a V,
+}
+
 /// A routing rule with the facts that dropping experts changes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RouterRule {
@@ -404,6 +419,16 @@ pub trait Backend: Sync {
         x: &Self::Buffer,
         terms: ScanTerms<'_, Self::Buffer, Self::Vector>,
         shape: Mamba2,
+        state: Option<&mut Self::Buffer>,
+        batch: &Batch,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// The state space model of every channel of `x` over each window, see [`Mamba`](crate::architecture::Mamba);
+    /// `terms.steps` become Δ in place. With a `state` as above, `[state_dim, channels]`. All in f32.
+    fn mamba_scan(
+        &self,
+        x: &Self::Buffer,
+        terms: ChannelTerms<'_, Self::Buffer, Self::Vector>,
         state: Option<&mut Self::Buffer>,
         batch: &Batch,
         out: &mut Self::Buffer,

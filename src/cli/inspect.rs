@@ -83,6 +83,9 @@ fn mixers(model: &Inspection) -> String {
         StateSummary::ShortConvolution { layers, kernel } => {
             (layers, format!("gated convolution of {kernel}"))
         }
+        StateSummary::Mamba { layers, width, state_dim, kernel } => {
+            (layers, format!("Mamba, {} of {state_dim}, convolution of {kernel}", counted(width, "channel")))
+        }
         StateSummary::Mamba2 { layers, heads, head_dim, state_dim, groups, kernel } => {
             let (heads, groups) = (counted(heads, "head"), counted(groups, "group"));
             let text =

@@ -40,8 +40,8 @@ pub(super) enum Rows<B: Backend> {
 pub(super) struct State<B: Backend> {
     /// The last inputs of the convolution, `[kernel − 1, channels]`.
     pub(super) tail: B::Buffer,
-    /// State of every value head of a gated delta network, `[value_heads · key_dim, value_dim]`, or of every head of a
-    /// state space model, `[heads · state_dim, head_dim]`.
+    /// State of every value head of a gated delta network, `[value_heads · key_dim, value_dim]`; of every head or channel of
+    /// a state space model, `[heads · state_dim, head_dim]` or `[state_dim, channels]`.
     pub(super) heads: B::Buffer,
 }
 

@@ -213,6 +213,7 @@ impl Finder<'_> {
             AttentionSpec::Latent(a) => self.latent_attention(a, d),
             AttentionSpec::GatedDelta(delta) => self.gated_delta(*delta, d),
             AttentionSpec::ShortConvolution(convolution) => self.short_convolution(*convolution, d),
+            AttentionSpec::Mamba(mamba) => self.mamba(*mamba, d),
             AttentionSpec::Mamba2(mamba) => self.mamba2(*mamba, d),
             AttentionSpec::None => Ok(AttentionSource::None),
         }

@@ -6,8 +6,8 @@ use serde::Serialize;
 
 use super::{LayerSource, MoeSource, Result, open_architecture};
 use crate::architecture::{
-    Architecture, AttentionSpec, FeedForwardSpec, GatedDelta, GroupLimit, LayerSpec, Mamba2, RouterSpec,
-    Scoring, ShortConvolution, Skip, Span, WeightRule,
+    Architecture, AttentionSpec, FeedForwardSpec, GatedDelta, GroupLimit, LayerSpec, Mamba, Mamba2,
+    RouterSpec, Scoring, ShortConvolution, Skip, Span, WeightRule,
 };
 use crate::backend::{Expert, StoredExpert};
 use crate::checkpoint::{Checkpoint, Dtype, Tensor};
@@ -108,6 +108,17 @@ pub enum StateSummary {
     ShortConvolution {
         /// Number of layers that have it.
         layers: usize,
+        /// Tokens that the convolution sees.
+        kernel: usize,
+    },
+    /// A state space model with a decay for every element of its state.
+    Mamba {
+        /// Number of layers that have it.
+        layers: usize,
+        /// Channels.
+        width: usize,
+        /// Width of B and of C.
+        state_dim: usize,
         /// Tokens that the convolution sees.
         kernel: usize,
     },
@@ -290,6 +301,7 @@ impl AttentionSummary {
             }),
             AttentionSpec::GatedDelta(_)
             | AttentionSpec::ShortConvolution(_)
+            | AttentionSpec::Mamba(_)
             | AttentionSpec::Mamba2(_)
             | AttentionSpec::None => None,
         })
@@ -314,6 +326,9 @@ impl StateSummary {
             }
             AttentionSpec::ShortConvolution(ShortConvolution { kernel, .. }) => {
                 Some(StateSummary::ShortConvolution { layers, kernel })
+            }
+            AttentionSpec::Mamba(Mamba { width, state_dim, kernel, .. }) => {
+                Some(StateSummary::Mamba { layers, width, state_dim, kernel })
             }
             AttentionSpec::Mamba2(Mamba2 { heads, head_dim, state_dim, groups, kernel, .. }) => {
                 Some(StateSummary::Mamba2 { layers, heads, head_dim, state_dim, groups, kernel })

@@ -103,6 +103,27 @@ pub enum AttentionSource {
         /// Output projection.
         output: LinearSource,
     },
+    /// Mamba.
+    Mamba {
+        /// Projection to x and z.
+        input: LinearSource,
+        /// The convolution of x, `[width, 1, kernel]`.
+        kernel: Tensor,
+        /// Its bias, `[width]`.
+        kernel_bias: Option<Tensor>,
+        /// Projection to the step of low rank, B and C.
+        parameters: LinearSource,
+        /// Norms of these three.
+        norms: [Tensor; 3],
+        /// Projection of the step.
+        step: LinearSource,
+        /// A_log, `[width, state_dim]`.
+        log_rates: Tensor,
+        /// D of every channel.
+        skip: Tensor,
+        /// Output projection.
+        output: LinearSource,
+    },
     /// Mamba-2.
     Mamba2 {
         /// Projection to z, to x, B and C, and to a.
@@ -352,6 +373,9 @@ impl AttentionSource {
             AttentionSource::Mamba2 { kernel, kernel_bias, log_rates, dt_bias, skip, norm, .. } => {
                 [kernel, log_rates, dt_bias, skip, norm].into_iter().chain(kernel_bias).collect()
             }
+            AttentionSource::Mamba { kernel, kernel_bias, norms, log_rates, skip, .. } => {
+                [kernel, log_rates, skip].into_iter().chain(norms).chain(kernel_bias).collect()
+            }
             AttentionSource::None => Vec::new(),
         }
     }
@@ -370,6 +394,9 @@ impl AttentionSource {
             }
             AttentionSource::ShortConvolution { input, output, .. }
             | AttentionSource::Mamba2 { input, output, .. } => vec![input, output],
+            AttentionSource::Mamba { input, parameters, step, output, .. } => {
+                vec![input, parameters, step, output]
+            }
             AttentionSource::None => Vec::new(),
         }
     }

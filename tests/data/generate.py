@@ -515,6 +515,34 @@ GRANITEMOEHYBRID_MAMBA = GRANITEMOESHARED | {
     "mamba_proj_bias": False,
 }
 
+# Both kinds of layers with and without experts.
+JAMBA = COMMON | {
+    "model_type": "jamba",
+    "torch_dtype": "bfloat16",
+    "architectures": ["JambaForCausalLM"],
+    "num_hidden_layers": 4,
+    "attn_layer_offset": 1,
+    "attn_layer_period": 3,
+    "expert_layer_offset": 1,
+    "expert_layer_period": 2,
+    "intermediate_size": 16,
+    "mamba_conv_bias": True,
+    "mamba_d_conv": 4,
+    "mamba_d_state": 6,
+    "mamba_dt_rank": 5,
+    "mamba_expand": 2,
+    "mamba_inner_layernorms": True,
+    "mamba_proj_bias": False,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "num_logits_to_keep": 1,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+    "rms_norm_eps": 1e-06,
+    "sliding_window": None,
+    "use_mamba_kernels": True,
+}
+
 # A layer of every kind, each of which is one half of what others call a layer; the published keys.
 NEMOTRON_H = {k: v for k, v in COMMON.items() if k not in ("hidden_act", "num_hidden_layers")} | {
     "model_type": "nemotron_h",
@@ -1063,6 +1091,15 @@ FIXTURES = {
         | {"mamba_conv_bias": False, "mamba_proj_bias": True, "time_step_limit": [0.3, 1.0]},
         "dtype": torch.bfloat16,
         "embedding": 0.1,
+        "fused": True,
+        "written_config": True,
+    },
+    "jamba": {"config": JAMBA, "dtype": torch.bfloat16, "padded": True},
+    "jamba_fused": {
+        "config": JAMBA
+        | {"num_hidden_layers": 3, "attn_layer_offset": 0, "expert_layer_offset": 0, "mamba_dt_rank": "auto"}
+        | {"mamba_conv_bias": False, "mamba_d_conv": 3, "mamba_proj_bias": True, "tie_word_embeddings": True},
+        "dtype": torch.bfloat16,
         "fused": True,
         "written_config": True,
     },

@@ -11,6 +11,7 @@ mod gpt_oss;
 mod granite;
 mod hunyuan_v1_moe;
 mod hy_v3;
+mod jamba;
 mod kimi_linear;
 mod lfm2_moe;
 mod llama4;
@@ -35,7 +36,7 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 41] = [
+pub(super) const FAMILIES: [(&str, Read); 42] = [
     ("afmoe", afmoe::read),
     ("axk1", deepseek::axk1),
     ("deepseek_v2", deepseek::v2),
@@ -55,6 +56,7 @@ pub(super) const FAMILIES: [(&str, Read); 41] = [
     ("granitemoeshared", granite::shared),
     ("hunyuan_v1_moe", hunyuan_v1_moe::read),
     ("hy_v3", hy_v3::read),
+    ("jamba", jamba::read),
     ("kimi_k2", deepseek::v3),
     ("kimi_linear", kimi_linear::read),
     ("lfm2_moe", lfm2_moe::read),

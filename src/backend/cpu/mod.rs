@@ -10,6 +10,7 @@ mod gemm;
 mod grams;
 mod latent;
 mod linear;
+mod mamba;
 mod mamba2;
 mod math;
 mod multiply;
@@ -23,8 +24,9 @@ use crate::architecture::{Activation, GatedDelta, Mamba2, Rope};
 use crate::checkpoint::{Tensor, Weight};
 
 use super::{
-    AttentionShape, AttentionTerms, Backend, Base, Batch, DeltaGates, HeadLayout, Keys, LatentShape, Moment,
-    MomentDims, Moments, Result, RouterRule, RouterWeights, Routes, ScanTerms, StoredExpert,
+    AttentionShape, AttentionTerms, Backend, Base, Batch, ChannelTerms, DeltaGates, HeadLayout, Keys,
+    LatentShape, Moment, MomentDims, Moments, Result, RouterRule, RouterWeights, Routes, ScanTerms,
+    StoredExpert,
 };
 pub use attention::CpuRotation;
 pub use experts::CpuExperts;
@@ -334,6 +336,19 @@ impl Backend for Cpu {
     ) -> Result<()> {
         out.reshape(x.rows, shape.width());
         mamba2::scan(x, terms, shape, state, batch, out);
+        Ok(())
+    }
+
+    fn mamba_scan(
+        &self,
+        x: &CpuBuffer,
+        terms: ChannelTerms<'_, CpuBuffer, Vec<f32>>,
+        state: Option<&mut CpuBuffer>,
+        batch: &Batch,
+        out: &mut CpuBuffer,
+    ) -> Result<()> {
+        out.reshape(x.rows, x.cols);
+        mamba::scan(x, terms, state, batch, out);
         Ok(())
     }
 
