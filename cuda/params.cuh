@@ -241,6 +241,7 @@ enum MoeActivation : int32_t {
     MOE_GELU_TANH = 2,       // gelu(g) · u by the tanh formula
     MOE_GELU_ERF = 3,        // gelu(g) · u by erf
     MOE_RELU = 4,            // relu(g) · u
+    MOE_SQUARED_RELU = 5,    // relu(g)² · u
 };
 
 // One GEMM stage: moe_project_in_*, moe_hidden_*, moe_project_hidden_*, moe_output_*.

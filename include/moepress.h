@@ -38,10 +38,11 @@ typedef enum moepress_location { MOEPRESS_HOST = 0, MOEPRESS_DEVICE = 1 } moepre
 typedef enum moepress_activation {
     MOEPRESS_SWIGLU = 0,        /* silu(gate) * up */
     MOEPRESS_CLAMPED_SWIGLU = 1, /* gpt-oss: min(g, limit) sigmoid(slope min(g, limit)) (clamp(u, limit) + 1) */
-    /* Of experts of two matrices (Switch Transformers): down(act(gate(x))). Their up is not looked at. */
+    /* Of experts of two matrices (Switch Transformers, Nemotron-H): down(act(gate(x))). Their up is not looked at. */
     MOEPRESS_RELU = 2,
     MOEPRESS_GELU_TANH = 3,
-    MOEPRESS_GEGLU_TANH = 4 /* gelu(gate) * up (Gemma); GELU by its tanh formula in both */
+    MOEPRESS_GEGLU_TANH = 4, /* gelu(gate) * up (Gemma); GELU by its tanh formula in both */
+    MOEPRESS_SQUARED_RELU = 5 /* max(gate, 0)^2 */
 } moepress_activation;
 
 typedef enum moepress_expert_form {

@@ -18,7 +18,7 @@ use moepress::model::{Model, open_architecture, profile};
 use moepress::plan::{Action, Budget};
 use moepress::progress::Progress;
 
-const MODELS: [&str; 34] = [
+const MODELS: [&str; 38] = [
     "mixtral",
     "qwen2_moe",
     "qwen3_moe_fused",
@@ -41,6 +41,10 @@ const MODELS: [&str; 34] = [
     "kimi_linear",
     "granitemoe",
     "granitemoeshared_fused",
+    "granitemoehybrid_mamba",
+    "jamba",
+    "nemotron_h",
+    "nemotron_h_fused",
     "mistral3",
     "cohere2_moe",
     "cohere2_moe_fused",

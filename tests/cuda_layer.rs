@@ -341,6 +341,7 @@ fn other_activations_against_the_cpu(gpu: &impl Gpu) {
         (Element::Bf16, Activation::Relu, &[1, 20, 50, 150]),
         (Element::F16, Activation::GeluTanh, &[3, 150]),
         (Element::Bf16, Activation::GeGluTanh, &[3, 150]),
+        (Element::F32, Activation::SquaredRelu, &[20]),
     ];
     for (element, activation, batches) in cases {
         let experts = experts(element, activation);

@@ -10,7 +10,7 @@ use common::{data, read, run, shape, windows};
 use moepress::backend::cpu::Isa;
 use moepress::tokens::{Windows, write_token_file};
 
-const MODELS: [&str; 9] = [
+const MODELS: [&str; 12] = [
     "mixtral_sliding_window",
     "qwen2_moe",
     "olmoe_clip",
@@ -20,6 +20,9 @@ const MODELS: [&str; 9] = [
     "kimi_linear_fused",
     "gemma4",
     "cohere2_moe",
+    "granitemoehybrid_mamba",
+    "jamba_fused",
+    "nemotron_h",
 ];
 
 /// Logits of the given windows, `[count, length, vocabulary]`.

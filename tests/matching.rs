@@ -67,6 +67,7 @@ fn hidden(mlp: &Mlp<LinearSource>, x: &[f32], d: usize) -> Vec<Vec<f64>> {
                 g / (1.0 + (-slope * g).exp()) * (u.clamp(-limit, limit) + 1.0)
             }
             Activation::Relu => g.max(0.0),
+            Activation::SquaredRelu => g.max(0.0).powi(2),
             Activation::GeluTanh => gelu(g),
             Activation::GeGluTanh => gelu(g) * u,
         }
@@ -129,6 +130,7 @@ fn the_best_order_is_that_of_the_definitions() {
         (clamped, true),
         (Activation::Relu, false),
         (Activation::GeluTanh, false),
+        (Activation::SquaredRelu, false),
     ] {
         let x = noise(n * d, 3);
         let inputs = Inputs::new(x.clone(), d).unwrap();

@@ -3,7 +3,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-use moepress::architecture::{Architecture, AttentionSpec, GroupedAttention, Packing, Span};
+use moepress::architecture::{
+    Activation, Architecture, AttentionSpec, FeedForwardSpec, GroupedAttention, LayerSpec, Mamba2, Packing,
+    Span,
+};
 use serde_json::{Value, json};
 
 fn read(config: &Value) -> Architecture {
@@ -380,6 +383,146 @@ fn granite() -> Value {
         "rope_scaling": null, "rope_theta": 10_000_000, "tie_word_embeddings": true, "vocab_size": 49155})
 }
 
+fn granite_4_tiny() -> Value {
+    let types: Vec<_> = (0..40).map(|l| if l % 10 == 5 { "attention" } else { "mamba" }).collect();
+    json!({"architectures": ["GraniteMoeHybridForCausalLM"], "attention_bias": false,
+        "attention_multiplier": 0.0078125, "embedding_multiplier": 12, "hidden_act": "silu", "hidden_size": 1536,
+        "init_method": "mup", "intermediate_size": 512, "layer_types": types, "logits_scaling": 6,
+        "mamba_chunk_size": 256, "mamba_conv_bias": true, "mamba_d_conv": 4, "mamba_d_head": 64,
+        "mamba_d_state": 128, "mamba_expand": 2, "mamba_n_groups": 1, "mamba_n_heads": 48,
+        "mamba_proj_bias": false, "max_position_embeddings": 131_072, "model_type": "granitemoehybrid",
+        "normalization_function": "rmsnorm", "num_attention_heads": 12, "num_experts_per_tok": 6,
+        "num_hidden_layers": 40, "num_key_value_heads": 4, "num_local_experts": 64,
+        "position_embedding_type": "nope", "residual_multiplier": 0.22, "rms_norm_eps": 1e-5,
+        "rope_scaling": null, "rope_theta": 10000, "shared_intermediate_size": 1024,
+        "tie_word_embeddings": true, "vocab_size": 100_352})
+}
+
+/// Sizes of the state space model of layer `l`.
+fn mamba2(architecture: &Architecture, l: usize) -> Mamba2 {
+    let AttentionSpec::Mamba2(mamba) = architecture.layers[l].attention else {
+        unreachable!("of another kind")
+    };
+    mamba
+}
+
+#[test]
+fn granite_4() {
+    let tiny = read(&granite_4_tiny());
+    assert_eq!(sizes(&tiny), [40, 40, 64, 6, 1024]);
+    assert_eq!(attending(&tiny), [5, 15, 25, 35]);
+    assert!(tiny.layers[5].attention.rope().is_none());
+    let mamba = mamba2(&tiny, 0);
+    assert_eq!((mamba.width(), mamba.channels(), mamba.projected()), (3072, 3328, 6448));
+    assert_eq!(mamba.step_limits, [0.0, f32::INFINITY]);
+    let changed = |key: &str, value: Value| with(&granite_4_tiny(), json!({ key: value }));
+    // Without a list, all layers are of Mamba; a width that is not said follows from the others.
+    let all = read(&changed("layer_types", Value::Null));
+    assert_eq!(attending(&all), [0usize; 0]);
+    assert_eq!(mamba2(&read(&changed("mamba_d_head", json!("auto"))), 39), mamba);
+    for unlimited in [json!([0.0, {"__float__": "Infinity"}]), json!([0, 1e39]), Value::Null] {
+        assert_eq!(mamba2(&read(&changed("time_step_limit", unlimited)), 0), mamba);
+    }
+    // As Python writes it.
+    let written = json!({"time_step_limit": [0.25, "?"], "note": "\"Infinity\" is no number"});
+    let text = with(&granite_4_tiny(), written).to_string().replace("\"?\"", "Infinity");
+    let limited = Architecture::from_config(&text).unwrap();
+    assert_eq!(mamba2(&limited, 0).step_limits, [0.25, f32::INFINITY]);
+
+    let odd = |key: &str, value: Value, expected: &str| refused(&changed(key, value), expected);
+    odd("layer_types", json!(["mamba"]), "layer_types has 1 entries, expected 40, as num_hidden_layers says");
+    odd(
+        "layer_types",
+        json!(vec!["conv"; 40]),
+        "layer_types is `conv` in layer 0, expected one of `mamba`, `linear_attention`, `attention`",
+    );
+    let expected = "mamba_n_heads is 32: 32 heads of 64 are not mamba_expand · hidden_size = 3072 wide";
+    odd("mamba_n_heads", json!(32), expected);
+    odd("mamba_n_groups", json!(2), "mamba_n_groups is 2, only 1 is supported here");
+    odd("mamba_d_conv", json!(0), "mamba_d_conv is 0, expected at least 1");
+    odd("time_step_limit", json!([1.0, 0.5]), "time_step_limit is [1.0,0.5], expected two numbers");
+}
+
+fn jamba() -> Value {
+    json!({"architectures": ["JambaForCausalLM"], "attention_dropout": 0.0, "attn_layer_offset": 4,
+        "attn_layer_period": 8, "bos_token_id": 1, "eos_token_id": [2, 518], "expert_layer_offset": 1,
+        "expert_layer_period": 2, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
+        "mamba_conv_bias": true, "mamba_d_conv": 4, "mamba_d_state": 16, "mamba_dt_rank": 256, "mamba_expand": 2,
+        "mamba_inner_layernorms": true, "mamba_proj_bias": false, "max_position_embeddings": 262_144,
+        "model_type": "jamba", "num_attention_heads": 32, "num_experts": 16, "num_experts_per_tok": 2,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "num_logits_to_keep": 1,
+        "output_router_logits": false, "pad_token_id": 0, "rms_norm_eps": 1e-6, "router_aux_loss_coef": 0.001,
+        "sliding_window": null, "tie_word_embeddings": false, "use_mamba_kernels": true, "vocab_size": 65536})
+}
+
+#[test]
+fn jamba_mini() {
+    let mini = read(&jamba());
+    assert_eq!(sizes(&mini), [32, 16, 16, 2, 0]);
+    assert_eq!(attending(&mini), [4, 12, 20, 28]);
+    assert!(mini.layers[4].attention.rope().is_none());
+    assert!(mini.moe(0).is_none() && mini.moe(1).is_some_and(|moe| moe.width == 14336));
+    let changed = |key: &str, value: Value| with(&jamba(), json!({ key: value }));
+    let AttentionSpec::Mamba(mamba) = read(&changed("mamba_dt_rank", json!("auto"))).layers[0].attention
+    else {
+        unreachable!("of another kind")
+    };
+    assert_eq!((mamba.width, mamba.state_dim, mamba.step_rank), (8192, 16, 256));
+    let odd = |key: &str, value: Value, expected: &str| refused(&changed(key, value), expected);
+    odd("attn_layer_offset", json!(8), "attn_layer_offset is 8, expected less than attn_layer_period = 8");
+    odd("expert_layer_period", json!(0), "expert_layer_period is 0, expected at least 1");
+    odd("mamba_dt_rank", json!(0), "mamba_dt_rank is 0, expected at least 1");
+    odd("mamba_inner_layernorms", json!(false), "mamba_inner_layernorms is false, only true is supported");
+}
+
+fn nemotron_3_nano() -> Value {
+    json!({"architectures": ["NemotronHForCausalLM"], "attention_bias": false, "chunk_size": 128, "conv_kernel": 4,
+        "expand": 2, "head_dim": 128, "hidden_size": 2688, "hybrid_override_pattern":
+        "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", "intermediate_size": 1856,
+        "layer_norm_epsilon": 1e-5, "mamba_head_dim": 64, "mamba_hidden_act": "silu", "mamba_num_heads": 64,
+        "mamba_proj_bias": false, "max_position_embeddings": 262_144, "mlp_bias": false,
+        "mlp_hidden_act": "relu2", "model_type": "nemotron_h", "moe_intermediate_size": 1856,
+        "moe_shared_expert_intermediate_size": 3712, "n_group": 1, "n_groups": 8, "n_routed_experts": 128,
+        "n_shared_experts": 1, "norm_topk_prob": true, "num_attention_heads": 32, "num_experts_per_tok": 6,
+        "num_hidden_layers": 52, "num_key_value_heads": 2, "partial_rotary_factor": 1.0, "rope_theta": 10000,
+        "routed_scaling_factor": 2.5, "sliding_window": null, "ssm_state_size": 128,
+        "tie_word_embeddings": false, "time_step_limit": [0.0, {"__float__": "Infinity"}], "topk_group": 1,
+        "use_bias": false, "use_conv_bias": true, "vocab_size": 131_072})
+}
+
+#[test]
+fn nemotron_3() {
+    let nano = read(&nemotron_3_nano());
+    assert_eq!(sizes(&nano), [52, 23, 128, 6, 3712]);
+    assert_eq!(attending(&nano), [5, 12, 19, 26, 33, 42]);
+    assert!(nano.layers[5].attention.rope().is_none());
+    let halves = |l: usize| {
+        let LayerSpec { attention, feed_forward } = &nano.layers[l];
+        [matches!(attention, AttentionSpec::None), matches!(feed_forward, FeedForwardSpec::None)]
+    };
+    assert_eq!([0, 1, 5].map(halves), [[false, true], [true, false], [false, true]]);
+    let mamba = mamba2(&nano, 0);
+    assert_eq!((mamba.width(), mamba.channels(), mamba.projected()), (4096, 6144, 10304));
+    assert_eq!(mamba.step_limits, [0.001, f32::INFINITY]);
+    let moe = nano.moe(1).unwrap();
+    assert_eq!((moe.activation, moe.width), (Activation::SquaredRelu, 1856));
+
+    let changed = |key: &str, value: Value| with(&nemotron_3_nano(), json!({ key: value }));
+    let odd = |key: &str, value: Value, expected: &str| refused(&changed(key, value), expected);
+    odd("hybrid_override_pattern", json!("ME"), "hybrid_override_pattern has 2 entries, expected 52");
+    odd(
+        "hybrid_override_pattern",
+        json!("ME-X".repeat(13)),
+        "hybrid_override_pattern is `X` in layer 3, expected one of `M`, `*`, `E`, `-`",
+    );
+    odd("layers_block_type", json!(vec!["conv"; 52]), "layers_block_type is `conv` in layer 0");
+    odd("mlp_hidden_act", json!("silu"), "mlp_hidden_act is \"silu\", only \"relu2\"");
+    odd("attention_bias", json!(true), "attention_bias is true, only false is supported here");
+    odd("n_groups", json!(7), "n_groups is 7, expected a divisor of the 64 heads");
+    odd("time_step_limit", json!([0.0, 0.5]), "time_step_limit is from 0 to 0.5, only 0 to infinity is");
+    odd("moe_latent_size", json!(1024), "moe_latent_size is 1024: experts on a latent");
+}
+
 fn minimax() -> Value {
     json!({"architectures": ["MiniMaxM2ForCausalLM"], "attn_type_list": [1, 1, 1], "head_dim": 128, "hidden_act": "silu",
         "hidden_size": 3072, "intermediate_size": 1536, "max_position_embeddings": 196_608, "model_type": "minimax_m2",
@@ -421,10 +564,6 @@ fn granite_minimax_and_hunyuan() {
     refused(&with(&granite(), json!({"logits_scaling": 0.0})), "logits_scaling is 0, expected more than 0");
     let shared = json!({"model_type": "granitemoeshared", "shared_intermediate_size": 1024});
     assert_eq!(sizes(&read(&with(&granite(), shared))), [32, 32, 40, 8, 1024]);
-    let hybrid =
-        |kinds: Value| with(&granite(), json!({"model_type": "granitemoehybrid", "layer_types": kinds}));
-    refused(&hybrid(json!(["mamba", "attention"])), "layer_types has `mamba` layers, only \"attention\"");
-    refused(&hybrid(Value::Null), "layer_types is missing, which means Mamba layers");
 
     let architecture = read(&minimax());
     assert_eq!((sizes(&architecture), rotated(&architecture)), ([62, 62, 256, 8, 0], 64));

@@ -54,7 +54,15 @@ impl Desk {
 
 #[test]
 fn every_command() {
-    for name in ["qwen3_next", "qwen3_5_moe", "lfm2_moe", "kimi_linear"] {
+    for (name, kind, attention) in [
+        ("qwen3_next", "gated_delta", "grouped"),
+        ("qwen3_5_moe", "gated_delta", "grouped"),
+        ("lfm2_moe", "short_convolution", "grouped"),
+        ("kimi_linear", "gated_delta", "latent"),
+        ("granitemoehybrid_mamba", "mamba2", "grouped"),
+        ("jamba", "mamba", "grouped"),
+        ("nemotron_h", "mamba2", "grouped"),
+    ] {
         let model = Mutant::of(name);
         std::fs::write(model.file("tokenizer.json"), tokenizer().to_string()).unwrap();
         let (desk, model) = (Desk::new(), model.path());
@@ -62,13 +70,13 @@ fn every_command() {
         let checkpoint = Checkpoint::open(model).unwrap();
         let stored: usize = checkpoint.tensors().map(|t| t.shape().iter().product::<usize>()).sum();
         assert_eq!(seen["parameters"]["total"], stored, "{name}");
-        let kind = if name == "lfm2_moe" { "short_convolution" } else { "gated_delta" };
         assert_eq!(seen["in_place_of_attention"]["kind"], kind);
-        let attention = if name == "kimi_linear" { "latent" } else { "grouped" };
         assert_eq!(seen["attention"]["kind"], attention);
         let text = desk.run(model, "inspect MODEL").ok();
-        let expected = if name == "kimi_linear" { "multi-head latent" } else { "grouped-query" };
-        assert!(text.contains(&format!(" layers; else {expected}, 4 heads of width")), "{text}");
+        let expected = if attention == "latent" { "multi-head latent" } else { "grouped-query" };
+        // One of the five layers of Nemotron-H attends, and two more mix no tokens.
+        let attending = if name == "nemotron_h" { "in 1 layer" } else { "else" };
+        assert!(text.contains(&format!(" layers; {attending} {expected}, 4 heads of width")), "{text}");
 
         desk.run(model, "calibrate MODEL --tokens tokens --moments input,hidden --out stats").ok();
         desk.run(model, "plan --method reap --experts 3 --stats stats --out drop").ok();
@@ -197,6 +205,10 @@ fn tensors_that_do_not_fit() {
             ["layer 0", "linear_attn.in_proj_qkvz.weight", "[112, 32]"],
         ),
         ("lfm2_moe", "conv_L_cache", 4, ["layer 0", "conv.conv.weight", "[32, 1, 4]"]),
+        ("granitemoehybrid_mamba", "mamba_d_state", 16, ["layer 0", "mamba.in_proj.weight", "[168, 32]"]),
+        ("jamba", "mamba_dt_rank", 4, ["layer 0", "mamba.x_proj.weight", "[16, 64]"]),
+        ("nemotron_h", "ssm_state_size", 16, ["layer 0", "mixer.in_proj.weight", "[198, 32]"]),
+        ("granitemoehybrid_mamba", "mamba_d_conv", 3, ["layer 0", "mamba.conv1d.weight", "[88, 1, 3]"]),
     ] {
         let mutant = made(name);
         mutant.set_config(key, json!(value));

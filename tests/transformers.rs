@@ -14,7 +14,7 @@ use common::{data, generate};
 const SKIPPED: i32 = 77;
 
 /// All without a group limit, which does not let deepseek_v2 keep three experts.
-const MODELS: [&str; 37] = [
+const MODELS: [&str; 42] = [
     "mixtral",
     "mixtral_sliding_window",
     "qwen2_moe",
@@ -25,6 +25,11 @@ const MODELS: [&str; 37] = [
     "granitemoeshared",
     "granitemoeshared_fused",
     "granitemoehybrid",
+    "granitemoehybrid_mamba",
+    "granitemoehybrid_mamba_fused",
+    "jamba",
+    "jamba_fused",
+    "nemotron_h",
     "minimax_m2",
     "glm4_moe_lite",
     "glm4v_moe",

@@ -13,7 +13,7 @@ pub(super) struct Config(Map<String, Value>);
 
 impl Config {
     pub(super) fn parse(text: &str) -> Result<Self> {
-        match serde_json::from_str(text) {
+        match parse_json(text) {
             Ok(Value::Object(map)) => Ok(Config(map)),
             Ok(_) => Err(Error::Json("not a JSON object".into())),
             Err(e) => Err(Error::Json(format!("not valid JSON: {e}"))),
@@ -121,6 +121,20 @@ impl Config {
         list.iter().map(|v| float(key, v)).collect::<Result<_>>().map(Some)
     }
 
+    /// The least and the largest value that something may have, `default` where the key is absent.
+    pub(super) fn limits(&self, key: &str, default: [f64; 2]) -> Result<[f64; 2]> {
+        let Some(value) = self.get(key) else { return Ok(default) };
+        let bound = |value: &Value| match value.get("__float__").unwrap_or(value).as_str() {
+            Some("Infinity") => Some(f64::INFINITY),
+            _ => value.as_f64(),
+        };
+        let list = value.as_array().map_or(&[][..], Vec::as_slice);
+        match list.iter().map(bound).collect::<Option<Vec<_>>>().as_deref() {
+            Some(&[least, most]) if least <= most => Ok([least, most]),
+            _ => Err(Error::invalid(key, format!("is {value}, expected two numbers, the smaller one first"))),
+        }
+    }
+
     pub(super) fn strings(&self, key: &str) -> Result<Option<Vec<String>>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         let list = value.as_array().and_then(|l| l.iter().map(|v| v.as_str().map(String::from)).collect());
@@ -165,6 +179,29 @@ impl Config {
             _ => Err(Error::invalid(key, "differs between layers; only one number for all is supported")),
         }
     }
+}
+
+/// Parses the text of a config. Python writes a float that is infinite as the word `Infinity`, which JSON has not; here it
+/// becomes a string.
+pub(crate) fn parse_json(text: &str) -> serde_json::Result<Value> {
+    const WORD: &str = "Infinity";
+    if !text.contains(WORD) {
+        return serde_json::from_str(text);
+    }
+    let (mut quoted, mut rest, mut in_string) = (String::with_capacity(text.len() + 16), text, false);
+    while let Some(first) = rest.chars().next() {
+        if !in_string && let Some(behind) = rest.strip_prefix(WORD) {
+            quoted += "\"Infinity\"";
+            rest = behind;
+            continue;
+        }
+        let escaped = if in_string && first == '\\' { rest[1..].chars().next() } else { None };
+        in_string ^= first == '"';
+        let length = first.len_utf8() + escaped.map_or(0, char::len_utf8);
+        quoted += &rest[..length];
+        rest = &rest[length..];
+    }
+    serde_json::from_str(&quoted)
 }
 
 fn missing(key: &str) -> Error {

@@ -9,6 +9,7 @@ mod profile;
 mod rope;
 mod router;
 mod skip;
+mod state_space;
 
 pub use error::Error;
 pub use names::{ExpertStorage, Names, Projection};
@@ -16,8 +17,10 @@ pub use profile::{ExpertSize, MoeProfile, Profile};
 pub use rope::{DynamicRope, LongRope, Pairing, Rope};
 pub use router::{Choice, GroupLimit, GroupScore, RouterSpec, Scoring, WeightRule, WeightTarget};
 pub use skip::{Skip, SkipThreshold};
+pub use state_space::{Mamba, Mamba2};
 
 use config::Config;
+pub(crate) use config::parse_json;
 
 /// Result of this module.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -165,6 +168,12 @@ pub enum AttentionSpec {
     GatedDelta(GatedDelta),
     /// A short convolution between two gates (LFM2).
     ShortConvolution(ShortConvolution),
+    /// A state space model with a decay for every element of its state (Mamba, as Jamba has it).
+    Mamba(Mamba),
+    /// A state space model with one decay per head (Mamba-2).
+    Mamba2(Mamba2),
+    /// Nothing: the layer is a feed-forward part alone (Nemotron-H).
+    None,
 }
 
 impl QkNorm {
@@ -180,7 +189,11 @@ impl AttentionSpec {
         match self {
             AttentionSpec::Grouped(attention) => attention.rope.as_ref(),
             AttentionSpec::Latent(attention) => attention.rope.as_ref(),
-            AttentionSpec::GatedDelta(_) | AttentionSpec::ShortConvolution(_) => None,
+            AttentionSpec::GatedDelta(_)
+            | AttentionSpec::ShortConvolution(_)
+            | AttentionSpec::Mamba(_)
+            | AttentionSpec::Mamba2(_)
+            | AttentionSpec::None => None,
         }
     }
 
@@ -447,6 +460,8 @@ pub enum FeedForwardSpec {
     },
     /// Router and experts.
     Moe(MoeSpec),
+    /// Nothing: the layer is an attention, or what takes its place, alone (Nemotron-H).
+    None,
 }
 
 /// Router and experts of a layer.
@@ -486,6 +501,8 @@ pub enum Activation {
     GeGluTanh,
     /// max(g, 0), without an up projection (Switch Transformer, arXiv 2101.03961).
     Relu,
+    /// max(g, 0)², without an up projection (So et al., arXiv 2109.08668, §3).
+    SquaredRelu,
     /// g · Φ(g) with Φ by its tanh approximation, without an up projection (Hendrycks and Gimpel, arXiv 1606.08415).
     GeluTanh,
 }
@@ -540,7 +557,7 @@ impl Architecture {
     pub fn moe_layers(&self) -> impl Iterator<Item = (usize, &MoeSpec)> {
         self.layers.iter().enumerate().filter_map(|(l, layer)| match &layer.feed_forward {
             FeedForwardSpec::Moe(moe) => Some((l, moe)),
-            FeedForwardSpec::Dense { .. } => None,
+            FeedForwardSpec::Dense { .. } | FeedForwardSpec::None => None,
         })
     }
 
@@ -548,7 +565,7 @@ impl Architecture {
     pub fn moe(&self, layer: usize) -> Option<&MoeSpec> {
         match &self.layers.get(layer)?.feed_forward {
             FeedForwardSpec::Moe(moe) => Some(moe),
-            FeedForwardSpec::Dense { .. } => None,
+            FeedForwardSpec::Dense { .. } | FeedForwardSpec::None => None,
         }
     }
 
@@ -569,6 +586,9 @@ impl Architecture {
         for spec in &self.layers {
             if let AttentionSpec::GatedDelta(delta) = spec.attention {
                 check_delta(delta)?;
+            }
+            if let AttentionSpec::Mamba2(mamba) = spec.attention {
+                check_groups(mamba)?;
             }
             if let AttentionSpec::Grouped(a) = &spec.attention
                 && (a.kv_heads == 0 || a.heads % a.kv_heads != 0)
@@ -630,7 +650,11 @@ impl Architecture {
             let (rope, scale, clip) = match &spec.attention {
                 AttentionSpec::Grouped(a) => (Option::<&Rope>::from(&a.rope), a.scale, a.clip),
                 AttentionSpec::Latent(a) => (Option::<&Rope>::from(&a.rope), a.scale, None),
-                AttentionSpec::GatedDelta(_) | AttentionSpec::ShortConvolution(_) => continue,
+                AttentionSpec::GatedDelta(_)
+                | AttentionSpec::ShortConvolution(_)
+                | AttentionSpec::Mamba(_)
+                | AttentionSpec::Mamba2(_)
+                | AttentionSpec::None => continue,
             };
             if let Some(clip) = clip.filter(|c| c.is_nan() || *c <= 0.0) {
                 return Err(Error::invalid("clip_qkv", format!("is {clip}, expected more than 0")));
@@ -655,6 +679,16 @@ fn check_delta(delta: GatedDelta) -> Result<()> {
     }
     let what = format!("is {keys}, expected a divisor of linear_num_value_heads = {values}");
     Err(Error::invalid("linear_num_key_heads", what))
+}
+
+/// Errors where heads cannot share B and C evenly.
+fn check_groups(mamba: Mamba2) -> Result<()> {
+    let Mamba2 { heads, groups, .. } = mamba;
+    if heads.is_multiple_of(groups) {
+        return Ok(());
+    }
+    let what = format!("is {groups}, expected a divisor of the {heads} heads");
+    Err(Error::invalid("n_groups", what))
 }
 
 /// What to do about weights that cannot be read.

@@ -72,11 +72,13 @@ pub struct Names {
     pub sinks: [&'static str; 2],
     /// Module of a gated delta network.
     pub delta: &'static str,
+    /// Module of a state space model.
+    pub mamba: &'static str,
     /// Output head, without `.weight`.
     pub head: &'static str,
     /// Module of a dense layer's MLP and of the shared expert.
     pub feed_forward: &'static str,
-    /// Gate, up and down matrices of a dense layer's MLP.
+    /// Gate, up and down matrices of a dense layer's MLP and of the shared expert.
     pub dense: [&'static str; 3],
     /// Module that holds router and experts in the published layout; empty where the layer itself does.
     pub moe: &'static str,
@@ -146,6 +148,7 @@ impl Default for Names {
             qk_norms: ["q_norm", "k_norm"],
             sinks: ["sinks"; 2],
             delta: "linear_attn",
+            mamba: "mamba",
             head: "lm_head",
             feed_forward: "mlp",
             dense: Projection::ALL.map(Projection::mlp_name),
@@ -275,6 +278,11 @@ impl Names {
         format!("{}{}.{parameter}", self.layer(l), self.delta)
     }
 
+    /// A parameter of the state space model, such as `A_log`.
+    pub fn mamba(&self, l: usize, parameter: &str) -> String {
+        format!("{}{}.{parameter}", self.layer(l), self.mamba)
+    }
+
     /// A parameter of the short convolution, such as `in_proj`.
     pub fn short_convolution(&self, l: usize, parameter: &str) -> String {
         format!("{}conv.{parameter}", self.layer(l))
@@ -366,7 +374,8 @@ impl Names {
 
     /// A matrix of the shared expert, without `.weight`: as published, and in the fused layout.
     pub fn shared(&self, l: usize, projection: Projection) -> [String; 2] {
-        self.in_moe(l, self.shared).map(|shared| format!("{shared}.{}", projection.mlp_name()))
+        let matrix = self.dense[projection as usize];
+        self.in_moe(l, self.shared).map(|shared| format!("{shared}.{matrix}"))
     }
 
     /// The shared expert's gate and up in one matrix, and its down matrix, where it is stored so.

@@ -14,7 +14,7 @@ mod moments;
 pub use form::{Base, Expert, Linear, Matrix, Mlp, RouterWeights, StoredExpert};
 pub use moments::{Moment, MomentDims, Moments};
 
-use crate::architecture::{Activation, GatedDelta, Rope, RouterSpec, Span, Temperature};
+use crate::architecture::{Activation, GatedDelta, Mamba2, Rope, RouterSpec, Span, Temperature};
 use crate::checkpoint::{Tensor, Weight};
 
 /// What can go wrong while computing.
@@ -177,6 +177,34 @@ pub struct DeltaGates<'a, B, V> {
     pub dt_bias: &'a V,
 }
 
+/// What a state space model needs besides x, B and C.
+#[derive(Debug)]
+pub struct ScanTerms<'a, B, V> {
+    /// What Δ is made of, `[tokens, heads]`.
+    pub steps: &'a mut B,
+    /// dt_bias of every head.
+    pub dt_bias: &'a V,
+    /// exp(A_log) of every head.
+    pub rates: &'a V,
+    /// D of every head.
+    pub skip: &'a V,
+}
+
+/// What a state space model with a state for every channel needs besides x.
+#[derive(Debug)]
+pub struct ChannelTerms<'a, B, V> {
+    /// What Δ is made of, `[tokens, channels]`.
+    pub steps: &'a mut B,
+    /// B, `[tokens, state_dim]`.
+    pub b: &'a B,
+    /// C, `[tokens, state_dim]`.
+    pub c: &'a B,
+    /// exp(A_log), `[state_dim, channels]`.
+    pub rates: &'a V,
+    /// D of every channel.
+    pub skip: &'a V,
+}
+
 /// A routing rule with the facts that dropping experts changes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RouterRule {
@@ -298,6 +326,14 @@ pub trait Backend: Sync {
     ) -> Result<()>;
     /// The former in place, over each consecutive `weight.len()` columns on their own.
     fn rms_norm_heads(&self, x: &mut Self::Buffer, weight: &Self::Vector, eps: f32) -> Result<()>;
+    /// The same over `groups` parts of a row, each with its own part of the weight.
+    fn rms_norm_groups(
+        &self,
+        x: &mut Self::Buffer,
+        weight: &Self::Vector,
+        groups: usize,
+        eps: f32,
+    ) -> Result<()>;
     /// x Wᵀ (+ bias), of the first columns of `x`, as many as W has.
     fn linear(
         &self,
@@ -370,6 +406,29 @@ pub trait Backend: Sync {
         qkv: &mut Self::Buffer,
         gates: DeltaGates<'_, Self::Buffer, Self::Vector>,
         shape: GatedDelta,
+        state: Option<&mut Self::Buffer>,
+        batch: &Batch,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// The state space model of every head over each window, see [`Mamba2`]. `x` holds x, B and C of a token, heads and
+    /// groups side by side; `terms.steps` become Δ in place. `out` `[tokens, heads · head_dim]`.
+    /// With a `state`, of one window: heads begin with it, unless the batch begins at position 0, and afterwards it is
+    /// theirs, `[heads · state_dim, head_dim]`. All in f32.
+    fn mamba2_scan(
+        &self,
+        x: &Self::Buffer,
+        terms: ScanTerms<'_, Self::Buffer, Self::Vector>,
+        shape: Mamba2,
+        state: Option<&mut Self::Buffer>,
+        batch: &Batch,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// The state space model of every channel of `x` over each window, see [`Mamba`](crate::architecture::Mamba);
+    /// `terms.steps` become Δ in place. With a `state` as above, `[state_dim, channels]`. All in f32.
+    fn mamba_scan(
+        &self,
+        x: &Self::Buffer,
+        terms: ChannelTerms<'_, Self::Buffer, Self::Vector>,
         state: Option<&mut Self::Buffer>,
         batch: &Batch,
         out: &mut Self::Buffer,

@@ -74,7 +74,7 @@ pub fn calibrate<B: Backend>(
         if let Some(moments) = &moments {
             write_safetensors(&layer_file(l), &BTreeMap::new(), entries(l, moments))?;
         }
-        let detail = moments.map_or("dense".into(), |m| describe(l, &m));
+        let detail = moments.map_or("no experts".into(), |m| describe(l, &m));
         work.save(backend, &stream, l + 1)?;
         progress.step(&detail);
     }
@@ -104,7 +104,7 @@ pub fn measure<B: Backend>(
     progress.begin("calibrate: layer", layers);
     for l in 0..layers {
         let moments = advance(model, &mut stream, windows, options, l)?;
-        progress.step(&moments.as_ref().map_or("dense".into(), |m| describe(l, m)));
+        progress.step(&moments.as_ref().map_or("no experts".into(), |m| describe(l, m)));
         measured.extend(moments.map(|m| (l, m)));
     }
     progress.end();

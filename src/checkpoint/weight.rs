@@ -298,7 +298,7 @@ impl Weight {
                         gather(tensor, columns, cols, stride, out, |b| half::f16::from_le_bytes(b).to_f32());
                     }
                     _ => {
-                        gather(tensor, columns, cols, stride, out, |b| half::bf16::from_le_bytes(b).to_f32())
+                        gather(tensor, columns, cols, stride, out, |b| half::bf16::from_le_bytes(b).to_f32());
                     }
                 }
             }

@@ -83,9 +83,23 @@ fn mixers(model: &Inspection) -> String {
         StateSummary::ShortConvolution { layers, kernel } => {
             (layers, format!("gated convolution of {kernel}"))
         }
+        StateSummary::Mamba { layers, width, state_dim, kernel } => {
+            (layers, format!("Mamba, {} of {state_dim}, convolution of {kernel}", counted(width, "channel")))
+        }
+        StateSummary::Mamba2 { layers, heads, head_dim, state_dim, groups, kernel } => {
+            let (heads, groups) = (counted(heads, "head"), counted(groups, "group"));
+            let text =
+                format!("Mamba-2, {heads} of {state_dim}×{head_dim} in {groups}, convolution of {kernel}");
+            (layers, text)
+        }
     };
     if let Some(attention) = attention {
-        let _ = write!(text, " in {}; else {attention}", counted(count, "layer"));
+        let alone = model.half_layers.map_or(0, |half| half.feed_forward);
+        let attending = match model.layers - count - alone {
+            _ if alone == 0 => "else".into(),
+            layers => format!("in {}", counted(layers, "layer")),
+        };
+        let _ = write!(text, " in {}; {attending} {attention}", counted(count, "layer"));
     }
     text
 }
@@ -120,7 +134,11 @@ fn attention(attention: &AttentionSummary, layers: usize) -> String {
 
 fn layers(model: &Inspection) -> String {
     let (all, moe) = (model.layers, model.moe_layers.len());
-    let text = match all - moe {
+    let mixing = model.half_layers.map_or(0, |half| half.attention);
+    let text = match all - moe - mixing {
+        dense if mixing > 0 => {
+            format!("{all}, {moe} with experts, {dense} dense and {mixing} without a feed-forward part")
+        }
         0 => format!("{all}, all with experts"),
         dense if moe == 0 => format!("{dense}, none with experts"),
         dense => format!("{all}, {moe} with experts and {dense} dense"),

@@ -282,7 +282,7 @@ impl<'a> Job<'a> {
     /// Compresses the experts of one layer in place.
     pub(super) fn layer(&self, source: &mut LayerSource, measured: Option<&Measurement>) -> Result<String> {
         let l = source.layer;
-        let FeedForwardSource::Moe(moe) = &mut source.feed_forward else { return Ok("dense".into()) };
+        let FeedForwardSource::Moe(moe) = &mut source.feed_forward else { return Ok("no experts".into()) };
         let Some(index) = self.plan.layers.iter().position(|p| p.layer == l) else {
             return Ok("unchanged".into());
         };

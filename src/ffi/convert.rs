@@ -57,6 +57,7 @@ pub(super) fn activation(spec: &types::LayerSpec) -> Result<Activation> {
         2 => Ok(Activation::Relu),
         3 => Ok(Activation::GeluTanh),
         4 => Ok(Activation::GeGluTanh),
+        5 => Ok(Activation::SquaredRelu),
         other => Err(wrong("activation", other.to_string(), "a moepress_activation")),
     }
 }

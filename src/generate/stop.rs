@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::{Error, Result};
+use crate::architecture::parse_json;
 use crate::checkpoint::read_file;
 
 /// The tokens that end a text, as the checkpoint in `dir` says: `eos_token_id`, a number or a list of them, of
@@ -40,8 +41,8 @@ fn tokens(dir: &Path, key: &str) -> Result<Option<Vec<u32>>> {
         }
         let invalid = |what: String| Error::Config { path: path.clone(), what };
         let text = read_file(&path).map_err(|e| invalid(e.to_string()))?;
-        let config: Value =
-            serde_json::from_slice(&text).map_err(|e| invalid(format!("not valid JSON: {e}")))?;
+        let text = String::from_utf8(text).map_err(|e| invalid(e.to_string()))?;
+        let config = parse_json(&text).map_err(|e| invalid(format!("not valid JSON: {e}")))?;
         let inner = &config["text_config"][key];
         let value = [&config[key], inner].into_iter().find(|v| !v.is_null());
         let id = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use super::cache::{CrossCache, LayerCache, Rows, State};
+use super::feed_forward::NOTHING;
 use super::layer::{Linear, Scratch, norm_weight};
+use super::mamba::{Mamba, Mamba2};
 use super::recurrent::{Convolution, Delta};
 use super::source::{AttentionSource, LinearSource};
 use super::stream::Memory;
@@ -18,6 +20,9 @@ pub(super) enum Attention<B: Backend> {
     Latent(Latent<B>),
     Delta(Delta<B>),
     Convolution(Convolution<B>),
+    Mamba(Mamba<B>),
+    Mamba2(Mamba2<B>),
+    None,
 }
 
 pub(super) struct Grouped<B: Backend> {
@@ -112,6 +117,11 @@ impl<B: Backend> Attention<B> {
             (AttentionSpec::ShortConvolution(_), source) => {
                 Attention::Convolution(Convolution::prepare(backend, source)?)
             }
+            (AttentionSpec::Mamba(spec), source) => Attention::Mamba(Mamba::prepare(backend, *spec, source)?),
+            (AttentionSpec::Mamba2(spec), source) => {
+                Attention::Mamba2(Mamba2::prepare(backend, *spec, source)?)
+            }
+            (AttentionSpec::None, AttentionSource::None) => Attention::None,
             _ => unreachable!("a layer's source is read by its own spec"),
         })
     }
@@ -132,7 +142,11 @@ impl<B: Backend> Attention<B> {
             Attention::Latent(Latent { spec, .. }) => {
                 LayerCache::new(Rows::Latent(buffer(spec.latent_dim + spec.rope_dim)?), Span::Full)
             }
-            Attention::Delta(_) | Attention::Convolution(_) => {
+            Attention::Delta(_)
+            | Attention::Convolution(_)
+            | Attention::Mamba(_)
+            | Attention::Mamba2(_)
+            | Attention::None => {
                 let state = State { tail: backend.buffer(), heads: backend.buffer() };
                 LayerCache::new(Rows::State(state), Span::Full)
             }
@@ -153,6 +167,9 @@ impl<B: Backend> Attention<B> {
             Attention::Latent(latent) => latent.apply(backend, batch, scratch, cache),
             Attention::Delta(delta) => delta.apply(backend, eps, batch, scratch, cache),
             Attention::Convolution(convolution) => convolution.apply(backend, batch, scratch, cache),
+            Attention::Mamba(mamba) => mamba.apply(backend, eps, batch, scratch, cache),
+            Attention::Mamba2(mamba) => mamba.apply(backend, eps, batch, scratch, cache),
+            Attention::None => unreachable!("{NOTHING}"),
         }
     }
 

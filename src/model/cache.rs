@@ -5,8 +5,8 @@ use crate::backend::{Backend, Batch, Result};
 
 /// What one layer keeps of the earlier tokens of one text, so that a new token costs one token's work: the keys and
 /// values of grouped attention after norm and rotation; of latent attention the normed latent and the rotated key part
-/// that the heads share, `latent_dim + rope_dim` numbers per token whatever the number of heads. Gated delta networks and
-/// short convolutions keep no rows of tokens but a state of fixed size.
+/// that the heads share, `latent_dim + rope_dim` numbers per token whatever the number of heads. Gated delta networks,
+/// short convolutions and state space models keep no rows of tokens but a state of fixed size.
 ///
 /// Tokens that no later query can see are dropped, not one by one but when at least half of the rows are such: a sliding
 /// window of w holds at most about 2w, and a token is moved at most once on average.
@@ -40,7 +40,8 @@ pub(super) enum Rows<B: Backend> {
 pub(super) struct State<B: Backend> {
     /// The last inputs of the convolution, `[kernel − 1, channels]`.
     pub(super) tail: B::Buffer,
-    /// State of every value head of a gated delta network, `[value_heads · key_dim, value_dim]`.
+    /// State of every value head of a gated delta network, `[value_heads · key_dim, value_dim]`; of every head or channel of
+    /// a state space model, `[heads · state_dim, head_dim]` or `[state_dim, channels]`.
     pub(super) heads: B::Buffer,
 }
 

@@ -9,6 +9,7 @@ use crate::checkpoint::{Dtype, Tensor};
 pub(super) enum FeedForward<B: Backend> {
     Dense(Mlp<Linear<B>>),
     Moe(Moe<B>),
+    None,
 }
 
 pub(super) struct Moe<B: Backend> {
@@ -27,6 +28,9 @@ struct Shared<B: Backend> {
     gate: Option<B::Weight>,
 }
 
+/// Why a layer's missing half is not asked for anything.
+pub(super) const NOTHING: &str = "a layer leaves out the half that it does not have";
+
 impl<B: Backend> FeedForward<B> {
     /// Norms have this ε and are prepared by `norm`.
     pub(super) fn prepare(
@@ -43,6 +47,7 @@ impl<B: Backend> FeedForward<B> {
                 let norms = moe.norms.as_ref().map(|norms| part_norms(norms, norm)).transpose()?;
                 FeedForward::Moe(Moe::prepare(backend, moe, norms.map(|norms| (norms, eps)))?)
             }
+            FeedForwardSource::None => FeedForward::None,
         })
     }
 
@@ -60,6 +65,7 @@ impl<B: Backend> FeedForward<B> {
                 Ok(run(backend, mlp, normed, gate, up, out)?)
             }
             FeedForward::Moe(moe) => Ok(moe.apply(backend, batch, scratch, None, observe)?),
+            FeedForward::None => unreachable!("{NOTHING}"),
         }
     }
 }

@@ -132,18 +132,20 @@ impl Finder<'_> {
         let spec = &self.architecture.layers[l];
         let placement = self.architecture.norm_placement;
         let has_experts = matches!(spec.feed_forward, FeedForwardSpec::Moe(_));
+        let attends = !matches!(spec.attention, AttentionSpec::None);
+        let feeds = !matches!(spec.feed_forward, FeedForwardSpec::None);
         let output_norms = names.feed_forward_output_norms(l);
         let output_norm = self.either(&output_norms, ".weight");
         let scale = || self.numbers(&names.layer_scale(l), &[1]);
         Ok(LayerSource {
             layer: l,
-            input_norm: self.norm_where(placement.is_before(), &names.input_norm(l))?,
+            input_norm: self.norm_where(attends && placement.is_before(), &names.input_norm(l))?,
             attention_output_norm: self
-                .norm_where(placement.is_behind_attention(), &names.attention_output_norm(l))?,
+                .norm_where(attends && placement.is_behind_attention(), &names.attention_output_norm(l))?,
             post_attention_norm: self
-                .norm_where(placement.is_before_feed_forward(), &names.post_attention_norm(l))?,
+                .norm_where(feeds && placement.is_before_feed_forward(), &names.post_attention_norm(l))?,
             feed_forward_output_norm: self
-                .norm_where(placement.is_behind_feed_forward(has_experts), output_norm)?,
+                .norm_where(feeds && placement.is_behind_feed_forward(has_experts), output_norm)?,
             scale: self.architecture.layer_scales.then(scale).transpose()?,
             attention: self.attention(&spec.attention)?,
             cross: match &spec.attention {
@@ -159,6 +161,7 @@ impl Finder<'_> {
                     FeedForwardSource::Dense(self.mlp(*width, name)?)
                 }
                 FeedForwardSpec::Moe(moe) => FeedForwardSource::Moe(self.moe(moe)?),
+                FeedForwardSpec::None => FeedForwardSource::None,
             },
         })
     }
@@ -211,6 +214,9 @@ impl Finder<'_> {
             AttentionSpec::Latent(a) => self.latent_attention(a, d),
             AttentionSpec::GatedDelta(delta) => self.gated_delta(*delta, d),
             AttentionSpec::ShortConvolution(convolution) => self.short_convolution(*convolution, d),
+            AttentionSpec::Mamba(mamba) => self.mamba(*mamba, d),
+            AttentionSpec::Mamba2(mamba) => self.mamba2(*mamba, d),
+            AttentionSpec::None => Ok(AttentionSource::None),
         }
     }
 

@@ -103,10 +103,11 @@ impl Finder<'_> {
         has(gate_up, [n, 2 * width, d]) && has(down, [n, d, width])
     }
 
-    /// Experts that transformers 5 fused: gate rows, then up rows.
+    /// Experts that transformers 5 fused: gate rows, then up rows, where there are such.
     fn rewritten(&self, moe: &MoeSpec, gate_up: &str, down: &str) -> Result<Vec<StoredExpert>> {
         let (d, width) = (self.architecture.hidden_size, moe.width);
-        let gate_up = self.output_major(gate_up, [moe.experts, 2 * width, d], width)?;
+        let parts = if moe.activation.is_gated() { 2 } else { 1 };
+        let gate_up = self.output_major(gate_up, [moe.experts, parts * width, d], width)?;
         let down = self.output_major(down, [moe.experts, d, width], d)?;
         let experts = (0..moe.experts).map(|e| {
             let map = |p: Projection| {

@@ -6,8 +6,8 @@ use serde::Serialize;
 
 use super::{LayerSource, MoeSource, Result, open_architecture};
 use crate::architecture::{
-    Architecture, AttentionSpec, GatedDelta, GroupLimit, RouterSpec, Scoring, ShortConvolution, Skip, Span,
-    WeightRule,
+    Architecture, AttentionSpec, FeedForwardSpec, GatedDelta, GroupLimit, LayerSpec, Mamba, Mamba2,
+    RouterSpec, Scoring, ShortConvolution, Skip, Span, WeightRule,
 };
 use crate::backend::{Expert, StoredExpert};
 use crate::checkpoint::{Checkpoint, Dtype, Tensor};
@@ -35,6 +35,9 @@ pub struct Inspection {
     /// What takes its place in other layers, where there are such.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub in_place_of_attention: Option<StateSummary>,
+    /// Layers that have one of the two halves alone, where there are such.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub half_layers: Option<HalfLayers>,
     /// The routing rule; `None` where no layer has experts.
     pub router: Option<RouterSummary>,
     /// The layers that have a router, in order.
@@ -108,6 +111,41 @@ pub enum StateSummary {
         /// Tokens that the convolution sees.
         kernel: usize,
     },
+    /// A state space model with a decay for every element of its state.
+    Mamba {
+        /// Number of layers that have it.
+        layers: usize,
+        /// Channels.
+        width: usize,
+        /// Width of B and of C.
+        state_dim: usize,
+        /// Tokens that the convolution sees.
+        kernel: usize,
+    },
+    /// A state space model with one decay per head.
+    Mamba2 {
+        /// Number of layers that have it.
+        layers: usize,
+        /// Heads.
+        heads: usize,
+        /// Width of a head.
+        head_dim: usize,
+        /// Width of B and of C.
+        state_dim: usize,
+        /// Groups of heads that share these.
+        groups: usize,
+        /// Tokens that the convolution sees.
+        kernel: usize,
+    },
+}
+
+/// Numbers of layers that have one of the two halves alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct HalfLayers {
+    /// Without a feed-forward part.
+    pub attention: usize,
+    /// Without attention or what takes its place.
+    pub feed_forward: usize,
 }
 
 /// The routing rule that the MoE layers share.
@@ -218,6 +256,7 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Inspection> {
         max_positions: architecture.max_positions,
         attention: AttentionSummary::new(&architecture),
         in_place_of_attention: StateSummary::new(&architecture),
+        half_layers: HalfLayers::new(&architecture),
         router: architecture.moe_layers().next().map(|(_, moe)| RouterSummary::new(&moe.router)),
         dtypes,
         parameters: ParameterCounts {
@@ -260,7 +299,11 @@ impl AttentionSummary {
                 query_dim: a.nope_dim + a.rope_dim,
                 value_dim: a.value_dim,
             }),
-            AttentionSpec::GatedDelta(_) | AttentionSpec::ShortConvolution(_) => None,
+            AttentionSpec::GatedDelta(_)
+            | AttentionSpec::ShortConvolution(_)
+            | AttentionSpec::Mamba(_)
+            | AttentionSpec::Mamba2(_)
+            | AttentionSpec::None => None,
         })
     }
 }
@@ -268,7 +311,8 @@ impl AttentionSummary {
 impl StateSummary {
     fn new(architecture: &Architecture) -> Option<Self> {
         let specs = || architecture.layers.iter().map(|layer| &layer.attention);
-        let layers = specs().filter(|spec| !spec.is_attention()).count();
+        let mixes = |spec: &&AttentionSpec| !spec.is_attention() && !matches!(spec, AttentionSpec::None);
+        let layers = specs().filter(mixes).count();
         specs().find_map(|spec| match *spec {
             AttentionSpec::GatedDelta(GatedDelta {
                 key_heads,
@@ -283,8 +327,23 @@ impl StateSummary {
             AttentionSpec::ShortConvolution(ShortConvolution { kernel, .. }) => {
                 Some(StateSummary::ShortConvolution { layers, kernel })
             }
-            AttentionSpec::Grouped(_) | AttentionSpec::Latent(_) => None,
+            AttentionSpec::Mamba(Mamba { width, state_dim, kernel, .. }) => {
+                Some(StateSummary::Mamba { layers, width, state_dim, kernel })
+            }
+            AttentionSpec::Mamba2(Mamba2 { heads, head_dim, state_dim, groups, kernel, .. }) => {
+                Some(StateSummary::Mamba2 { layers, heads, head_dim, state_dim, groups, kernel })
+            }
+            AttentionSpec::Grouped(_) | AttentionSpec::Latent(_) | AttentionSpec::None => None,
         })
+    }
+}
+
+impl HalfLayers {
+    fn new(architecture: &Architecture) -> Option<Self> {
+        let count = |is: fn(&&LayerSpec) -> bool| architecture.layers.iter().filter(is).count();
+        let attention = count(|layer| matches!(layer.feed_forward, FeedForwardSpec::None));
+        let feed_forward = count(|layer| matches!(layer.attention, AttentionSpec::None));
+        (attention + feed_forward > 0).then_some(HalfLayers { attention, feed_forward })
     }
 }
 

@@ -1,6 +1,6 @@
 //! One layer: x += attention(norm(x)); x += feed_forward(norm(x)); in some families with norms behind attention and
 //! feed-forward part instead, or as well, or with a factor of the result, or with halves that read the same; behind an
-//! encoder, with an attention to its output between the two.
+//! encoder, with an attention to its output between the two; in some families one of the halves alone.
 //!
 //! Where the halves read the same, x is twice as wide between them: the residual stream as the attention saw it, and what
 //! the attention adds.
@@ -298,6 +298,9 @@ impl<B: Backend> Layer<B> {
         scratch: &mut Scratch<B>,
         cache: Option<&mut LayerCache<B>>,
     ) -> Result<()> {
+        if matches!(self.attention, Attention::None) {
+            return Ok(());
+        }
         self.enter_half(backend, self.input_norm.as_ref(), x, scratch)?;
         self.attention.apply(backend, self.eps, batch, scratch, cache)?;
         match self.parallel {
@@ -315,6 +318,9 @@ impl<B: Backend> Layer<B> {
         scratch: &mut Scratch<B>,
         observe: Option<Observation<'_, B>>,
     ) -> Result<()> {
+        if matches!(self.feed_forward, FeedForward::None) {
+            return Ok(());
+        }
         self.enter_feed_forward(backend, x, scratch)?;
         self.feed_forward.apply(backend, batch, scratch, observe)?;
         self.leave_feed_forward(backend, x, batch, scratch)
@@ -325,7 +331,7 @@ impl<B: Backend> Layer<B> {
         self.enter_half(backend, self.post_attention_norm.as_ref(), x, scratch)?;
         match &self.feed_forward {
             FeedForward::Moe(moe) => Ok(moe.enter(backend, x, scratch)?),
-            FeedForward::Dense(_) => Ok(()),
+            FeedForward::Dense(_) | FeedForward::None => Ok(()),
         }
     }
 
@@ -381,7 +387,7 @@ impl<B: Backend> Layer<B> {
     pub fn output_factor(&self) -> Option<f32> {
         let own = match &self.feed_forward {
             FeedForward::Moe(moe) => moe.output_scale,
-            FeedForward::Dense(_) => 1.0,
+            FeedForward::Dense(_) | FeedForward::None => 1.0,
         };
         self.feed_forward_output_norm.is_none().then_some(own * self.residual_scale)
     }
@@ -465,7 +471,7 @@ impl<B: Backend> Layer<B> {
     ) -> Result<Vec<f32>> {
         match &self.feed_forward {
             FeedForward::Moe(moe) => Ok(moe.output_grams(backend, rows, extra, scratch)?),
-            FeedForward::Dense(_) => Ok(Vec::new()),
+            FeedForward::Dense(_) | FeedForward::None => Ok(Vec::new()),
         }
     }
 

@@ -37,7 +37,7 @@ pub(super) struct Convolution<B: Backend> {
 }
 
 /// A kernel `[K, channels]` from those that are stored, `[channels of each, 1, K]`.
-fn kernel<B: Backend>(backend: &B, stored: &[Tensor]) -> Result<B::Vector> {
+pub(super) fn kernel<B: Backend>(backend: &B, stored: &[Tensor]) -> Result<B::Vector> {
     let mut values = Vec::new();
     for part in stored {
         values.extend(part.to_f32()?);

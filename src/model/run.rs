@@ -24,7 +24,7 @@ impl RunSize {
     pub fn of<B: Backend>(model: &Model<'_, B>, windows: &Windows) -> Self {
         let architecture = model.architecture();
         let values = |layer: &FeedForwardSpec| match layer {
-            FeedForwardSpec::Dense { .. } => architecture.hidden_size,
+            FeedForwardSpec::Dense { .. } | FeedForwardSpec::None => architecture.hidden_size,
             FeedForwardSpec::Moe(moe) => architecture.hidden_size + moe.experts + 2 * moe.router.top_k,
         };
         let bytes = |windows: &Windows, per_token: usize| {

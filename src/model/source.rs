@@ -109,6 +109,48 @@ pub enum AttentionSource {
         /// Output projection.
         output: LinearSource,
     },
+    /// Mamba.
+    Mamba {
+        /// Projection to x and z.
+        input: LinearSource,
+        /// The convolution of x, `[width, 1, kernel]`.
+        kernel: Tensor,
+        /// Its bias, `[width]`.
+        kernel_bias: Option<Tensor>,
+        /// Projection to the step of low rank, B and C.
+        parameters: LinearSource,
+        /// Norms of these three.
+        norms: [Tensor; 3],
+        /// Projection of the step.
+        step: LinearSource,
+        /// A_log, `[width, state_dim]`.
+        log_rates: Tensor,
+        /// D of every channel.
+        skip: Tensor,
+        /// Output projection.
+        output: LinearSource,
+    },
+    /// Mamba-2.
+    Mamba2 {
+        /// Projection to z, to x, B and C, and to a.
+        input: LinearSource,
+        /// The convolution of x, B and C, `[channels, 1, kernel]`.
+        kernel: Tensor,
+        /// Its bias, `[channels]`.
+        kernel_bias: Option<Tensor>,
+        /// A_log of every head.
+        log_rates: Tensor,
+        /// dt_bias of every head.
+        dt_bias: Tensor,
+        /// D of every head.
+        skip: Tensor,
+        /// Norm of what the heads give, `[heads · head_dim]`.
+        norm: Tensor,
+        /// Output projection.
+        output: LinearSource,
+    },
+    /// Nothing, in a layer that is a feed-forward part alone.
+    None,
 }
 
 /// Projections of the input of a gated delta network, as
@@ -161,6 +203,8 @@ pub enum FeedForwardSource {
     Dense(Mlp<LinearSource>),
     /// Router and experts.
     Moe(MoeSource),
+    /// Nothing, in a layer without a feed-forward part.
+    None,
 }
 
 /// Norms of the parts of a layer with experts, `[hidden]` each, see
@@ -326,6 +370,7 @@ impl LayerSource {
         match &self.feed_forward {
             FeedForwardSource::Dense(mlp) => all.extend(mlp.maps()),
             FeedForwardSource::Moe(moe) => all.extend(moe.shared.iter().flat_map(|(mlp, _)| mlp.maps())),
+            FeedForwardSource::None => {}
         }
         all
     }
@@ -340,7 +385,7 @@ impl LayerSource {
     pub fn moe(&self) -> Option<&MoeSource> {
         match &self.feed_forward {
             FeedForwardSource::Moe(moe) => Some(moe),
-            FeedForwardSource::Dense(_) => None,
+            FeedForwardSource::Dense(_) | FeedForwardSource::None => None,
         }
     }
 }
@@ -360,6 +405,13 @@ impl AttentionSource {
             AttentionSource::ShortConvolution { kernel, bias, .. } => {
                 [kernel].into_iter().chain(bias).collect()
             }
+            AttentionSource::Mamba2 { kernel, kernel_bias, log_rates, dt_bias, skip, norm, .. } => {
+                [kernel, log_rates, dt_bias, skip, norm].into_iter().chain(kernel_bias).collect()
+            }
+            AttentionSource::Mamba { kernel, kernel_bias, norms, log_rates, skip, .. } => {
+                [kernel, log_rates, skip].into_iter().chain(norms).chain(kernel_bias).collect()
+            }
+            AttentionSource::None => Vec::new(),
         }
     }
 
@@ -375,7 +427,12 @@ impl AttentionSource {
             AttentionSource::GatedDelta { input, output, .. } => {
                 input.linears().into_iter().chain([output]).collect()
             }
-            AttentionSource::ShortConvolution { input, output, .. } => vec![input, output],
+            AttentionSource::ShortConvolution { input, output, .. }
+            | AttentionSource::Mamba2 { input, output, .. } => vec![input, output],
+            AttentionSource::Mamba { input, parameters, step, output, .. } => {
+                vec![input, parameters, step, output]
+            }
+            AttentionSource::None => Vec::new(),
         }
     }
 }

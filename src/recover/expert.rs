@@ -147,6 +147,7 @@ fn value(activation: Activation, g: f32, u: f32) -> f32 {
             clamped * sigmoid(slope * clamped) * (u.clamp(-limit, limit) + 1.0)
         }
         Activation::Relu => g.max(0.0),
+        Activation::SquaredRelu => g.max(0.0) * g.max(0.0),
         Activation::GeluTanh => gelu(g),
         Activation::GeGluTanh => gelu(g) * u,
     }
@@ -167,6 +168,7 @@ fn slopes(activation: Activation, g: f32, u: f32) -> [f32; 2] {
             [inside(g < limit, by_gate), inside(u.abs() < limit, clamped * s)]
         }
         Activation::Relu => [if g > 0.0 { 1.0 } else { 0.0 }, 0.0],
+        Activation::SquaredRelu => [2.0 * g.max(0.0), 0.0],
         Activation::GeluTanh => [gelu_slope(g), 0.0],
         Activation::GeGluTanh => [gelu_slope(g) * u, gelu(g)],
     }

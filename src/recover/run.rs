@@ -236,13 +236,13 @@ impl<B: Backend> Pass for Distillation<'_, '_, B> {
         let l = source.layer;
         let from = LayerSource::open(self.original.checkpoint(), self.original.architecture(), l)?;
         let outcome = match &mut source.feed_forward {
-            FeedForwardSource::Dense(_) => {
+            FeedForwardSource::Dense(_) | FeedForwardSource::None => {
                 let layer = self.original.prepare(&from)?;
                 self.stream.advance(&layer, |_, _| Ok(()))?;
                 if let Some(recovered) = &mut self.recovered {
                     recovered.advance(&self.compressed.prepare(source)?, |_, _| Ok(()))?;
                 }
-                (None, "dense".into())
+                (None, "no experts".into())
             }
             FeedForwardSource::Moe(_) => {
                 let data = self.gather(&from, source)?;

@@ -114,6 +114,7 @@ mod reference {
                 g * sigmoid(slope * g) * (u.clamp(-limit, limit) + 1.0)
             }
             Activation::Relu => g.max(0.0),
+            Activation::SquaredRelu => g.max(0.0).powi(2),
             Activation::GeluTanh => gelu(g),
             Activation::GeGluTanh => gelu(g) * u,
         }
@@ -166,6 +167,7 @@ fn gradients_are_the_finite_differences_of_the_loss_in_f64() {
         (4, Activation::Relu, false),
         (5, Activation::GeluTanh, false),
         (6, Activation::GeGluTanh, false),
+        (7, Activation::SquaredRelu, false),
     ] {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut layer = layer(&mut rng, activation);

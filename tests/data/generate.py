@@ -496,6 +496,95 @@ GRANITEMOEHYBRID = GRANITEMOESHARED | {
     "mamba_d_state": 8,
 }
 
+# Chunks are shorter than windows; in the other fixture steps have limits.
+GRANITEMOEHYBRID_MAMBA = GRANITEMOESHARED | {
+    "model_type": "granitemoehybrid",
+    "architectures": ["GraniteMoeHybridForCausalLM"],
+    "num_hidden_layers": 3,
+    "layer_types": ["mamba", "attention", "mamba"],
+    "position_embedding_type": "nope",
+    "num_local_experts": 4,
+    "mamba_chunk_size": 16,
+    "mamba_conv_bias": True,
+    "mamba_d_conv": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 12,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_n_heads": 8,
+    "mamba_proj_bias": False,
+}
+
+# Both kinds of layers with and without experts.
+JAMBA = COMMON | {
+    "model_type": "jamba",
+    "torch_dtype": "bfloat16",
+    "architectures": ["JambaForCausalLM"],
+    "num_hidden_layers": 4,
+    "attn_layer_offset": 1,
+    "attn_layer_period": 3,
+    "expert_layer_offset": 1,
+    "expert_layer_period": 2,
+    "intermediate_size": 16,
+    "mamba_conv_bias": True,
+    "mamba_d_conv": 4,
+    "mamba_d_state": 6,
+    "mamba_dt_rank": 5,
+    "mamba_expand": 2,
+    "mamba_inner_layernorms": True,
+    "mamba_proj_bias": False,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "num_logits_to_keep": 1,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+    "rms_norm_eps": 1e-06,
+    "sliding_window": None,
+    "use_mamba_kernels": True,
+}
+
+# A layer of every kind, each of which is one half of what others call a layer; the published keys.
+NEMOTRON_H = {k: v for k, v in COMMON.items() if k not in ("hidden_act", "num_hidden_layers")} | {
+    "model_type": "nemotron_h",
+    "torch_dtype": "bfloat16",
+    "architectures": ["NemotronHForCausalLM"],
+    "num_hidden_layers": 5,
+    "hybrid_override_pattern": "MEM*-",
+    "head_dim": 12,
+    "attention_bias": False,
+    "sliding_window": None,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 8,
+    "mamba_hidden_act": "silu",
+    "mamba_proj_bias": False,
+    "n_groups": 3,
+    "ssm_state_size": 10,
+    "conv_kernel": 4,
+    "expand": 2,
+    "chunk_size": 16,
+    "use_conv_bias": True,
+    "use_bias": False,
+    "time_step_floor": 0.0001,
+    "time_step_limit": [0.0, 1e30],
+    "time_step_max": 0.1,
+    "time_step_min": 0.001,
+    "intermediate_size": 24,
+    "mlp_bias": False,
+    "mlp_hidden_act": "relu2",
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 20,
+    "n_routed_experts": 5,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "layer_norm_epsilon": 1e-05,
+    "residual_in_fp32": False,
+    "rescale_prenorm_residual": True,
+}
+
 MINIMAX_M2 = COMMON | {
     "model_type": "minimax_m2",
     "torch_dtype": "bfloat16",
@@ -1096,6 +1185,42 @@ FIXTURES = {
         "written_config": True,
     },
     "granitemoehybrid": {"config": GRANITEMOEHYBRID, "dtype": torch.bfloat16, "embedding": 0.1},
+    "granitemoehybrid_mamba": {
+        "config": GRANITEMOEHYBRID_MAMBA,
+        "dtype": torch.bfloat16,
+        "embedding": 0.1,
+        "padded": True,
+    },
+    "granitemoehybrid_mamba_fused": {
+        "config": GRANITEMOEHYBRID_MAMBA
+        | {"num_hidden_layers": 2, "layer_types": ["attention", "mamba"], "position_embedding_type": "rope"}
+        | {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_conv": 3}
+        | {"mamba_conv_bias": False, "mamba_proj_bias": True, "time_step_limit": [0.3, 1.0]},
+        "dtype": torch.bfloat16,
+        "embedding": 0.1,
+        "fused": True,
+        "written_config": True,
+    },
+    "jamba": {"config": JAMBA, "dtype": torch.bfloat16, "padded": True},
+    "jamba_fused": {
+        "config": JAMBA
+        | {"num_hidden_layers": 3, "attn_layer_offset": 0, "expert_layer_offset": 0, "mamba_dt_rank": "auto"}
+        | {"mamba_conv_bias": False, "mamba_d_conv": 3, "mamba_proj_bias": True, "tie_word_embeddings": True},
+        "dtype": torch.bfloat16,
+        "fused": True,
+        "written_config": True,
+    },
+    "nemotron_h": {"config": NEMOTRON_H, "dtype": torch.bfloat16, "padded": True, "multi_token": True},
+    "nemotron_h_fused": {
+        "config": NEMOTRON_H
+        | {"num_hidden_layers": 4, "hybrid_override_pattern": "E*ME", "n_routed_experts": 6, "n_group": 3, "topk_group": 2}
+        | {"n_groups": 1, "mamba_num_heads": 4, "mamba_head_dim": 12, "conv_kernel": 3, "time_step_min": 0.3}
+        | {"use_conv_bias": False, "use_bias": True, "mlp_bias": True, "norm_topk_prob": False}
+        | {"layer_norm_epsilon": 1e-03},
+        "dtype": torch.bfloat16,
+        "fused": True,
+        "written_config": True,
+    },
     "minimax_m2": {"config": MINIMAX_M2, "dtype": torch.bfloat16},
     "glm4_moe_lite": {"config": GLM4_MOE_LITE, "dtype": torch.bfloat16, "embedding": 0.02},
     "deepseek_v32": {"config": DEEPSEEK_V32 | {"num_nextn_predict_layers": 0}, "dtype": torch.bfloat16},
@@ -1355,7 +1480,7 @@ def outputs(folder, ids, mask=None, dtype=torch.float32):
     config = model.config.get_text_config()
     if len(out.hidden_states) != config.num_hidden_layers + 1:
         raise SystemExit(f"{folder}: {len(out.hidden_states)} hidden states")
-    rope = config.rope_parameters or {}
+    rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "dynamic" and not rope.get("alpha"):
         golden["decoded_logits"] = decoded(model, ids, 6)
     return golden
@@ -1478,7 +1603,7 @@ def write_checkpoint(folder, name, recipe, attempt):
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if recipe.get("multi_token"):
         text = config.get_text_config()
-        behind = "mtp." if config.model_type.startswith("qwen3") else f"model.layers.{text.num_hidden_layers}."
+        behind = "mtp." if config.model_type.startswith(("qwen3", "nemotron")) else f"model.layers.{text.num_hidden_layers}."
         add_multi_token(folder, name, behind, text.hidden_size)
     if recipe.get("six_digits"):
         index = folder / "model.safetensors.index.json"

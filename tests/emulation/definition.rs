@@ -130,6 +130,7 @@ pub(crate) enum Activation {
     GeluTanh,
     GeluErf,
     Relu,
+    SquaredRelu,
 }
 
 #[derive(Clone, Debug)]

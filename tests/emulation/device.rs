@@ -315,6 +315,7 @@ impl<'a> Prepared<'a> {
             Activation::GeluTanh => (2, 0.0, 0.0),
             Activation::GeluErf => (3, 0.0, 0.0),
             Activation::Relu => (4, 0.0, 0.0),
+            Activation::SquaredRelu => (5, 0.0, 0.0),
         };
         let common = MoeGemmParams {
             experts: self.experts.address(),

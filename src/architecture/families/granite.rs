@@ -1,6 +1,7 @@
 //! Granite MoE (IBM, 2024): factors of embeddings, scores, residual stream and logits.
 
-use super::super::ExpertStorage;
+use super::super::{ExpertStorage, Mamba2};
+use super::mamba::{UNLIMITED_STEPS, check_count, kinds};
 use super::moe_layer;
 use super::{
     Architecture, AttentionSpec, Choice, Common, Config, Defaults, Error, GroupedAttention, LayerSpec,
@@ -9,43 +10,77 @@ use super::{
 
 /// Granite 3.0 and 3.1 with experts.
 pub(super) fn plain(config: &Config) -> Result<Architecture> {
-    read(config, "granitemoe", 0)
+    attending(config, "granitemoe", 0)
 }
 
 /// The same with a shared expert.
 pub(super) fn shared(config: &Config) -> Result<Architecture> {
     let width = config.size_or("shared_intermediate_size", 0)?;
-    read(config, "granitemoeshared", width)
+    attending(config, "granitemoeshared", width)
 }
 
-/// Granite 4.0, where all layers attend.
+/// Granite 4.0: layers of Mamba-2, with layers of attention among them.
 pub(super) fn hybrid(config: &Config) -> Result<Architecture> {
-    for key in ["layer_types", "layers_block_type"] {
-        let kinds = config.strings(key)?.unwrap_or_default();
-        if let Some(kind) =
-            kinds.iter().find(|kind| !["attention", "full_attention"].contains(&kind.as_str()))
-        {
-            return Err(Error::invalid(key, format!("has `{kind}` layers, only \"attention\" is supported")));
-        }
-    }
-    if config.first(&["layer_types", "layers_block_type"]).is_none() {
-        let what = "is missing, which means Mamba layers; only \"attention\" layers are supported";
-        return Err(Error::invalid("layer_types", what));
-    }
     let width = config.positive_or("shared_intermediate_size", 1024)?;
-    let mut architecture = read(config, "granitemoehybrid", width)?;
+    let key = config.first(&["layer_types", "layers_block_type"]).unwrap_or("layer_types");
+    let layers = config.positive("num_hidden_layers")?;
+    let words =
+        [("mamba", false), ("linear_attention", false), ("attention", true), ("full_attention", true)];
+    let attends = kinds(config, key, &words)?.unwrap_or_else(|| vec![false; layers]);
+    check_count(key, attends.len(), layers)?;
+    let mamba = if attends.contains(&false) { Some(mamba(config)?) } else { None };
     // Only the word "rope" switches positions on.
-    if config.get("position_embedding_type").and_then(|v| v.as_str()) != Some("rope") {
-        for LayerSpec { attention, .. } in &mut architecture.layers {
-            if let AttentionSpec::Grouped(attention) = attention {
-                attention.rope = None;
-            }
+    let rotates = config.get("position_embedding_type").and_then(|v| v.as_str()) == Some("rope");
+    read(config, "granitemoehybrid", width, |l, attention, moe| {
+        let mut layer = moe_layer(attention, moe);
+        match (mamba, &mut layer.attention) {
+            (Some(mamba), mixer) if !attends[l] => *mixer = AttentionSpec::Mamba2(mamba),
+            (_, AttentionSpec::Grouped(attention)) if !rotates => attention.rope = None,
+            _ => {}
         }
-    }
-    Ok(architecture)
+        layer
+    })
 }
 
-fn read(config: &Config, family: &'static str, shared_width: usize) -> Result<Architecture> {
+fn mamba(config: &Config) -> Result<Mamba2> {
+    // Published models have one. With more, versions of transformers norm either each on its own or all together.
+    config.require("mamba_n_groups", 1)?;
+    let width = config.positive_or("mamba_expand", 2)? * config.positive("hidden_size")?;
+    let heads = config.positive_or("mamba_n_heads", 128)?;
+    let head_dim = match config.get("mamba_d_head").and_then(|v| v.as_str()) {
+        Some("auto") => width / heads,
+        None if config.get("mamba_d_head").is_none() => width / heads,
+        _ => config.positive("mamba_d_head")?,
+    };
+    if heads * head_dim != width {
+        let what = format!(
+            "is {heads}: {heads} heads of {head_dim} are not mamba_expand · hidden_size = {width} wide"
+        );
+        return Err(Error::invalid("mamba_n_heads", what));
+    }
+    Ok(Mamba2 {
+        heads,
+        head_dim,
+        state_dim: config.positive_or("mamba_d_state", 256)?,
+        groups: 1,
+        kernel: config.positive_or("mamba_d_conv", 4)?,
+        convolution_bias: config.flag_or("mamba_conv_bias", true)?,
+        projection_bias: config.flag_or("mamba_proj_bias", false)?,
+        step_limits: config.limits("time_step_limit", UNLIMITED_STEPS)?.map(|limit| limit as f32),
+    })
+}
+
+/// A model of which all layers attend.
+fn attending(config: &Config, family: &'static str, shared_width: usize) -> Result<Architecture> {
+    read(config, family, shared_width, |_, attention, moe| moe_layer(attention, moe))
+}
+
+fn read(
+    config: &Config,
+    family: &'static str,
+    shared_width: usize,
+    layer: impl Fn(usize, &GroupedAttention, &MoeSpec) -> LayerSpec,
+) -> Result<Architecture> {
     let names = Names {
         moe: "block_sparse_moe",
         fused_moe: "block_sparse_moe",
@@ -77,7 +112,7 @@ fn read(config: &Config, family: &'static str, shared_width: usize) -> Result<Ar
         shared: (shared_width > 0).then_some(SharedSpec::of_width(shared_width)),
         ..common.moe(config.positive("intermediate_size")?, WeightRule::RENORMALISED)
     };
-    let mut architecture = common.architecture(|_| moe_layer(&attention, &moe))?;
+    let mut architecture = common.architecture(|l| layer(l, &attention, &moe))?;
     architecture.embedding_scale = factor("embedding_multiplier")? as f32;
     architecture.residual_scale = factor("residual_multiplier")? as f32;
     architecture.head_scale = (1.0 / config.above_zero("logits_scaling")?.unwrap_or(1.0)) as f32;

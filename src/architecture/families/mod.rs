@@ -14,12 +14,15 @@ mod gpt_oss;
 mod granite;
 mod hunyuan_v1_moe;
 mod hy_v3;
+mod jamba;
 mod kimi_linear;
 mod lfm2_moe;
 mod llama4;
+mod mamba;
 mod mimo_v2_flash;
 mod minimax_m2;
 mod mixtral;
+mod nemotron_h;
 mod olmoe;
 mod phimoe;
 mod qwen;
@@ -36,7 +39,7 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 44] = [
+pub(super) const FAMILIES: [(&str, Read); 46] = [
     ("afmoe", afmoe::read),
     ("axk1", deepseek::axk1),
     ("cohere2_moe", cohere2_moe::read),
@@ -60,6 +63,7 @@ pub(super) const FAMILIES: [(&str, Read); 44] = [
     ("granitemoeshared", granite::shared),
     ("hunyuan_v1_moe", hunyuan_v1_moe::read),
     ("hy_v3", hy_v3::read),
+    ("jamba", jamba::read),
     ("kimi_k2", deepseek::v3),
     ("kimi_linear", kimi_linear::read),
     ("lfm2_moe", lfm2_moe::read),
@@ -71,6 +75,7 @@ pub(super) const FAMILIES: [(&str, Read); 44] = [
     ("mistral3", deepseek::mistral_of_images),
     ("mistral4", deepseek::mistral),
     ("mixtral", mixtral::read),
+    ("nemotron_h", nemotron_h::read),
     ("olmoe", olmoe::read),
     ("phimoe", phimoe::read),
     ("qwen2_moe", qwen::qwen2),
@@ -162,7 +167,7 @@ impl<'c> Common<'c> {
             family,
             defaults,
             hidden_size: config.positive("hidden_size")?,
-            layers: config.positive("num_hidden_layers")?,
+            layers: layer_count(config)?,
             heads: config.positive("num_attention_heads")?,
             rope: rope_of(config, defaults, rope)?,
             names,
@@ -281,6 +286,14 @@ impl<'c> Common<'c> {
             expert_count_keys: self.expert_count_keys,
             packing: None,
         })
+    }
+}
+
+/// `num_hidden_layers`, which transformers 5 does not write for a family whose layers it lists.
+fn layer_count(config: &Config) -> Result<usize> {
+    match config.strings("layers_block_type")? {
+        Some(kinds) if config.get("num_hidden_layers").is_none() => Ok(kinds.len()),
+        _ => config.positive("num_hidden_layers"),
     }
 }
 

@@ -16,7 +16,7 @@ use rayon::prelude::*;
 
 use super::CpuBuffer;
 use super::gemm::{Columns, Scratch};
-use super::math::sigmoid;
+use super::math::{sigmoid, softplus};
 use super::simd::{Isa, MAX_LANES, Simd, Task};
 use crate::architecture::GatedDelta;
 use crate::backend::{Batch, DeltaGates};
@@ -123,12 +123,6 @@ fn open_gates(b: &mut CpuBuffer, a: &mut CpuBuffer, log_rates: &[f32], dt_bias: 
             }
         }
     });
-}
-
-/// ln(1 + eˣ).
-fn softplus(x: f32) -> f32 {
-    // Beyond, eˣ is all that counts; it would overflow at 89.
-    if x > 20.0 { x } else { x.exp().ln_1p() }
 }
 
 /// Some columns of one head over one window.

@@ -10,6 +10,8 @@ mod gemm;
 mod grams;
 mod latent;
 mod linear;
+mod mamba;
+mod mamba2;
 mod math;
 mod multiply;
 mod observe;
@@ -18,12 +20,13 @@ mod route;
 mod simd;
 mod softmax;
 
-use crate::architecture::{Activation, GatedDelta, Rope};
+use crate::architecture::{Activation, GatedDelta, Mamba2, Rope};
 use crate::checkpoint::{Tensor, Weight};
 
 use super::{
-    AttentionShape, AttentionTerms, Backend, Base, Batch, DeltaGates, HeadLayout, Keys, LatentShape, Moment,
-    MomentDims, Moments, Result, RouterRule, RouterWeights, Routes, StoredExpert,
+    AttentionShape, AttentionTerms, Backend, Base, Batch, ChannelTerms, DeltaGates, HeadLayout, Keys,
+    LatentShape, Moment, MomentDims, Moments, Result, RouterRule, RouterWeights, Routes, ScanTerms,
+    StoredExpert,
 };
 pub use attention::CpuRotation;
 pub use experts::CpuExperts;
@@ -219,6 +222,11 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn rms_norm_groups(&self, x: &mut CpuBuffer, weight: &Vec<f32>, groups: usize, eps: f32) -> Result<()> {
+        pointwise::rms_norm_groups(x, weight, groups, eps);
+        Ok(())
+    }
+
     fn linear(
         &self,
         x: &CpuBuffer,
@@ -314,6 +322,33 @@ impl Backend for Cpu {
     ) -> Result<()> {
         out.reshape(qkv.rows, shape.all_values());
         delta::gated_delta_rule(qkv, gates, shape, state, batch, out);
+        Ok(())
+    }
+
+    fn mamba2_scan(
+        &self,
+        x: &CpuBuffer,
+        terms: ScanTerms<'_, CpuBuffer, Vec<f32>>,
+        shape: Mamba2,
+        state: Option<&mut CpuBuffer>,
+        batch: &Batch,
+        out: &mut CpuBuffer,
+    ) -> Result<()> {
+        out.reshape(x.rows, shape.width());
+        mamba2::scan(x, terms, shape, state, batch, out);
+        Ok(())
+    }
+
+    fn mamba_scan(
+        &self,
+        x: &CpuBuffer,
+        terms: ChannelTerms<'_, CpuBuffer, Vec<f32>>,
+        state: Option<&mut CpuBuffer>,
+        batch: &Batch,
+        out: &mut CpuBuffer,
+    ) -> Result<()> {
+        out.reshape(x.rows, x.cols);
+        mamba::scan(x, terms, state, batch, out);
         Ok(())
     }
 

@@ -47,6 +47,15 @@ pub(super) fn rms_norm_heads(x: &mut CpuBuffer, weight: &[f32], eps: f32) {
     x.data.par_chunks_exact_mut(weight.len()).with_min_len(64).for_each(|head| normalise(head, weight, eps));
 }
 
+pub(super) fn rms_norm_groups(x: &mut CpuBuffer, weight: &[f32], groups: usize, eps: f32) {
+    let width = weight.len() / groups;
+    x.data.par_chunks_exact_mut(weight.len()).with_min_len(16).for_each(|row| {
+        for (group, weight) in row.chunks_exact_mut(width).zip(weight.chunks_exact(width)) {
+            normalise(group, weight, eps);
+        }
+    });
+}
+
 /// Adds `bias` to every row of `x`.
 pub(crate) fn add_bias(x: &mut [f32], bias: &[f32]) {
     x.par_chunks_exact_mut(bias.len()).with_min_len(16).for_each(|row| {
@@ -83,7 +92,7 @@ pub(crate) fn activate(gate: &mut [f32], up: &[f32], activation: Activation) {
                 *g = gelu_tanh(*g) * u;
             }
         }
-        Activation::Relu | Activation::GeluTanh => unreachable!("not gated"),
+        Activation::Relu | Activation::SquaredRelu | Activation::GeluTanh => unreachable!("not gated"),
     });
 }
 
@@ -92,6 +101,7 @@ fn activate_alone(x: &mut [f32], activation: Activation) {
     match activation {
         // Unlike `max`, lets NaN through.
         Activation::Relu => x.iter_mut().for_each(|v| *v = if *v < 0.0 { 0.0 } else { *v }),
+        Activation::SquaredRelu => x.iter_mut().for_each(|v| *v = if *v < 0.0 { 0.0 } else { *v * *v }),
         Activation::GeluTanh => x.iter_mut().for_each(|v| *v = gelu_tanh(*v)),
         Activation::SwiGlu | Activation::ClampedSwiGlu { .. } | Activation::GeGluTanh => {
             unreachable!("gated")

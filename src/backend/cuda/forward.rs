@@ -433,6 +433,7 @@ impl<L: Launch + ?Sized> Pass<'_, L> {
             // An up projection that is not there counts as 1.
             Activation::GeluTanh | Activation::GeGluTanh => (2, 0.0, 0.0),
             Activation::Relu => (4, 0.0, 0.0),
+            Activation::SquaredRelu => (5, 0.0, 0.0),
         };
         let ld_input = match self.tables.target {
             WeightTarget::Output => self.args.x.stride,
