@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+constexpr unsigned WHOLE_WARP = 0xFFFFFFFFu;  // the mask of all lanes
+
 #if !defined(__CUDACC__)
 #include <ptx_emulation.h>
 #else

@@ -7,7 +7,6 @@
 
 namespace {
 
-constexpr unsigned ALL_LANES = 0xFFFFFFFFu;
 constexpr int SORT_WARPS = MOE_SORT_THREADS / 32;
 constexpr int WARP_SLOTS = MOE_SORT_CHUNK / SORT_WARPS;
 constexpr int SCAN_WORDS = 64;
@@ -84,7 +83,7 @@ __device__ void walk(const MoeSortParams& p, const Chunk& chunk, int* cells) {
         const int index = start + lane;
         Slot slot;
         if (index < chunk.end) slot = read_slot(p, chunk, index);
-        const unsigned same = __match_any_sync(ALL_LANES, static_cast<unsigned>(slot.expert));
+        const unsigned same = __match_any_sync(WHOLE_WARP, static_cast<unsigned>(slot.expert));
         const int rank = __popc(same & ((1u << lane) - 1));
         const int position = slot.expert >= 0 ? cells[slot.expert] + rank : NO_PAIR;
         __syncwarp();
@@ -148,7 +147,7 @@ __device__ void exclusive_scan(int count, int* scan, const Value& value, const P
         for (int n = 0; n < N; ++n) {
             sum[n] = own[n];
             for (int lanes = 1; lanes < 32; lanes *= 2) {
-                const int below = __shfl_up_sync(ALL_LANES, sum[n], lanes);
+                const int below = __shfl_up_sync(WHOLE_WARP, sum[n], lanes);
                 if (lane >= lanes) sum[n] += below;
             }
             if (lane == 31) scan[n * SORT_WARPS + warp] = sum[n];
