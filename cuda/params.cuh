@@ -77,7 +77,9 @@ constexpr int moe_gemm_blocks(int tile_rows, bool is_hidden) { return tile_rows 
 constexpr int moe_gemm_tile_cols(int tile_rows) { return tile_rows == 8 ? 16 : tile_rows == 16 ? 32 : 128; }
 constexpr int moe_route_words(int experts) { return 2 * experts + MOE_MAX_GROUPS; }  // of a token
 constexpr int moe_route_shared(int experts) { return 4 * MOE_ROUTE_TOKENS * moe_route_words(experts); }
-constexpr int moe_sort_shared(int experts) { return 4 * (MOE_SORT_THREADS / 32 * experts + 64) + 2 * MOE_SORT_CHUNK; }
+constexpr int moe_sort_shared(int experts) {
+    return 4 * (MOE_SORT_THREADS / 32 * experts + experts + 1 + 64) + 2 * MOE_SORT_CHUNK;
+}
 // Routing, then sorting in the same place. `experts` of the router, `rows` of the tables.
 constexpr int moe_route_sort_shared(int experts, int rows) {
     const int route = 4 * MOE_ROUTE_SORT_TOKENS * moe_route_words(experts), sort = moe_sort_shared(rows);

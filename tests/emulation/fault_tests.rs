@@ -188,7 +188,7 @@ const FAULTS: &[Fault] = &[
         "put(i, before);\n        __syncthreads();",
         "put(i, before);",
     ),
-    sort_fault("a duplicate runs twice", "== expert) return result;", "== expert) break;"),
+    sort_fault("a duplicate runs twice", "if (is_duplicate) return result;", ""),
     fault("NaN first", "routing.cu", Probe::Route, "if (value != value) value = NEGATIVE_INFINITY;", ""),
     fault("NaN in, NaN out", "routing.cu", Probe::Route, "fminf(fmaxf(logit, -LARGEST), LARGEST)", "logit"),
     fault("sums of 0", "routing.cu", Probe::Route, "if (divisor != 0.0f) weight", "weight"),

@@ -36,7 +36,7 @@ pub(super) fn route_shared(experts: usize) -> u32 {
 }
 
 pub(super) fn sort_shared(experts: usize) -> u32 {
-    (4 * (SORT_THREADS as usize / 32 * experts + 64) + 2 * SORT_CHUNK) as u32
+    (4 * ((SORT_THREADS as usize / 32 + 1) * experts + 1 + 64) + 2 * SORT_CHUNK) as u32
 }
 
 pub(super) fn route_sort_shared(experts: usize, rows: usize) -> u32 {
