@@ -108,9 +108,6 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 inline void load_matrix_x4(uint32_t (&registers)[4], uint32_t address, Site site = Site::here()) {
     emulation::load_matrix(registers, address, site);
 }
-inline void load_matrix_x2(uint32_t (&registers)[2], uint32_t address, Site site = Site::here()) {
-    emulation::load_matrix(registers, address, site);
-}
 inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site = Site::here()) {
     emulation::multiply_add<emulation::widen_bf16>(c, a, b, site);
 }
