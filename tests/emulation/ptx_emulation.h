@@ -6,8 +6,8 @@
 using emulation::Site;
 
 inline void follow_previous_kernel(Site site = Site::here()) { emulation::follow_previous_kernel(site); }
-// Must be given memory that is there, and may be read at that moment.
-inline void prefetch_line(const void* p) { (void)*static_cast<const volatile unsigned char*>(p); }
+// Moves nothing, so it may come at any moment; but what it calls must be there.
+inline void prefetch_line(const void* p, Site site = Site::here()) { emulation::check_there(p, site); }
 inline uint32_t shared_address(const void* p, Site site = Site::here()) { return emulation::shared_offset(p, site); }
 
 inline void copy_16_async(uint32_t to, const void* from, int valid, Site site = Site::here()) {
