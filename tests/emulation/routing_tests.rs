@@ -324,12 +324,12 @@ pub(crate) fn try_many_logits(
 ) -> Result<(), String> {
     let (ldx, ld_parts) = (hidden.next_multiple_of(8) + 8, hidden.next_multiple_of(8));
     let x = random.values(dtype, tokens * hidden, 1.0);
-    let scale = if dtype == Type::F16 { 2048.0 } else { 256.0 };
+    let scale: f64 = if dtype == Type::F16 { 2048.0 } else { 256.0 };
     let mut weight = vec![0.0; rows * hidden];
     let mut encoded = Vec::new();
     for part in 0..parts {
         // In bf16 the lesser parts are small themselves, in f16 by what they stand for.
-        let unit = 1.0 / f64::from(scale as f32).powi(part as i32);
+        let unit = scale.powi(-(part as i32));
         let stored = random.values(dtype, rows * hidden, if dtype == Type::F16 { 1.0 } else { unit as f32 });
         for (weight, &stored) in weight.iter_mut().zip(&stored) {
             *weight += f64::from(stored) * if dtype == Type::F16 { unit } else { 1.0 };
