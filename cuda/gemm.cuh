@@ -9,8 +9,6 @@
 #include "element.cuh"
 #include "params.cuh"
 
-constexpr unsigned FULL_WARP = 0xFFFFFFFFu;
-
 // A block of pairs x weight rows of one expert.
 struct Tile {
     int expert;
@@ -18,18 +16,30 @@ struct Tile {
     int rows;  // pairs, at most those of a tile
     int col;   // first weight row
 
-    // The tile of a number below tile_first[experts_count]. By a whole warp: two reads whatever the number of experts.
+    // The tile of a number below tile_first[experts_count]. By a whole warp: two reads whatever the number of experts, and
+    // two more for what belongs to the one found. Where tiles are small, and a block waits for nothing but these reads, one
+    // more is spared by reading for 32 experts what only one of them needs, which takes registers.
     template <int TILE_ROWS, int TILE_COLS>
-    __device__ static Tile find(const MoeGemmParams& p, int number) {
+    __device__ static Tile find(const MoeGemmParams& p, const int32_t* tile_first, int number) {
         const int lane = threadIdx.x % 32;
-        const auto starts_by = [&](int i) { return i <= p.experts_count && p.tile_first[i] <= number; };
-        const int block = __popc(__ballot_sync(FULL_WARP, starts_by(32 * (lane + 1))));
-        const int index = 32 * block + __popc(__ballot_sync(FULL_WARP, starts_by(32 * block + lane + 1)));
+        const auto starts_by = [&](int i) { return i <= p.experts_count && tile_first[i] <= number; };
+        const int block = __popc(__ballot_sync(WHOLE_WARP, starts_by(32 * (lane + 1))));
         Tile tile;
-        tile.expert = p.order[index];
+        int first;
+        if (TILE_ROWS <= 16) {
+            const int own = min(32 * block + lane, p.experts_count - 1);
+            const int own_expert = p.order[own], own_first = tile_first[own];
+            const int place = __popc(__ballot_sync(WHOLE_WARP, starts_by(32 * block + lane + 1)));
+            tile.expert = __shfl_sync(WHOLE_WARP, own_expert, place);
+            first = __shfl_sync(WHOLE_WARP, own_first, place);
+        } else {
+            const int index = 32 * block + __popc(__ballot_sync(WHOLE_WARP, starts_by(32 * block + lane + 1)));
+            tile.expert = p.order[index];
+            first = tile_first[index];
+        }
         const int begin = p.offsets[tile.expert], end = p.offsets[tile.expert + 1];
         const int row_tiles = (end - begin + TILE_ROWS - 1) / TILE_ROWS;
-        const int local = number - p.tile_first[index];
+        const int local = number - first;
         tile.first_pair = begin + local % row_tiles * TILE_ROWS;
         tile.rows = min(end - tile.first_pair, TILE_ROWS);
         tile.col = local / row_tiles * TILE_COLS;
@@ -42,12 +52,11 @@ static_assert(MOE_MAX_EXPERTS <= 32 * 32, "Tile::find looks at 32 blocks of 32")
 template <int STAGE>
 constexpr int PRODUCTS = STAGE == MOE_HIDDEN ? 2 : 1;
 
-// Weight rows of the expert in this stage.
-template <int STAGE>
-__device__ __forceinline__ int stage_cols(const MoeGemmParams& p, const MoeExpert& e) {
-    if (STAGE == MOE_PROJECT_IN) return e.v_in_rows;
-    if (STAGE == MOE_HIDDEN) return e.width;
-    if (STAGE == MOE_PROJECT_HIDDEN) return e.v_down_rows;
+// Weight rows of the expert in a stage.
+__device__ __forceinline__ int stage_cols(const MoeGemmParams& p, const MoeExpert& e, int stage) {
+    if (stage == MOE_PROJECT_IN) return e.v_in_rows;
+    if (stage == MOE_HIDDEN) return e.width;
+    if (stage == MOE_PROJECT_HIDDEN) return e.v_down_rows;
     return p.hidden;
 }
 
@@ -61,22 +70,21 @@ struct Operands {
     int k;
     bool gathered;  // row(i) is the token of pair i, otherwise i
 
-    template <int STAGE>
-    __device__ static Operands of(const MoeGemmParams& p, const MoeExpert& e, int product) {
+    __device__ static Operands of(const MoeGemmParams& p, const MoeExpert& e, int stage, int product) {
         Operands o;
         o.input = static_cast<const T*>(p.input);
         o.ld_input = p.ld_input;
-        o.gathered = (STAGE == MOE_PROJECT_IN || STAGE == MOE_HIDDEN) && p.pair_token != nullptr;
-        if (STAGE == MOE_PROJECT_IN) {
+        o.gathered = (stage == MOE_PROJECT_IN || stage == MOE_HIDDEN) && p.pair_token != nullptr;
+        if (stage == MOE_PROJECT_IN) {
             o.weight = static_cast<const T*>(e.v_in);
             o.ld_weight = e.v_in_ld;
             o.k = p.hidden;
-        } else if (STAGE == MOE_PROJECT_HIDDEN) {
+        } else if (stage == MOE_PROJECT_HIDDEN) {
             o.weight = static_cast<const T*>(e.v_down);
             o.ld_weight = e.v_down_ld;
             o.k = e.width;
         } else {
-            const MoeMatrix& m = STAGE == MOE_OUTPUT ? e.down : product == 0 ? e.gate : e.up;
+            const MoeMatrix& m = stage == MOE_OUTPUT ? e.down : product == 0 ? e.gate : e.up;
             o.weight = static_cast<const T*>(m.weight);
             o.ld_weight = m.ld;
             o.k = m.k;

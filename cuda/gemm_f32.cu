@@ -22,13 +22,13 @@ struct Plain {
         const int thread_row = threadIdx.x / (COLS / VECTOR) * THREAD_ROWS;
         const int thread_col = threadIdx.x % (COLS / VECTOR) * VECTOR;
         for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
-            const Tile tile = Tile::find<ROWS, COLS>(p, number);
+            const Tile tile = Tile::find<ROWS, COLS>(p, p.tile_first, number);
             const MoeExpert& e = p.experts[tile.expert];
-            const int cols = stage_cols<STAGE>(p, e);
+            const int cols = stage_cols(p, e, STAGE);
             float sums[THREAD_ROWS][PRODUCT_COUNT][VECTOR] = {};
 #pragma unroll
             for (int product = 0; product < PRODUCT_COUNT; ++product) {
-                const Operands<T> o = Operands<T>::template of<STAGE>(p, e, product);
+                const Operands<T> o = Operands<T>::of(p, e, STAGE, product);
                 for (int k = 0; k < o.k; k += K) {
                     __syncthreads();
                     for (int i = threadIdx.x; i < ROWS * K; i += THREADS) {

@@ -6,6 +6,10 @@
 // 8 tokens a tile is 16 weight rows, so that a decode step of a few experts still has work for all SMs; K is then split
 // over the warps and summed in shared memory, in the order of the warps. Rows of 128 bytes are swizzled as in
 // gemm_large.cu.
+//
+// From the moment at which a block has asked for the last of its weights to the one at which a block of the next kernel
+// asks for its first, memory would idle: some microseconds, as long as a decode step takes to read the weights of a stage.
+// So in t8 and t16 a block that has nothing left to copy calls what its successor begins with into L2.
 #include "gemm.cuh"
 
 namespace {
@@ -31,8 +35,10 @@ struct SmallShape {
         static constexpr int ROUND = TOKENS < 16 ? TOKENS : 16;  // tokens in a round of the epilogue
         static constexpr int PITCH = ROWS + 8;
         static constexpr int PARTIAL = ROUND * PITCH;  // floats of a partial sum: [token][weight row]
+        static constexpr bool CALLS_AHEAD = TOKENS <= 16;
         static_assert(ROWS == moe_gemm_tile_cols(TOKENS), "the plan's tiles");
         static_assert(ROWS % ROW_STEP == 0 && TOKENS % ROW_STEP == 0, "whole copies");
+        static_assert(STAGE_BYTES % ROW_BYTES == 0, "chunks are found by ^");
         static_assert(STAGES * STAGE_BYTES + PRODUCT_COUNT * WARPS_ALONG_K * PARTIAL * 4 <= MOE_GEMM_SHARED, "it fits");
 
         // [product][n8 tile of tokens]: weight rows g, g + 8 x tokens 2t, 2t + 1.
@@ -63,11 +69,11 @@ struct SmallShape {
                         product = 0;
                         number += gridDim.x;
                         if (done()) return;
-                        tile = Tile::find<TOKENS, ROWS>(p, number);
+                        tile = Tile::find<TOKENS, ROWS>(p, p.tile_first, number);
                     }
                     const MoeExpert& e = p.experts[tile.expert];
-                    o = Operands<T>::template of<STAGE>(p, e, product);
-                    weight_rows = stage_cols<STAGE>(p, e) - tile.col;
+                    o = Operands<T>::of(p, e, STAGE, product);
+                    weight_rows = stage_cols(p, e, STAGE) - tile.col;
                     o.weight += static_cast<int64_t>(tile.col) * o.ld_weight;
                     k = 0;
                 }
@@ -107,40 +113,74 @@ struct SmallShape {
             }
         };
 
+        // The weights with which this block of the next kernel begins: two steps of each product, as its pipeline does.
+        struct Ahead {
+            static constexpr int LINE = 128 / 2;                  // elements
+            static constexpr int ROW_THREADS = THREADS / ROWS;    // that call the lines of a row, by turns
+            static constexpr int MOST_PRODUCTS = STAGE == MOE_PROJECT_IN ? 2 : 1;  // of the stage that follows
+            const T* rows[MOST_PRODUCTS] = {};                    // this thread's, from its first line on
+            int cols[MOST_PRODUCTS] = {};                         // from there on; none to begin with
+
+            __device__ void find(const MoeGemmParams& p) {
+                const int number = blockIdx.x;
+                if (!p.next_tile_first || number >= p.next_tile_first[p.experts_count]) return;
+                const Tile tile = Tile::find<TOKENS, ROWS>(p, p.next_tile_first, number);
+                const MoeExpert& e = p.experts[tile.expert];
+                const int row = tile.col + threadIdx.x / ROW_THREADS, col = threadIdx.x % ROW_THREADS * LINE;
+                if (row >= stage_cols(p, e, p.next_stage)) return;
+#pragma unroll
+                for (int product = 0; product < MOST_PRODUCTS; ++product) {
+                    const Operands<T> o = Operands<T>::of(p, e, p.next_stage, product);
+                    rows[product] = o.weight + static_cast<int64_t>(row) * o.ld_weight + col;
+                    cols[product] = min(o.k, 2 * K) - col;
+                }
+            }
+
+            __device__ void call() const {
+#pragma unroll
+                for (int product = 0; product < MOST_PRODUCTS; ++product) {
+#pragma unroll
+                    for (int col = 0; col < 2 * K; col += ROW_THREADS * LINE) {
+                        if (col < cols[product]) prefetch_line(rows[product] + col);
+                    }
+                }
+            }
+        };
+
         // Adds this warp's share of one step.
         __device__ static void multiply(uint32_t stage, Sums& sums) {
             const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
             const int panel = warp / WARPS_ALONG_ROWS;
             const int row = warp % WARPS_ALONG_ROWS * 16 + lane % 16;
-            const uint32_t weight = stage + (panel * ROWS + row) * ROW_BYTES;
             const uint32_t tokens = stage + WEIGHT_BYTES + panel * TOKENS * ROW_BYTES;
+            // Stages begin at multiples of a row, so chunk c of a row is its first one ^ 16 c, swizzle and all.
+            const uint32_t weight = stage + (panel * ROWS + row) * ROW_BYTES + ((lane / 16) ^ (row & 7)) * 16;
             if (TOKENS == 8) {
                 // One n8 tile: an x4 load brings two k16 steps of it.
-                const uint32_t token = tokens + lane % 8 * ROW_BYTES;
+                const uint32_t token = tokens + lane % 8 * ROW_BYTES + ((lane / 8) ^ (lane & 7)) * 16;
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     uint32_t b[4];
-                    load_matrix_x4(b, token + (((4 * half + lane / 8) ^ (lane & 7)) * 16));
+                    load_matrix_x4(b, token ^ (4 * half * 16));
 #pragma unroll
                     for (int step = 0; step < 2; ++step) {
                         uint32_t a[4];
-                        load_matrix_x4(a, weight + (((4 * half + 2 * step + lane / 16) ^ (row & 7)) * 16));
+                        load_matrix_x4(a, weight ^ ((4 * half + 2 * step) * 16));
                         const uint32_t pair[2] = {b[2 * step], b[2 * step + 1]};
                         T::mma(sums[0], a, pair);
                     }
                 }
             } else {
                 const int token_row = lane % 8 + lane / 16 * 8;
-                const uint32_t token = tokens + token_row * ROW_BYTES;
+                const uint32_t token = tokens + token_row * ROW_BYTES + ((lane / 8 % 2) ^ (token_row & 7)) * 16;
 #pragma unroll
                 for (int step = 0; step < PANEL / 16; ++step) {
                     uint32_t a[4];
-                    load_matrix_x4(a, weight + (((2 * step + lane / 16) ^ (row & 7)) * 16));
-                    const uint32_t chunk = (2 * step + lane / 8 % 2) ^ (token_row & 7);
+                    load_matrix_x4(a, weight ^ (2 * step * 16));
 #pragma unroll
                     for (int n = 0; n < TOKENS / 16; ++n) {
                         uint32_t b[4];
-                        load_matrix_x4(b, token + n * 16 * ROW_BYTES + chunk * 16);
+                        load_matrix_x4(b, (token ^ (2 * step * 16)) + n * 16 * ROW_BYTES);
                         const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
                         T::mma(sums[2 * n], a, low);
                         T::mma(sums[TOKENS == 8 ? 0 : 2 * n + 1], a, high);
@@ -164,7 +204,7 @@ struct SmallShape {
 
         __device__ static void store(const MoeGemmParams& p, const Tile& tile, int first, const float* partials) {
             const MoeExpert& e = p.experts[tile.expert];
-            const int cols = stage_cols<STAGE>(p, e);
+            const int cols = stage_cols(p, e, STAGE);
             constexpr int VECTORS = ROWS / VECTOR;
             for (int i = threadIdx.x; i < ROUND * VECTORS; i += THREADS) {
                 const int row = i / VECTORS, col = i % VECTORS * VECTOR;
@@ -222,18 +262,29 @@ struct SmallShape {
             };
 #pragma unroll 1
             for (int i = 0; i < STAGES - 1; ++i) load_next();
+            // Found while the first copies are under way.
+            Ahead ahead;
+            if (CALLS_AHEAD) ahead.find(p);
+            bool called = !CALLS_AHEAD;
+            const auto call_ahead = [&] {
+                if (called || !loader.done()) return;
+                ahead.call();
+                called = true;
+            };
+            if (CALLS_AHEAD) call_ahead();
 
             for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
-                const Tile tile = Tile::find<TOKENS, ROWS>(p, number);
+                const Tile tile = Tile::find<TOKENS, ROWS>(p, p.tile_first, number);
                 const MoeExpert& e = p.experts[tile.expert];
                 Sums sums[PRODUCT_COUNT] = {};
 #pragma unroll
                 for (int product = 0; product < PRODUCT_COUNT; ++product) {
-                    const int steps = (Operands<T>::template of<STAGE>(p, e, product).k + K - 1) / K;
+                    const int steps = (Operands<T>::of(p, e, STAGE, product).k + K - 1) / K;
                     for (int i = 0; i < steps; ++i) {
                         wait_copies<STAGES - 2>();
                         __syncthreads();  // the step is there for all, and all are done with the stage filled next
                         load_next();
+                        if (CALLS_AHEAD) call_ahead();
                         multiply(stages + drain * STAGE_BYTES, sums[product]);
                         drain = drain + 1 == STAGES ? 0 : drain + 1;
                     }

@@ -87,7 +87,7 @@ __device__ void few_logits(const MoeLogitsParams& p) {
     float* const partials = reinterpret_cast<float*>(shared);  // [warp][sum]
 #pragma unroll
     for (int sum = 0; sum < TOKENS * ROWS; ++sum) {
-        for (int lanes = 16; lanes > 0; lanes /= 2) sums[sum] += __shfl_xor_sync(0xFFFFFFFFu, sums[sum], lanes);
+        for (int lanes = 16; lanes > 0; lanes /= 2) sums[sum] += __shfl_xor_sync(WHOLE_WARP, sums[sum], lanes);
         if (threadIdx.x % 32 == 0) partials[threadIdx.x / 32 * TOKENS * ROWS + sum] = sums[sum];
     }
     __syncthreads();

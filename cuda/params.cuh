@@ -6,7 +6,8 @@
 //
 //   launch                      grid, block                       reads -> writes
 //   moe_logits_*                (ceil(T/64), ceil(rows/64)), 256  x, router -> logits f32 [T, rows]
-//     or moe_logits_few_*       (ceil(rows/2), ceil(T/8)), 128    T <= 512: the same
+//     or moe_logits_few_*       (ceil(rows/2), ceil(T/8)), 128    T <= 256: the same
+//     or moe_logits_many_*      (ceil(T/32), ceil(rows/64)), 128  beyond, 16-bit x: the same, of the router in parts
 //   moe_route                   ceil(T/4), 128                    logits -> ids i32 [T, slots], weights f32 [T, slots]
 //   moe_sort_small              1, 256      T·slots <= 2048       ids, weights -> offsets, pair_token, pair_weight,
 //                                                                 slot_source; tile prefixes of the four GEMM stages
@@ -66,18 +67,23 @@ constexpr int MOE_ROW_THREADS = 128;                          // kernels with on
 constexpr int MOE_COMBINE_COLS = 8 * MOE_ROW_THREADS;         // columns of a block
 constexpr int MOE_GEMM_SHARED = 96 * 1024;
 constexpr int MOE_LOGITS_TILE = 64;  // tokens and rows per block
-constexpr int MOE_LOGITS_FEW = 512;  // tokens at most of moe_logits_few_*
+constexpr int MOE_LOGITS_FEW = 256;  // tokens at most of moe_logits_few_*
 constexpr int MOE_LOGITS_FEW_THREADS = 128;
 constexpr int MOE_LOGITS_FEW_TOKENS = 8, MOE_LOGITS_FEW_ROWS = 2;  // per block
 constexpr int MOE_LOGITS_FEW_SHARED = MOE_LOGITS_FEW_THREADS / 32 * MOE_LOGITS_FEW_TOKENS * MOE_LOGITS_FEW_ROWS * 4;
 constexpr int MOE_LOGITS_SHARED = 2 * 32 * (MOE_LOGITS_TILE + 4) * 4;
+constexpr int MOE_LOGITS_MANY_THREADS = 128;
+constexpr int MOE_LOGITS_MANY_TOKENS = 32, MOE_LOGITS_MANY_ROWS = 64;  // per block
+constexpr int MOE_LOGITS_MANY_SHARED = 3 * (MOE_LOGITS_MANY_TOKENS + MOE_LOGITS_MANY_ROWS) * 128 * 2;
 constexpr int moe_gemm_threads(int tile_rows, bool is_hidden) { return tile_rows == 128 && !is_hidden ? 128 : 256; }
 // Blocks of a GEMM stage that registers let share a multiprocessor; shared memory may let fewer.
 constexpr int moe_gemm_blocks(int tile_rows, bool is_hidden) { return tile_rows == 128 && is_hidden ? 1 : 2; }
 constexpr int moe_gemm_tile_cols(int tile_rows) { return tile_rows == 8 ? 16 : tile_rows == 16 ? 32 : 128; }
 constexpr int moe_route_words(int experts) { return 2 * experts + MOE_MAX_GROUPS; }  // of a token
 constexpr int moe_route_shared(int experts) { return 4 * MOE_ROUTE_TOKENS * moe_route_words(experts); }
-constexpr int moe_sort_shared(int experts) { return 4 * (MOE_SORT_THREADS / 32 * experts + 64) + 2 * MOE_SORT_CHUNK; }
+constexpr int moe_sort_shared(int experts) {
+    return 4 * (MOE_SORT_THREADS / 32 * experts + experts + 1 + 64) + 2 * MOE_SORT_CHUNK;
+}
 // Routing, then sorting in the same place. `experts` of the router, `rows` of the tables.
 constexpr int moe_route_sort_shared(int experts, int rows) {
     const int route = 4 * MOE_ROUTE_SORT_TOKENS * moe_route_words(experts), sort = moe_sort_shared(rows);
@@ -133,16 +139,19 @@ enum MoeSkip : int32_t {
     MOE_SKIP_RESCALED = 2,  // left out; the other weights grow to the old sum
 };
 
-// Logits = x · weightᵀ in f32: moe_logits_{bf16,f16,f32}.
+// Logits = x · weightᵀ in f32: moe_logits_{bf16,f16,f32}, moe_logits_few_*, moe_logits_many_{bf16,f16}.
 struct MoeLogitsParams {
     const void* x;        // [tokens, hidden]
     const float* weight;  // [rows, hidden]
+    const void* parts;    // [part_count, rows, hidden] of x's type: the weight in parts, see logits_many.cu
     float* logits;        // [tokens, rows]
     int32_t tokens;
     int32_t rows;
     int32_t hidden;
     int32_t ldx;
     int32_t ldw;
+    int32_t ld_parts;     // a multiple of 8
+    int32_t part_count;   // 1 to 3
     int32_t ld_logits;
 };
 
@@ -246,25 +255,28 @@ enum MoeActivation : int32_t {
 
 // One GEMM stage: moe_project_in_*, moe_hidden_*, moe_project_hidden_*, moe_output_*.
 struct MoeGemmParams {
-    const MoeExpert* experts;   // [experts_count]
-    const int32_t* offsets;     // [experts_count + 1]
-    const int32_t* order;       // [experts_count]
-    const int32_t* tile_first;  // [experts_count + 1] of this stage
-    const int32_t* pair_token;  // row of `input` of each pair; null: the pair itself. Only in project_in and hidden
-    const void* input;          // what dense matrices and V multiply: x, or h in project_hidden and output
-    const void* z;              // what U multiplies; hidden and output only
-    const void* base;           // hidden: base of gate and up [tokens, ld_base], or null
-    void* out;                  // project_*: z; hidden: h; output: y
+    const MoeExpert* experts;        // [experts_count]
+    const int32_t* offsets;          // [experts_count + 1]
+    const int32_t* order;            // [experts_count]
+    const int32_t* tile_first;       // [experts_count + 1] of this stage
+    const int32_t* next_tile_first;  // the same of the stage that the next launch computes for these experts; null: of none
+    const int32_t* pair_token;       // row of `input` of each pair; null: the pair itself. Only in project_in and hidden
+    const void* input;               // what dense matrices and V multiply: x, or h in project_hidden and output
+    const void* z;                   // what U multiplies; hidden and output only
+    const void* base;                // hidden: base of gate and up [tokens, ld_base], or null
+    void* out;                       // project_*: z; hidden: h; output: y
     int32_t experts_count;
     int32_t hidden;
     int32_t ld_input;
     int32_t ld_z;
     int32_t ld_base;
     int32_t ld_out;
-    int32_t base_up;            // column of `base` where up begins
-    int32_t activation;         // MoeActivation
+    int32_t base_up;                 // column of `base` where up begins
+    int32_t activation;              // MoeActivation
     float limit;
     float slope;
+    int32_t next_stage;              // MoeStage: hidden behind project_in, one of the last two behind hidden
+    int32_t reserved;
 };
 
 // hb[t] = sum of weight · h over the token's pairs whose down has MOE_BASE: moe_base_hidden_*.
@@ -307,12 +319,12 @@ struct MoeCombineParams {
 
 static_assert(sizeof(MoeMatrix) == 40 && offsetof(MoeMatrix, flags) == 36, "MoeMatrix");
 static_assert(sizeof(MoeExpert) == 256 && offsetof(MoeExpert, form) == 144, "MoeExpert");
-static_assert(sizeof(MoeLogitsParams) == 48, "MoeLogitsParams");
+static_assert(sizeof(MoeLogitsParams) == 64, "MoeLogitsParams");
 static_assert(sizeof(MoeRouteParams) == 136 && offsetof(MoeRouteParams, tokens) == 56, "MoeRouteParams");
 static_assert(sizeof(MoeSortParams) == 136 && offsetof(MoeSortParams, tokens) == 96, "MoeSortParams");
 static_assert(sizeof(MoeRouteSortParams) == 272 && offsetof(MoeRouteSortParams, sort) == 136, "MoeRouteSortParams");
 static_assert(sizeof(MoeBasePlanParams) == 56 && offsetof(MoeBasePlanParams, tokens) == 24, "MoeBasePlanParams");
 static_assert(sizeof(MoeScaleInputParams) == 56, "MoeScaleInputParams");
-static_assert(sizeof(MoeGemmParams) == 112 && offsetof(MoeGemmParams, experts_count) == 72, "MoeGemmParams");
+static_assert(sizeof(MoeGemmParams) == 128 && offsetof(MoeGemmParams, experts_count) == 80, "MoeGemmParams");
 static_assert(sizeof(MoeBaseHiddenParams) == 80, "MoeBaseHiddenParams");
 static_assert(sizeof(MoeCombineParams) == 104 && offsetof(MoeCombineParams, tokens) == 72, "MoeCombineParams");

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+constexpr unsigned WHOLE_WARP = 0xFFFFFFFFu;  // the mask of all lanes
+
 #if !defined(__CUDACC__)
 #include <ptx_emulation.h>
 #else
@@ -31,8 +33,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 }
 
 // Copies `valid` of 16 bytes to shared memory past the registers and L1; the rest is zero. With valid = 0 nothing is read.
+// L2 is asked for the 256 bytes around: a step of 64 columns takes half of them, and the next step takes the other half.
 __device__ __forceinline__ void copy_16_async(uint32_t to, const void* from, int valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -47,14 +50,6 @@ __device__ __forceinline__ void wait_copies() {
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-// Two matrices; lanes 0 to 15 give the addresses.
-__device__ __forceinline__ void load_matrix_x2(uint32_t (&r)[2], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
                  : "r"(address)
                  : "memory");
 }

@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr unsigned ALL = ALL_LANES;
+constexpr unsigned NOBODY = 0xFFFFFFFFu;  // above every expert
 constexpr uint32_t CLOSED = 0;  // key of an expert that cannot be chosen (any more)
 constexpr float NEGATIVE_INFINITY = -__builtin_huge_valf();
 constexpr float LARGEST = 3.402823466e38f;  // finite
@@ -29,12 +29,12 @@ __device__ float value_of(uint32_t key) {
 }
 
 __device__ float warp_sum(float value) {
-    for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(ALL, value, lanes);
+    for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(WHOLE_WARP, value, lanes);
     return value;
 }
 
 __device__ float warp_max(float value) {
-    for (int lanes = 16; lanes > 0; lanes /= 2) value = fmaxf(value, __shfl_xor_sync(ALL, value, lanes));
+    for (int lanes = 16; lanes > 0; lanes /= 2) value = fmaxf(value, __shfl_xor_sync(WHOLE_WARP, value, lanes));
     return value;
 }
 
@@ -46,11 +46,11 @@ __device__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 // This lane's best open expert.
 struct Best {
     uint32_t key = CLOSED;
-    unsigned index = ALL;
+    unsigned index = NOBODY;
 
     __device__ void find(const uint32_t* keys, int experts, int lane) {
         key = CLOSED;
-        index = ALL;
+        index = NOBODY;
         for (int i = lane; i < experts; i += 32) {
             if (keys[i] > key) {
                 key = keys[i];
@@ -61,9 +61,9 @@ struct Best {
 
     // The warp's best expert, the lowest of equals; closes it.
     __device__ unsigned take(uint32_t* keys, int experts, int lane) {
-        const uint32_t largest = __reduce_max_sync(ALL, key);
-        const unsigned winner = __reduce_min_sync(ALL, key == largest ? index : ALL);
-        if (index == winner && winner != ALL) {
+        const uint32_t largest = __reduce_max_sync(WHOLE_WARP, key);
+        const unsigned winner = __reduce_min_sync(WHOLE_WARP, key == largest ? index : NOBODY);
+        if (index == winner && winner != NOBODY) {
             keys[winner] = CLOSED;
             find(keys, experts, lane);
         }
@@ -81,10 +81,10 @@ __device__ void limit_groups(const MoeRouteParams& p, uint32_t* keys, float* sco
             second = max(second, min(first, key));
             first = max(first, key);
         }
-        const uint32_t largest = __reduce_max_sync(ALL, first);
+        const uint32_t largest = __reduce_max_sync(WHOLE_WARP, first);
         // One lane, of those that have the largest key, offers its second one.
-        const int owner = __ffs(__ballot_sync(ALL, first == largest)) - 1;
-        const uint32_t next = __reduce_max_sync(ALL, lane == owner ? second : first);
+        const int owner = __ffs(__ballot_sync(WHOLE_WARP, first == largest)) - 1;
+        const uint32_t next = __reduce_max_sync(WHOLE_WARP, lane == owner ? second : first);
         float score = value_of(largest);
         if (p.group_score == MOE_GROUP_TWO_LARGEST && next != CLOSED) score += value_of(next);
         if (lane == 0) scores[g] = score != score ? NEGATIVE_INFINITY : score;
@@ -97,7 +97,7 @@ __device__ void limit_groups(const MoeRouteParams& p, uint32_t* keys, float* sco
         for (int h = 0; h < p.groups && g < p.groups; ++h) {
             ahead += scores[h] > scores[g] || (scores[h] == scores[g] && h < g);
         }
-        const unsigned half_kept = __ballot_sync(ALL, g < p.groups && ahead < p.groups_kept);
+        const unsigned half_kept = __ballot_sync(WHOLE_WARP, g < p.groups && ahead < p.groups_kept);
         kept |= static_cast<uint64_t>(half_kept) << (32 * half);
     }
     for (int i = lane; i < p.experts; i += 32) {
@@ -109,8 +109,8 @@ __device__ void limit_groups(const MoeRouteParams& p, uint32_t* keys, float* sco
 __device__ float sparse_mixer(const MoeRouteParams& p, uint32_t* keys, const float* logits, Best& best, int lane, int& id) {
     float weight = 0.0f;
     for (int slot = 0; slot < p.top_k; ++slot) {
-        const uint32_t largest = __reduce_max_sync(ALL, best.key);
-        const unsigned winner = __reduce_min_sync(ALL, best.key == largest ? best.index : ALL);
+        const uint32_t largest = __reduce_max_sync(WHOLE_WARP, best.key);
+        const unsigned winner = __reduce_min_sync(WHOLE_WARP, best.key == largest ? best.index : NOBODY);
         const float top = logits[winner];
         float sum = 0.0f;
         for (int i = lane; i < p.experts; i += 32) {
@@ -137,7 +137,7 @@ __device__ void leave_out(const MoeRouteParams& p, float* sorted, int lane, int&
     // Descending, ties to the earlier slot.
     int rank = 0;
     for (int slot = 0; slot < p.top_k; ++slot) {
-        const float other = __shfl_sync(ALL, weight, slot);
+        const float other = __shfl_sync(WHOLE_WARP, weight, slot);
         rank += other > weight || (other == weight && slot < lane);
     }
     if (is_slot) sorted[rank] = weight;
@@ -147,7 +147,7 @@ __device__ void leave_out(const MoeRouteParams& p, float* sorted, int lane, int&
         total += sorted[m];
         if (m == lane) tail = total;
     }
-    const unsigned small = __ballot_sync(ALL, is_slot && lane > 0 && tail < p.skip * total);
+    const unsigned small = __ballot_sync(WHOLE_WARP, is_slot && lane > 0 && tail < p.skip * total);
     if (small == 0) return;
     const int kept = __ffs(small) - 1;
     float sum = 0.0f;
@@ -211,14 +211,14 @@ __device__ void route(const MoeRouteParams& p, int64_t token, float* values) {
         best.find(keys, p.experts, lane);
         for (int slot = 0; slot < p.top_k; ++slot) {
             const unsigned winner = best.take(keys, p.experts, lane);
-            if (lane == slot && winner != ALL) {
+            if (lane == slot && winner != NOBODY) {
                 id = static_cast<int>(winner);
                 weight = values[winner];
             }
         }
         if (p.renormalise) {
             float chosen = 0.0f;
-            for (int slot = 0; slot < p.top_k; ++slot) chosen += __shfl_sync(ALL, weight, slot);
+            for (int slot = 0; slot < p.top_k; ++slot) chosen += __shfl_sync(WHOLE_WARP, weight, slot);
             const float divisor = fmaxf(chosen + p.added, p.least);
             if (divisor != 0.0f) weight /= divisor;
         }

@@ -28,18 +28,18 @@ MOE_KERNEL(moe_sort_count, MoeSortParams, MOE_SORT_THREADS, 1) {
 MOE_KERNEL(moe_sort_scan, MoeSortParams, MOE_SORT_THREADS, 1) {
     follow_previous_kernel();
     MOE_SHARED(shared);
-    int* const scan = Chunk(p, 0, shared).scan;
+    const Chunk chunk(p, 0, shared);
     const int chunks = ceil_div(p.tokens * p.slots, MOE_SORT_CHUNK);
-    scan_offsets(p, scan, [&](int e) {
+    scan_offsets(p, chunk, [&](int e) {
         int sum = 0;
 #pragma unroll 8
-        for (int chunk = 0; chunk < chunks; ++chunk) sum += p.histogram[chunk * p.experts_count + e];
+        for (int i = 0; i < chunks; ++i) sum += p.histogram[i * p.experts_count + e];
         return sum;
     });
     // Eight chunks are read before one is written, so that as many reads are under way.
     constexpr int BATCH = 8;
     for (int e = threadIdx.x; e < p.experts_count; e += MOE_SORT_THREADS) {
-        int position = p.offsets[e];
+        int position = chunk.offsets[e];
         for (int first = 0; first < chunks; first += BATCH) {
             int32_t* const cells = p.histogram + first * p.experts_count + e;
             int counts[BATCH];
@@ -52,7 +52,7 @@ MOE_KERNEL(moe_sort_scan, MoeSortParams, MOE_SORT_THREADS, 1) {
             }
         }
     }
-    plan_tiles(p, scan);
+    plan_tiles(p, chunk);
 }
 
 MOE_KERNEL(moe_sort_scatter, MoeSortParams, MOE_SORT_THREADS, 1) {

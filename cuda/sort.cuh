@@ -7,7 +7,6 @@
 
 namespace {
 
-constexpr unsigned ALL_LANES = 0xFFFFFFFFu;
 constexpr int SORT_WARPS = MOE_SORT_THREADS / 32;
 constexpr int WARP_SLOTS = MOE_SORT_CHUNK / SORT_WARPS;
 constexpr int SCAN_WORDS = 64;
@@ -21,10 +20,11 @@ __device__ int expert_of(const MoeSortParams& p, int slot) {
     return expert < 0 || p.experts[expert].form == MOE_NONE ? -1 : expert;
 }
 
-// A chunk of slots. Its shared memory: counts, scan, experts.
+// A chunk of slots. Its shared memory: counts, offsets, scan, experts.
 struct Chunk {
     int first, end;    // slots
     int* counts;       // [SORT_WARPS, experts_count]
+    int* offsets;      // [experts_count + 1]: those of the parameters, without the way to memory and back
     int* scan;         // [SCAN_WORDS]
     int16_t* experts;  // [MOE_SORT_CHUNK]: expert_of
     static_assert(MOE_MAX_EXPERTS <= INT16_MAX, "experts fit");
@@ -33,15 +33,21 @@ struct Chunk {
         first = number * MOE_SORT_CHUNK;
         end = min(first + MOE_SORT_CHUNK, p.tokens * p.slots);
         counts = reinterpret_cast<int*>(shared);
-        scan = counts + SORT_WARPS * p.experts_count;
+        offsets = counts + SORT_WARPS * p.experts_count;
+        scan = offsets + p.experts_count + 1;
         experts = reinterpret_cast<int16_t*>(scan + SCAN_WORDS);
     }
 
     __device__ int* own_counts(const MoeSortParams& p) const { return counts + threadIdx.x / 32 * p.experts_count; }
 
-    // expert_of any slot; the first and the last token of a chunk may reach into its neighbours.
-    __device__ int expert(const MoeSortParams& p, int slot) const {
-        return slot >= first && slot < end ? experts[slot - first] : expert_of(p, slot);
+    // Calls visit(slot, expert_of(slot)) for slots of one token; only those of a chunk's first and last token may lie in its
+    // neighbours. What is read at a time does not depend on what was read.
+    template <class Visit>
+    __device__ void each(const MoeSortParams& p, int begin, int stop, const Visit& visit) const {
+        for (int s = begin; s < min(stop, first); ++s) visit(s, expert_of(p, s));
+#pragma unroll 4
+        for (int s = max(begin, first); s < min(stop, end); ++s) visit(s, static_cast<int>(experts[s - first]));
+        for (int s = max(begin, end); s < stop; ++s) visit(s, expert_of(p, s));
     }
 };
 
@@ -55,17 +61,17 @@ struct Slot {
 
 __device__ Slot read_slot(const MoeSortParams& p, const Chunk& chunk, int slot) {
     Slot result;
-    const int expert = chunk.expert(p, slot);
+    const int expert = chunk.experts[slot - chunk.first];
     if (expert < 0) return result;
     float weight = p.weights[slot];
     if (p.merge_duplicates) {
         const int token_first = slot / p.slots * p.slots;
-        for (int s = token_first; s < slot; ++s) {
-            if (chunk.expert(p, s) == expert) return result;
-        }
-        for (int s = slot + 1; s < token_first + p.slots; ++s) {
-            if (chunk.expert(p, s) == expert) weight += p.weights[s];
-        }
+        bool is_duplicate = false;
+        chunk.each(p, token_first, slot, [&](int, int other) { is_duplicate |= other == expert; });
+        if (is_duplicate) return result;
+        chunk.each(p, slot + 1, token_first + p.slots, [&](int s, int other) {
+            if (other == expert) weight += p.weights[s];
+        });
     }
     const bool is_constant = p.experts[expert].form == MOE_CONSTANT;
     (is_constant ? result.constant : result.expert) = expert;
@@ -84,7 +90,7 @@ __device__ void walk(const MoeSortParams& p, const Chunk& chunk, int* cells) {
         const int index = start + lane;
         Slot slot;
         if (index < chunk.end) slot = read_slot(p, chunk, index);
-        const unsigned same = __match_any_sync(ALL_LANES, static_cast<unsigned>(slot.expert));
+        const unsigned same = __match_any_sync(WHOLE_WARP, static_cast<unsigned>(slot.expert));
         const int rank = __popc(same & ((1u << lane) - 1));
         const int position = slot.expert >= 0 ? cells[slot.expert] + rank : NO_PAIR;
         __syncwarp();
@@ -123,11 +129,14 @@ template <class First>
 __device__ void place_chunk(const MoeSortParams& p, const Chunk& chunk, const First& first) {
     for (int e = threadIdx.x; e < p.experts_count; e += MOE_SORT_THREADS) {
         int position = first(e);
+        int* const cells = chunk.counts + e;
+        int counts[SORT_WARPS];
+#pragma unroll
+        for (int warp = 0; warp < SORT_WARPS; ++warp) counts[warp] = cells[warp * p.experts_count];
+#pragma unroll
         for (int warp = 0; warp < SORT_WARPS; ++warp) {
-            int* const cell = chunk.counts + warp * p.experts_count + e;
-            const int count = *cell;
-            *cell = position;
-            position += count;
+            cells[warp * p.experts_count] = position;
+            position += counts[warp];
         }
     }
     __syncthreads();
@@ -148,7 +157,7 @@ __device__ void exclusive_scan(int count, int* scan, const Value& value, const P
         for (int n = 0; n < N; ++n) {
             sum[n] = own[n];
             for (int lanes = 1; lanes < 32; lanes *= 2) {
-                const int below = __shfl_up_sync(ALL_LANES, sum[n], lanes);
+                const int below = __shfl_up_sync(WHOLE_WARP, sum[n], lanes);
                 if (lane >= lanes) sum[n] += below;
             }
             if (lane == 31) scan[n * SORT_WARPS + warp] = sum[n];
@@ -171,10 +180,10 @@ __device__ void exclusive_scan(int count, int* scan, const Value& value, const P
 
 // offsets[e]: the sum of pairs(e') for e' < e.
 template <class Pairs>
-__device__ void scan_offsets(const MoeSortParams& p, int* scan, const Pairs& pairs) {
+__device__ void scan_offsets(const MoeSortParams& p, const Chunk& chunk, const Pairs& pairs) {
     exclusive_scan<1>(
-        p.experts_count, scan, [&](int e, int(&own)[1]) { own[0] = pairs(e); },
-        [&](int e, const int(&before)[1]) { p.offsets[e] = before[0]; });
+        p.experts_count, chunk.scan, [&](int e, int(&own)[1]) { own[0] = pairs(e); },
+        [&](int e, const int(&before)[1]) { p.offsets[e] = chunk.offsets[e] = before[0]; });
 }
 
 __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -189,12 +198,12 @@ __device__ int column_tiles(const MoeExpert& e, int stage, int hidden, const int
 }
 
 // Tiles of each stage, in the order in which they are dealt out, from the offsets.
-__device__ void plan_tiles(const MoeSortParams& p, int* scan) {
+__device__ void plan_tiles(const MoeSortParams& p, const Chunk& chunk) {
     exclusive_scan<MOE_STAGES>(
-        p.experts_count, scan,
+        p.experts_count, chunk.scan,
         [&](int i, int(&tiles)[MOE_STAGES]) {
             const int e = p.order[i];
-            const int row_tiles = ceil_div(p.offsets[e + 1] - p.offsets[e], p.tile_rows);
+            const int row_tiles = ceil_div(chunk.offsets[e + 1] - chunk.offsets[e], p.tile_rows);
 #pragma unroll
             for (int stage = 0; stage < MOE_STAGES; ++stage) {
                 tiles[stage] = row_tiles * column_tiles(p.experts[e], stage, p.hidden, p.tile_cols);
@@ -212,9 +221,9 @@ __device__ void plan_tiles(const MoeSortParams& p, int* scan) {
 __device__ void sort_all(const MoeSortParams& p, unsigned char* shared) {
     const Chunk chunk(p, 0, shared);
     count_chunk(p, chunk);
-    scan_offsets(p, chunk.scan, [&](int e) { return count_of(p, chunk, e); });
-    place_chunk(p, chunk, [&](int e) { return p.offsets[e]; });
-    plan_tiles(p, chunk.scan);
+    scan_offsets(p, chunk, [&](int e) { return count_of(p, chunk, e); });
+    place_chunk(p, chunk, [&](int e) { return chunk.offsets[e]; });
+    plan_tiles(p, chunk);
 }
 
 // Calls the tables of the layer into L2, for this kernel and those behind it. They do not change, so this may come before

@@ -399,6 +399,21 @@ fn routers_against_the_cpu(gpu: &impl Gpu) {
     }
 }
 
+/// More tokens than what few of them are routed with, at once and in parts that are not.
+fn many_tokens_route_as_few_do(gpu: &impl Gpu) {
+    let rule = rule(RouterSpec::softmax(TOP_K, WeightRule::RENORMALISED));
+    let weights = router_weights(&rule);
+    for element in [Element::Bf16, Element::F16] {
+        let experts = experts(element, Activation::SwiGlu);
+        let bench = Bench::new(gpu, &with_router(spec(element, &experts), &rule, &weights));
+        let x = round(element, noise(300 * HIDDEN, 15, 1.5));
+        let expected: Vec<f32> =
+            x.chunks(100 * HIDDEN).flat_map(|x| bench.run(x, &By::Router, None)).collect();
+        let what = format!("{element:?}");
+        close(&bench.run(&x, &By::Router, None), &expected, tolerance(element), &what);
+    }
+}
+
 /// Ids that stand for nothing, ids that repeat, and a residual stream that is added.
 fn given_ids_and_a_residual(gpu: &impl Gpu) {
     let experts = experts(Element::F32, Activation::SwiGlu);
@@ -547,6 +562,7 @@ on_every_gpu! {
     clamped_activation_against_the_cpu
     other_activations_against_the_cpu
     routers_against_the_cpu
+    many_tokens_route_as_few_do
     given_ids_and_a_residual
     a_shared_expert
     an_expert_map_splits_the_layer

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use moepress::architecture::{Activation, WeightTarget};
+use moepress::architecture::{Activation, RouterSpec, WeightRule, WeightTarget};
 use moepress::backend::cuda::{
-    Block, Device, DeviceBlock, DeviceMatrix, DeviceVector, Element, Forward, Launch, LayerSpec, Memory,
-    MoeLayer, Result, Routing, Rows,
+    Block, Device, DeviceBlock, DeviceMatrix, DeviceVector, Element, Forward, Launch, LayerRouter, LayerSpec,
+    Memory, MoeLayer, Result, Routing, Rows,
 };
-use moepress::backend::{Expert, Linear, Matrix, Mlp};
-use moepress::checkpoint::{Dtype, encode_f32};
+use moepress::backend::{Expert, Linear, Matrix, Mlp, RouterRule};
+use moepress::checkpoint::{Dtype, Tensor, encode_f32};
 
 /// Sizes of a layer, without shared experts.
 pub(crate) struct Shape {
@@ -122,6 +122,14 @@ impl Layer {
         let mut memory = Matrices { next: weights.address() };
         let experts: Vec<_> =
             (0..shape.experts).map(|e| shape.expert((form.percent)(e), &mut memory)).collect();
+        let rule = RouterRule {
+            spec: RouterSpec::softmax(shape.top_k, WeightRule::RENORMALISED),
+            group_of: vec![0; shape.experts],
+            live: vec![true; shape.experts],
+        };
+        let router = noise(shape.experts * shape.hidden, 2, 0.03);
+        let router = Tensor::from_f32("router", Dtype::BF16, vec![shape.experts, shape.hidden], &router);
+        let router = LayerRouter { rule: &rule, weight: Some(&router), bias: None, choice_bias: None };
         let spec = LayerSpec {
             hidden: shape.hidden,
             element: Element::Bf16,
@@ -130,14 +138,14 @@ impl Layer {
             base: &[None, None, None],
             expert_map: None,
             shared: None,
-            router: None,
+            router: Some(router),
             target: WeightTarget::Output,
         };
         Ok(Layer { shape, form, prepared: MoeLayer::new(device, &spec)?, _weights: weights })
     }
 }
 
-/// Inputs of a forward pass, with uniform routing.
+/// Inputs of a forward pass, with uniform routing given as ids.
 pub(crate) struct Case {
     tokens: usize,
     hidden: usize,
@@ -185,13 +193,15 @@ impl Case {
         })
     }
 
-    pub(crate) fn enqueue(&self, layer: &Layer, launch: &impl Launch) -> Result<()> {
+    /// `routed`: by the layer's router, and not as given.
+    pub(crate) fn enqueue(&self, layer: &Layer, routed: bool, launch: &impl Launch) -> Result<()> {
         let rows = |block: &DeviceBlock| Rows { address: block.address(), stride: self.hidden };
+        let given = Routing::Given { ids: self.ids.address(), weights: self.weights.address() };
         let args = Forward {
             tokens: self.tokens,
             x: rows(&self.x),
             out: rows(&self.out),
-            routing: Routing::Given { ids: self.ids.address(), weights: self.weights.address() },
+            routing: if routed { Routing::Router } else { given },
             residual: None,
             workspace: self.workspace.address(),
             workspace_bytes: self.workspace.bytes(),

@@ -4,7 +4,7 @@
 //! `cargo bench --bench cuda -- [--shape NAME] [--form NAME] [--tokens N,N] [--runs N] [--peak TFLOP/s TB/s] [--kernels]`. One
 //! line of JSON per measurement on standard output. With `--peak`, what the device reaches in a large GEMM and in a copy, also the fraction
 //! of the floor: the time for the arithmetic, or for reading the visited experts and the tokens once and writing the
-//! results, whichever is longer. With `--kernels`, the time of each kernel instead.
+//! results, whichever is longer. With `--kernels`, the time of each kernel instead, those of the router among them.
 
 mod layer;
 mod timing;
@@ -83,16 +83,16 @@ fn measure(gpu: &Gpu, layer: &Layer, tokens: usize, options: &Options) -> Result
     let mut line = serde_json::json!({ "device": device, "shape": shape, "form": form, "tokens": tokens });
     if options.kernels {
         let timed = Timed::new(gpu);
-        cases[0].enqueue(layer, &timed)?;
+        cases[0].enqueue(layer, true, &timed)?;
         timed.clear();
         for case in &cases {
-            case.enqueue(layer, &timed)?;
+            case.enqueue(layer, true, &timed)?;
         }
         line["kernels"] = serde_json::json!(timed.microseconds()?);
     } else {
         // A first run outside of a capture: whatever a driver does at a kernel's first launch is done.
-        gpu.run(|stream| cases[0].enqueue(layer, stream))?;
-        let graphs = cases.iter().map(|case| gpu.capture(|stream| case.enqueue(layer, stream)));
+        gpu.run(|stream| cases[0].enqueue(layer, false, stream))?;
+        let graphs = cases.iter().map(|case| gpu.capture(|stream| case.enqueue(layer, false, stream)));
         let graphs = graphs.collect::<Result<Vec<_>, _>>()?;
         let microseconds = gpu.median(&graphs, options.runs)?;
         let flops = cases.iter().map(Case::flops).sum::<f64>() / COPIES as f64;

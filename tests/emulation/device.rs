@@ -376,7 +376,13 @@ impl<'a> Prepared<'a> {
         };
         let from_h = MoeGemmParams { input: h.address(), ld_input: self.ld_h as i32, ..common };
         let to_z = |p: MoeGemmParams| MoeGemmParams { out: z.address(), ld_out: self.ld_z as i32, ..p };
-        self.gemm(PROJECT_IN, plan, &MoeGemmParams { tile_first: stage(PROJECT_IN), ..to_z(from_x) })?;
+        let followed = |p: MoeGemmParams, next: usize| MoeGemmParams {
+            next_tile_first: stage(next),
+            next_stage: next as i32,
+            ..p
+        };
+        let project_in = MoeGemmParams { tile_first: stage(PROJECT_IN), ..to_z(from_x) };
+        self.gemm(PROJECT_IN, plan, &followed(project_in, HIDDEN))?;
         let hidden_stage = MoeGemmParams {
             tile_first: stage(HIDDEN),
             base: if self.base.is_some() { base_in.address() } else { 0 },
@@ -386,12 +392,9 @@ impl<'a> Prepared<'a> {
             ld_out: self.ld_h as i32,
             ..from_x
         };
-        self.gemm(HIDDEN, plan, &hidden_stage)?;
-        self.gemm(
-            PROJECT_HIDDEN,
-            plan,
-            &MoeGemmParams { tile_first: stage(PROJECT_HIDDEN), ..to_z(from_h) },
-        )?;
+        self.gemm(HIDDEN, plan, &followed(hidden_stage, PROJECT_HIDDEN))?;
+        let project_hidden = MoeGemmParams { tile_first: stage(PROJECT_HIDDEN), ..to_z(from_h) };
+        self.gemm(PROJECT_HIDDEN, plan, &followed(project_hidden, OUTPUT))?;
         let output =
             MoeGemmParams { tile_first: stage(OUTPUT), out: y.address(), ld_out: ldx as i32, ..from_h };
         self.gemm(OUTPUT, plan, &output)?;

@@ -20,7 +20,16 @@ const SMALL: Plan = Plan { tile_rows: 16, large_sort: false };
 fn tile_edges() {
     let mut random = Random::new(21);
     for (i, tile_rows) in FAMILIES.into_iter().enumerate() {
-        for (width, rows) in [(1, tile_rows - 1), (127, tile_rows), (129, tile_rows + 1), (16, 1)] {
+        let half = tile_rows / 2;
+        let sizes = [
+            (1, tile_rows - 1),
+            (127, tile_rows),
+            (129, tile_rows + 1),
+            (16, 1),
+            (40, half),
+            (130, half + 1),
+        ];
+        for (width, rows) in sizes {
             let mut layer = Layer::new(Dtype::Bf16, 24);
             layer.add(&mut random, width, [Form::LowRank(9), Form::Dense, Form::LowRank(3)]);
             let tokens = rows as usize;

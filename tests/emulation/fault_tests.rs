@@ -11,15 +11,19 @@ use crate::device::Plan;
 use crate::emulator::{self, Dtype, Emulator, Mode};
 use crate::failure_tests::try_far_offsets;
 use crate::gemm_tests::{live, mixed_layer, try_layer};
-use crate::routing_tests::try_routing;
+use crate::routing_tests::{try_many_logits, try_routing};
 
 /// What has to notice.
 #[derive(Clone, Copy, Debug)]
 enum Probe {
     /// A layer of all forms, with this family's tiles.
     Layer(u32),
+    /// A tile of the large family with one pair more than fits into half of it.
+    ShortTile,
     /// Offsets beyond 32 bits.
     Far(u32),
+    /// Logits of many tokens.
+    Logits,
     /// Sorting many slots.
     Sort,
     Route,
@@ -52,6 +56,7 @@ const fn sort_fault(what: &'static str, from: &'static str, to: &'static str) ->
 
 const LARGE: &str = "gemm_large.cu";
 const SMALL: &str = "gemm_small.cu";
+const LOGITS: &str = "logits_many.cu";
 
 const FAULTS: &[Fault] = &[
     fault(
@@ -66,10 +71,10 @@ const FAULTS: &[Fault] = &[
         "early stage release",
         LARGE,
         Probe::Layer(128),
-        "__syncthreads();  // the step is there for all, and all are done with the stage that comes next\n                    load_next();",
-        "load_next();\n                    __syncthreads();",
+        "__syncthreads();  // the step is there for all, and all are done with the stage that comes next\n                load_next();",
+        "load_next();\n                __syncthreads();",
     ),
-    fault("wrong swizzle", LARGE, Probe::Layer(128), "% 2) ^ (col & 7);", "% 2) ^ (col & 3);"),
+    fault("wrong swizzle", LARGE, Probe::Layer(128), "% 2) ^ (col & 7)) * 16;", "% 2) ^ (col & 3)) * 16;"),
     fault("no swizzle", LARGE, Probe::Layer(128), "(chunk ^ (row & 7)) * 16;", "chunk * 16;"),
     fault("dropped row predicate", LARGE, Probe::Layer(128), "if (first + row >= tile.rows || ", "if ("),
     fault(
@@ -90,8 +95,15 @@ const FAULTS: &[Fault] = &[
         "sums overwritten",
         LARGE,
         Probe::Layer(128),
-        "                __syncthreads();\n                if (PRODUCT_COUNT == 1) {",
-        "                if (PRODUCT_COUNT == 1) {",
+        "            __syncthreads();\n            if (COUNT == TILE_ROWS || ",
+        "            if (COUNT == TILE_ROWS || ",
+    ),
+    fault(
+        "short tiles of too many rows",
+        LARGE,
+        Probe::ShortTile,
+        "if (tile.rows <= ROWS / 2) {",
+        "if (tile.rows <= ROWS / 2 + 1) {",
     ),
     fault(
         "int32 offset",
@@ -138,6 +150,38 @@ const FAULTS: &[Fault] = &[
         "static_cast<int64_t>(weight) * o.ld_weight",
         "static_cast<int>(static_cast<unsigned>(weight) * o.ld_weight)",
     ),
+    fault(
+        "weights called ahead that are not there",
+        SMALL,
+        Probe::Layer(16),
+        "if (row >= stage_cols(p, e, p.next_stage)) return;",
+        "",
+    ),
+    fault(
+        "columns called ahead that are not there",
+        SMALL,
+        Probe::Layer(8),
+        "cols[product] = min(o.k, 2 * K) - col;",
+        "cols[product] = 2 * K - col;",
+    ),
+    fault("missing wait", LOGITS, Probe::Logits, "wait_copies<STAGES - 2>();", "wait_copies<STAGES - 1>();"),
+    fault("missing barrier", LOGITS, Probe::Logits, "__syncthreads();  // the step", "// the step"),
+    fault(
+        "wrong swizzle",
+        LOGITS,
+        Probe::Logits,
+        "((chunk % 8) ^ (first & 7))",
+        "((chunk % 8) ^ (first & 3))",
+    ),
+    fault("parts of equal worth", LOGITS, Probe::Logits, "1.0f / 2048;", "1.0f;"),
+    fault(
+        "rows beyond the router",
+        LOGITS,
+        Probe::Logits,
+        "token < p.tokens && row < p.rows)",
+        "token < p.tokens)",
+    ),
+    fault("sums overwritten", LOGITS, Probe::Logits, "+ own_row;\n    __syncthreads();", "+ own_row;"),
     Fault {
         what: "K tail not cut off",
         file: "gemm.cuh",
@@ -188,7 +232,7 @@ const FAULTS: &[Fault] = &[
         "put(i, before);\n        __syncthreads();",
         "put(i, before);",
     ),
-    sort_fault("a duplicate runs twice", "== expert) return result;", "== expert) break;"),
+    sort_fault("a duplicate runs twice", "if (is_duplicate) return result;", ""),
     fault("NaN first", "routing.cu", Probe::Route, "if (value != value) value = NEGATIVE_INFINITY;", ""),
     fault("NaN in, NaN out", "routing.cu", Probe::Route, "fminf(fmaxf(logit, -LARGEST), LARGEST)", "logit"),
     fault("sums of 0", "routing.cu", Probe::Route, "if (divisor != 0.0f) weight", "weight"),
@@ -217,7 +261,12 @@ fn build(fault: &Fault, folder: &Path) -> Option<emulator::Kernels> {
             assert_eq!(text.matches(fault.from).count(), 1, "{} in {} applies once", fault.what, fault.file);
             text = text.replace(fault.from, fault.to);
         }
-        if let Probe::Layer(tile_rows) | Probe::Far(tile_rows) = fault.probe {
+        let family = match fault.probe {
+            Probe::Layer(tile_rows) | Probe::Far(tile_rows) => Some(tile_rows),
+            Probe::ShortTile => Some(128),
+            Probe::Logits | Probe::Sort | Probe::Route => None,
+        };
+        if let Some(tile_rows) = family {
             let wanted = format!("MOE_GEMM_KERNELS({tile_rows}, bf16");
             let keep = |line: &&str| !line.starts_with("MOE_GEMM_KERNELS(") || line.starts_with(&wanted);
             text = text.lines().filter(keep).collect::<Vec<_>>().join("\n") + "\n";
@@ -237,7 +286,15 @@ fn probe(fault: &Fault, gpu: Emulator) -> Result<(), String> {
             let x = random.values(Dtype::Bf16, 13 * layer.hidden, 1.0);
             try_layer(gpu, &layer, &x, &routes, Plan { tile_rows, large_sort: false })
         }
+        Probe::ShortTile => {
+            let mut layer = Layer::new(Dtype::Bf16, 24);
+            layer.add(&mut random, 16, [Form::Dense; 3]);
+            let routes = Routes::random(&mut random, 65, 1, &[0]);
+            let x = random.values(Dtype::Bf16, 65 * layer.hidden, 1.0);
+            try_layer(gpu, &layer, &x, &routes, Plan { tile_rows: 128, large_sort: false })
+        }
         Probe::Far(tile_rows) => try_far_offsets(gpu, tile_rows),
+        Probe::Logits => try_many_logits(gpu, &mut random, [40, 70, 200], Dtype::F16, 2),
         Probe::Sort => {
             let mut layer = Layer::new(Dtype::Bf16, 8);
             for _ in 0..300 {
@@ -286,6 +343,11 @@ fn faults_of_the_small_family() {
 #[test]
 fn faults_of_what_the_families_share() {
     all_are_caught("gemm.cuh");
+}
+
+#[test]
+fn faults_of_the_logits() {
+    all_are_caught(LOGITS);
 }
 
 #[test]

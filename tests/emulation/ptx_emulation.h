@@ -6,7 +6,8 @@
 using emulation::Site;
 
 inline void follow_previous_kernel(Site site = Site::here()) { emulation::follow_previous_kernel(site); }
-inline void prefetch_line(const void*) {}
+// Moves nothing, so it may come at any moment; but what it calls must be there.
+inline void prefetch_line(const void* p, Site site = Site::here()) { emulation::check_there(p, site); }
 inline uint32_t shared_address(const void* p, Site site = Site::here()) { return emulation::shared_offset(p, site); }
 
 inline void copy_16_async(uint32_t to, const void* from, int valid, Site site = Site::here()) {
@@ -105,9 +106,6 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 }  // namespace emulation
 
 inline void load_matrix_x4(uint32_t (&registers)[4], uint32_t address, Site site = Site::here()) {
-    emulation::load_matrix(registers, address, site);
-}
-inline void load_matrix_x2(uint32_t (&registers)[2], uint32_t address, Site site = Site::here()) {
     emulation::load_matrix(registers, address, site);
 }
 inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site = Site::here()) {

@@ -12,9 +12,10 @@ use crate::definition::{Form, Layer, Random, Routes};
 use crate::device::{Prepared, pitched};
 use crate::emulator::{Dtype as Type, Emulator, MODES, Mode};
 use crate::params::{
-    LOGITS_FEW_ROWS, LOGITS_FEW_SHARED, LOGITS_FEW_THREADS, LOGITS_FEW_TOKENS, LOGITS_SHARED, LOGITS_THREADS,
-    LOGITS_TILE, MoeLogitsParams, MoeRouteParams, MoeRouteSortParams, ROUTE_SORT_TOKENS, ROUTE_THREADS,
-    ROUTE_TOKENS, SORT_THREADS, route_shared, route_sort_shared,
+    LOGITS_FEW_ROWS, LOGITS_FEW_SHARED, LOGITS_FEW_THREADS, LOGITS_FEW_TOKENS, LOGITS_MANY_ROWS,
+    LOGITS_MANY_SHARED, LOGITS_MANY_THREADS, LOGITS_MANY_TOKENS, LOGITS_SHARED, LOGITS_THREADS, LOGITS_TILE,
+    MoeLogitsParams, MoeRouteParams, MoeRouteSortParams, ROUTE_SORT_TOKENS, ROUTE_THREADS, ROUTE_TOKENS,
+    SORT_THREADS, route_shared, route_sort_shared,
 };
 
 fn rule(spec: RouterSpec, experts: usize) -> RouterRule {
@@ -279,6 +280,7 @@ fn logits_are_f32_products() {
             ldx: ldx as i32,
             ldw: ldw as i32,
             ld_logits: rows as i32,
+            ..MoeLogitsParams::zeroed()
         };
         let grid = [tokens.div_ceil(LOGITS_TILE) as u32, rows.div_ceil(LOGITS_TILE) as u32, 1];
         let name = format!("moe_logits_{}", dtype.suffix());
@@ -295,6 +297,80 @@ fn logits_are_f32_products() {
             assert!((f64::from(found) - products.sum::<f64>()).abs() <= 1e-5 * magnitude, "{dtype:?} {i}");
         }
     }
+}
+
+/// The same on tensor cores, from weights in one to three parts, with and without whole steps of columns.
+#[test]
+fn logits_of_many_tokens_are_f32_products() {
+    let mut random = Random::new(19);
+    let (tokens, rows) = (70, 65);
+    for (mode, (dtype, hidden, parts)) in MODES.into_iter().zip([
+        (Type::Bf16, 50, 3),
+        (Type::F16, 300, 3),
+        (Type::Bf16, 300, 1),
+        (Type::F16, 128, 2),
+    ]) {
+        let Some(gpu) = Emulator::new(mode) else { return };
+        try_many_logits(gpu, &mut random, [tokens, rows, hidden], dtype, parts).unwrap();
+    }
+}
+
+/// Says what is wrong with logits of a size and of so many parts.
+pub(crate) fn try_many_logits(
+    gpu: Emulator,
+    random: &mut Random,
+    [tokens, rows, hidden]: [usize; 3],
+    dtype: Type,
+    parts: usize,
+) -> Result<(), String> {
+    let (ldx, ld_parts) = (hidden.next_multiple_of(8) + 8, hidden.next_multiple_of(8));
+    let x = random.values(dtype, tokens * hidden, 1.0);
+    let scale: f64 = if dtype == Type::F16 { 2048.0 } else { 256.0 };
+    let mut weight = vec![0.0; rows * hidden];
+    let mut encoded = Vec::new();
+    for part in 0..parts {
+        // In bf16 the lesser parts are small themselves, in f16 by what they stand for.
+        let unit = scale.powi(-(part as i32));
+        let stored = random.values(dtype, rows * hidden, if dtype == Type::F16 { 1.0 } else { unit as f32 });
+        for (weight, &stored) in weight.iter_mut().zip(&stored) {
+            *weight += f64::from(stored) * if dtype == Type::F16 { unit } else { 1.0 };
+        }
+        encoded.resize(part * rows * ld_parts * dtype.bytes(), 0xff);
+        encoded.extend(pitched(dtype, rows, hidden, ld_parts, &stored));
+    }
+    let x_rows = pitched(dtype, tokens, hidden, ldx, &x);
+    let buffers = (gpu.upload(&x_rows), gpu.upload(&encoded), gpu.room(tokens * rows * 4));
+    let params = MoeLogitsParams {
+        x: buffers.0.address(),
+        parts: buffers.1.address(),
+        logits: buffers.2.address(),
+        tokens: tokens as i32,
+        rows: rows as i32,
+        hidden: hidden as i32,
+        ldx: ldx as i32,
+        ld_parts: ld_parts as i32,
+        part_count: parts as i32,
+        ld_logits: rows as i32,
+        ..MoeLogitsParams::zeroed()
+    };
+    let grid = [tokens.div_ceil(LOGITS_MANY_TOKENS) as u32, rows.div_ceil(LOGITS_MANY_ROWS) as u32, 1];
+    let name = format!("moe_logits_many_{}", dtype.suffix());
+    gpu.run(&name, grid, [LOGITS_MANY_THREADS, 1, 1], LOGITS_MANY_SHARED, bytes_of(&params))?;
+    let conflicts = gpu.take_conflicts();
+    if conflicts > 0 {
+        return Err(format!("{conflicts} bank conflicts"));
+    }
+    for (i, found) in buffers.2.read::<f32>().into_iter().enumerate() {
+        let (x, w) = (&x[i / rows * hidden..][..hidden], &weight[i % rows * hidden..][..hidden]);
+        let products = x.iter().zip(w).map(|(&x, w)| f64::from(x) * w);
+        let magnitude: f64 = products.clone().map(f64::abs).sum();
+        let sum: f64 = products.sum();
+        let near = (f64::from(found) - sum).abs() <= 1e-6 * magnitude;
+        if !near {
+            return Err(format!("{dtype:?}, {parts} parts, {i}: {found}, expected {sum}"));
+        }
+    }
+    Ok(())
 }
 
 /// Routing and sorting in one kernel do what they do in two.

@@ -416,6 +416,22 @@ void wait_copies(unsigned newest_groups, Site site) {
     maybe_preempt();
 }
 
+void check_there(const void* address, Site site) {
+    const auto* p = static_cast<const unsigned char*>(address);
+    Guarded around{};
+    {
+        const std::lock_guard<std::mutex> lock(guarded_lock);
+        for (const auto& [data, memory] : guarded()) {
+            if (p >= memory.start && p < memory.start + memory.length) around = memory;
+        }
+    }
+    if (!around.start) {
+        (void)*static_cast<const volatile unsigned char*>(p);  // the test's own memory
+    } else if (p < around.data || p >= around.data + around.bytes) {
+        fail("access to global memory of %zu bytes at byte %td, line %d", around.bytes, p - around.data, site.line);
+    }
+}
+
 uint32_t shared_offset(const void* address, Site site) {
     const Block& block = *current->block;
     const auto* p = static_cast<const unsigned char*>(address);

@@ -116,6 +116,9 @@ void copy_async(void* to, const void* from, uint32_t bytes, uint32_t valid, Site
 void commit_copies();
 void wait_copies(unsigned newest_groups, Site site);
 
+// Fails on an address that is in no memory.
+void check_there(const void* address, Site site);
+
 // Offset of a shared address; fails on any other.
 uint32_t shared_offset(const void* address, Site site);
 // The shared memory at an offset.

@@ -9,8 +9,9 @@ use super::kernels::{self, F32_FAMILY, FAMILIES};
 use super::layer::{BaseTable, MoeLayer, RouterTable, Tables};
 use super::params::{
     self, COMBINE_COLS, GEMM_SHARED, HIDDEN, LOGITS_FEW, LOGITS_FEW_ROWS, LOGITS_FEW_SHARED,
-    LOGITS_FEW_THREADS, LOGITS_FEW_TOKENS, LOGITS_SHARED, LOGITS_THREADS, LOGITS_TILE, MoeBaseHiddenParams,
-    MoeBasePlanParams, MoeCombineParams, MoeGemmParams, MoeLogitsParams, MoeRouteParams, MoeRouteSortParams,
+    LOGITS_FEW_THREADS, LOGITS_FEW_TOKENS, LOGITS_MANY_ROWS, LOGITS_MANY_SHARED, LOGITS_MANY_THREADS,
+    LOGITS_MANY_TOKENS, LOGITS_SHARED, LOGITS_THREADS, LOGITS_TILE, MoeBaseHiddenParams, MoeBasePlanParams,
+    MoeCombineParams, MoeGemmParams, MoeLogitsParams, MoeRouteParams, MoeRouteSortParams,
     MoeScaleInputParams, MoeSortParams, OUTPUT, PROJECT_HIDDEN, PROJECT_IN, ROUTE_SORT_TOKENS, ROUTE_THREADS,
     ROUTE_TOKENS, ROW_THREADS, SORT_CHUNK, SORT_THREADS, STAGES, gemm_blocks, gemm_threads, gemm_tile_cols,
 };
@@ -76,8 +77,8 @@ impl<B> MoeLayer<B> {
     /// depends on the number of tokens alone, and results on nothing but the arguments: repeated runs are equal bit for
     /// bit.
     ///
-    /// Few tokens take fewer kernels and smaller tiles. Logits are made by blocks of 8 tokens and 2 rows up to 512 tokens, of
-    /// 64 and 64 beyond. Up to 8 tokens, routing and sorting are one kernel; up to 2048 slots, sorting is one kernel, beyond
+    /// Few tokens take fewer kernels and smaller tiles. Logits are made by blocks of 8 tokens and 2 rows up to 256 tokens, of
+    /// 32 and 64 beyond, or 64 and 64 in f32. Up to 8 tokens, routing and sorting are one kernel; up to 2048 slots, sorting is one kernel, beyond
     /// three.
     ///
     /// The GEMM kernels come in families. With rows = ⌈tokens · slots / experts⌉, the expected tokens of an expert: tiles of 8
@@ -216,11 +217,12 @@ impl<L: Launch + ?Sized> Pass<'_, L> {
             let base_in = base.filter(|_| tables.extent.base_in);
             if let Some((base, table)) = base_in {
                 let to = (workspace.base_in, stride(table.columns));
-                self.gemm(PROJECT_IN, base, MoeGemmParams { input: args.x.address, ..stages }, to)?;
+                self.gemm(PROJECT_IN, None, base, MoeGemmParams { input: args.x.address, ..stages }, to)?;
             }
             if tables.extent.v_in_rows > 0 {
                 let params = MoeGemmParams { pair_token, input, ..stages };
-                self.gemm(PROJECT_IN, work, params, (workspace.z, stride(tables.extent.z())))?;
+                let to = (workspace.z, stride(tables.extent.z()));
+                self.gemm(PROJECT_IN, Some(HIDDEN), work, params, to)?;
             }
             let params = MoeGemmParams {
                 pair_token,
@@ -232,18 +234,20 @@ impl<L: Launch + ?Sized> Pass<'_, L> {
                 ..stages
             };
             let ldh = stride(tables.extent.width);
-            self.gemm(HIDDEN, work, params, (workspace.h, ldh))?;
+            let next = if tables.extent.v_down_rows > 0 { PROJECT_HIDDEN } else { OUTPUT };
+            self.gemm(HIDDEN, Some(next), work, params, (workspace.h, ldh))?;
             let params = MoeGemmParams { input: workspace.h, ld_input: ldh as i32, ..stages };
             if tables.extent.v_down_rows > 0 {
-                self.gemm(PROJECT_HIDDEN, work, params, (workspace.z, stride(tables.extent.z())))?;
+                let to = (workspace.z, stride(tables.extent.z()));
+                self.gemm(PROJECT_HIDDEN, Some(OUTPUT), work, params, to)?;
             }
             let ldy = stride(tables.hidden);
-            self.gemm(OUTPUT, work, MoeGemmParams { z: workspace.z, ..params }, (workspace.y, ldy))?;
+            self.gemm(OUTPUT, None, work, MoeGemmParams { z: workspace.z, ..params }, (workspace.y, ldy))?;
             let base_out = base.filter(|_| tables.extent.base_down);
             if let Some((base, _)) = base_out {
                 self.base_hidden(ids)?;
                 let params = MoeGemmParams { input: workspace.base_hidden, ..params };
-                self.gemm(OUTPUT, base, params, (workspace.base_out, ldy))?;
+                self.gemm(OUTPUT, None, base, params, (workspace.base_out, ldy))?;
             }
             self.combine(base_out.is_some())
         }
@@ -303,17 +307,23 @@ impl<L: Launch + ?Sized> Pass<'_, L> {
                 let params = MoeLogitsParams {
                     x: args.x.address,
                     weight: router.weight,
+                    parts: router.parts.address,
                     logits: workspace.logits,
                     tokens: tokens as i32,
                     rows: router.rows as i32,
                     hidden: tables.hidden as i32,
                     ldx: args.x.stride as i32,
                     ldw: router.weight_stride as i32,
+                    ld_parts: stride(tables.hidden) as i32,
+                    part_count: router.parts.count as i32,
                     ld_logits: router.rows as i32,
                 };
                 let (kernel, grid, threads, shared) = if tokens <= LOGITS_FEW {
                     let grid = [router.rows.div_ceil(LOGITS_FEW_ROWS), tokens.div_ceil(LOGITS_FEW_TOKENS)];
                     (kernels::LOGITS_FEW, grid, LOGITS_FEW_THREADS, LOGITS_FEW_SHARED)
+                } else if router.parts.count > 0 {
+                    let grid = [tokens.div_ceil(LOGITS_MANY_TOKENS), router.rows.div_ceil(LOGITS_MANY_ROWS)];
+                    (kernels::LOGITS_MANY, grid, LOGITS_MANY_THREADS, LOGITS_MANY_SHARED)
                 } else {
                     let grid = [tokens.div_ceil(LOGITS_TILE), router.rows.div_ceil(LOGITS_TILE)];
                     (kernels::LOGITS, grid, LOGITS_THREADS, LOGITS_SHARED)
@@ -450,20 +460,23 @@ impl<L: Launch + ?Sized> Pass<'_, L> {
         }
     }
 
-    /// One GEMM stage over all tiles of `work`, into rows of `to`.
+    /// One GEMM stage over all tiles of `work`, into rows of `to`. `next` is the stage that follows over the same tiles.
     unsafe fn gemm(
         &self,
         stage: usize,
+        next: Option<usize>,
         work: Work,
         params: MoeGemmParams,
         (out, ld_out): (u64, usize),
     ) -> Result<()> {
-        let tile_list = (stage * (work.count + 1) * size_of::<i32>()) as u64;
+        let tile_first = |stage| work.tile_first + (stage * (work.count + 1) * size_of::<i32>()) as u64;
         let params = MoeGemmParams {
             experts: work.experts,
             offsets: work.offsets,
             order: work.order,
-            tile_first: work.tile_first + tile_list,
+            tile_first: tile_first(stage),
+            next_tile_first: next.map_or(0, tile_first),
+            next_stage: next.unwrap_or(0) as i32,
             experts_count: work.count as i32,
             out,
             ld_out: ld_out as i32,

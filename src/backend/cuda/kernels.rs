@@ -42,6 +42,9 @@ macro_rules! per_element {
 
 pub(super) const LOGITS: PerElement = per_element!("moe_logits");
 pub(super) const LOGITS_FEW: PerElement = per_element!("moe_logits_few");
+/// Not in f32: there, those of [`LOGITS`].
+pub(super) const LOGITS_MANY: PerElement =
+    PerElement { f32: LOGITS.f32, f16: "moe_logits_many_f16", bf16: "moe_logits_many_bf16" };
 pub(super) const SCALE_INPUT: PerElement = per_element!("moe_scale_input");
 pub(super) const BASE_HIDDEN: PerElement = per_element!("moe_base_hidden");
 pub(super) const COMBINE: PerElement = per_element!("moe_combine");
@@ -93,5 +96,6 @@ pub fn kernel_names() -> impl Iterator<Item = &'static str> {
     plain
         .into_iter()
         .chain(elements.flat_map(|k| [k.f32, k.f16, k.bf16]))
+        .chain([LOGITS_MANY.f16, LOGITS_MANY.bf16])
         .chain(gemms.flat_map(|g| [g.f32].into_iter().chain(g.f16).chain(g.bf16)))
 }

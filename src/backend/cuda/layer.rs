@@ -3,7 +3,7 @@
 use super::arena::Arena;
 use super::experts::{Common, Extent, cost, describe, describe_base};
 use super::params::{self, MoeExpert, MoeRouteParams};
-use super::router::{self, LayerRouter};
+use super::router::{self, LayerRouter, RouterParts};
 use super::weights::{LayerMatrix, LayerVector};
 use super::{Block, Element, Error, Memory, Result};
 use crate::architecture::{Activation, WeightTarget};
@@ -96,6 +96,8 @@ pub(super) struct RouterTable {
     /// f32 `[rows, hidden]`.
     pub(super) weight: u64,
     pub(super) weight_stride: usize,
+    /// The same in the layer's element type.
+    pub(super) parts: RouterParts,
     /// Logits of a token.
     pub(super) rows: usize,
 }
@@ -183,7 +185,13 @@ where
     let router = spec.router.as_ref().map(|router| {
         let gate = spec.shared.as_ref().and_then(|shared| shared.gate);
         let shared = spec.shared.is_some();
-        router::place(router, router::Sizes { hidden, experts, top_k, shared }, gate, spec.target, arena)
+        router::place(
+            router,
+            router::Sizes { hidden, element, experts, top_k, shared },
+            gate,
+            spec.target,
+            arena,
+        )
     });
     Ok(Tables {
         hidden,

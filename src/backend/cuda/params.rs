@@ -17,11 +17,15 @@ pub(super) const GEMM_SHARED: u32 = 96 * 1024;
 pub(super) const LOGITS_TILE: usize = 64;
 pub(super) const LOGITS_SHARED: u32 = 2 * 32 * (LOGITS_TILE as u32 + 4) * 4;
 pub(super) const LOGITS_THREADS: u32 = 256;
-pub(super) const LOGITS_FEW: usize = 512;
+pub(super) const LOGITS_FEW: usize = 256;
 pub(super) const LOGITS_FEW_THREADS: u32 = 128;
 pub(super) const LOGITS_FEW_TOKENS: usize = 8;
 pub(super) const LOGITS_FEW_ROWS: usize = 2;
 pub(super) const LOGITS_FEW_SHARED: u32 = 256;
+pub(super) const LOGITS_MANY_THREADS: u32 = 128;
+pub(super) const LOGITS_MANY_TOKENS: usize = 32;
+pub(super) const LOGITS_MANY_ROWS: usize = 64;
+pub(super) const LOGITS_MANY_SHARED: u32 = 72 * 1024;
 
 /// Most groups of a router.
 const MAX_GROUPS: usize = 64;
@@ -36,7 +40,7 @@ pub(super) fn route_shared(experts: usize) -> u32 {
 }
 
 pub(super) fn sort_shared(experts: usize) -> u32 {
-    (4 * (SORT_THREADS as usize / 32 * experts + 64) + 2 * SORT_CHUNK) as u32
+    (4 * ((SORT_THREADS as usize / 32 + 1) * experts + 1 + 64) + 2 * SORT_CHUNK) as u32
 }
 
 pub(super) fn route_sort_shared(experts: usize, rows: usize) -> u32 {
@@ -119,12 +123,15 @@ mirror! {
     MoeLogitsParams {
         x: u64,
         weight: u64,
+        parts: u64,
         logits: u64,
         tokens: i32,
         rows: i32,
         hidden: i32,
         ldx: i32,
         ldw: i32,
+        ld_parts: i32,
+        part_count: i32,
         ld_logits: i32,
     }
     MoeRouteParams {
@@ -207,6 +214,7 @@ mirror! {
         offsets: u64,
         order: u64,
         tile_first: u64,
+        next_tile_first: u64,
         pair_token: u64,
         input: u64,
         z: u64,
@@ -222,6 +230,8 @@ mirror! {
         activation: i32,
         limit: f32,
         slope: f32,
+        next_stage: i32,
+        reserved: i32,
     }
     MoeBaseHiddenParams {
         experts: u64,
@@ -297,6 +307,10 @@ mod tests {
             ("MOE_LOGITS_FEW_TOKENS", LOGITS_FEW_TOKENS),
             ("MOE_LOGITS_FEW_ROWS", LOGITS_FEW_ROWS),
             ("MOE_LOGITS_FEW_SHARED", LOGITS_FEW_SHARED as usize),
+            ("MOE_LOGITS_MANY_THREADS", LOGITS_MANY_THREADS as usize),
+            ("MOE_LOGITS_MANY_TOKENS", LOGITS_MANY_TOKENS),
+            ("MOE_LOGITS_MANY_ROWS", LOGITS_MANY_ROWS),
+            ("MOE_LOGITS_MANY_SHARED", LOGITS_MANY_SHARED as usize),
             ("MOE_LOGITS_TILE", LOGITS_TILE),
             ("MOE_LOGITS_SHARED", LOGITS_SHARED as usize),
             ("MOE_NONE", FORM_NONE as usize),

@@ -3,10 +3,11 @@
 use super::arena::Arena;
 use super::layer::RouterTable;
 use super::params::MoeRouteParams;
-use super::{Error, Result};
+use super::workspace::stride;
+use super::{Element, Error, Result};
 use crate::architecture::{Choice, GroupLimit, GroupScore, Scoring, Skip, WeightRule, WeightTarget};
 use crate::backend::RouterRule;
-use crate::checkpoint::{Tensor, encode_f32};
+use crate::checkpoint::{Dtype, Tensor, decode_f32, encode_f32};
 
 /// A router: the rule, and what of its tensors the layer is to apply. Whatever the logits, a token's ids are distinct and
 /// its weights finite, by the rule of [`RouterRule::decide`].
@@ -26,9 +27,19 @@ pub struct LayerRouter<'a> {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sizes {
     pub(super) hidden: usize,
+    pub(super) element: Element,
     pub(super) experts: usize,
     pub(super) top_k: usize,
     pub(super) shared: bool,
+}
+
+/// A router's weight as a sum of matrices of 16 bits, see `cuda/logits_many.cu`.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct RouterParts {
+    /// `[count, rows, hidden]`.
+    pub(super) address: u64,
+    /// 0 where there are none: in f32, and where a weight is beyond the element type.
+    pub(super) count: usize,
 }
 
 /// Places the router's tables. `gate` is that of the shared expert.
@@ -40,7 +51,7 @@ pub(super) fn place(
     arena: &mut Arena<'_>,
 ) -> Result<RouterTable> {
     check(router.rule, sizes, target)?;
-    let Sizes { hidden, experts, top_k, shared } = sizes;
+    let Sizes { hidden, element, experts, top_k, shared } = sizes;
     let RouterRule { spec, group_of, live } = router.rule;
     let rows = experts + usize::from(gate.is_some());
     let mut vector = |tensor: Option<&Tensor>, what: &str| match tensor {
@@ -59,16 +70,19 @@ pub(super) fn place(
         return Err(Error::argument("router choice bias", "none", "one, by the rule"));
     }
     let weight_stride = hidden.next_multiple_of(4);
-    let weight = match router.weight {
-        Some(weight) => {
-            check_len("router weight", weight, experts * hidden)?;
-            if let Some(gate) = gate {
-                check_len("gate of the shared expert", gate, hidden)?;
-            }
-            arena.put(rows * weight_stride, 4, || logit_weights(weight, gate, hidden, weight_stride))?
+    let (mut weight, mut parts) = (0, RouterParts::default());
+    if let Some(tensor) = router.weight {
+        check_len("router weight", tensor, experts * hidden)?;
+        if let Some(gate) = gate {
+            check_len("gate of the shared expert", gate, hidden)?;
         }
-        None => 0,
-    };
+        let values = logit_weights(tensor, gate)?;
+        let padded = pad(&values, hidden, weight_stride);
+        weight = arena.put(rows * weight_stride, 4, || Ok(encode_f32(Dtype::F32, &padded)))?;
+        let found = split(pad(&values, hidden, stride(hidden)), element);
+        let address = arena.put(found.concat().len(), 1, || Ok(found.concat()))?;
+        parts = RouterParts { address, count: found.len() };
+    }
     let group_of = spec.groups.map_or(Ok(0), |_| arena.put_values(group_of))?;
     let all_live = live.iter().all(|&live| live);
     let live: Vec<u8> = live.iter().map(|&live| u8::from(live)).collect();
@@ -84,7 +98,7 @@ pub(super) fn place(
         shared_gate: if gate.is_some() { experts as i32 } else { -1 },
         ..rule_params(router.rule)
     };
-    Ok(RouterTable { params, weight, has_weight: router.weight.is_some(), weight_stride, rows })
+    Ok(RouterTable { params, weight, has_weight: router.weight.is_some(), weight_stride, parts, rows })
 }
 
 /// The rule alone.
@@ -130,17 +144,47 @@ fn rule_params(rule: &RouterRule) -> MoeRouteParams {
     }
 }
 
-/// f32 `[rows, stride]`: the router's rows, then the shared expert's gate.
-fn logit_weights(weight: &Tensor, gate: Option<&Tensor>, hidden: usize, stride: usize) -> Result<Vec<u8>> {
+/// The router's rows, then the shared expert's gate.
+fn logit_weights(weight: &Tensor, gate: Option<&Tensor>) -> Result<Vec<f32>> {
     let mut values = weight.to_f32()?;
     if let Some(gate) = gate {
         values.extend(gate.to_f32()?);
     }
+    Ok(values)
+}
+
+/// Rows of `hidden` values, `stride` apart.
+fn pad(values: &[f32], hidden: usize, stride: usize) -> Vec<f32> {
     let mut padded = vec![0.0; values.len() / hidden * stride];
     for (row, values) in padded.chunks_exact_mut(stride).zip(values.chunks_exact(hidden)) {
         row[..hidden].copy_from_slice(values);
     }
-    Ok(encode_f32(crate::checkpoint::Dtype::F32, &padded))
+    padded
+}
+
+/// Up to three parts of the element type that sum up to the values, each of what the ones before left over; in f16 that is
+/// scaled, since it would vanish among its least numbers.
+fn split(values: Vec<f32>, element: Element) -> Vec<Vec<u8>> {
+    let scale = match element {
+        Element::F32 => return Vec::new(),
+        Element::F16 => 2048.0,
+        Element::Bf16 => 1.0,
+    };
+    let mut rest = values;
+    let mut parts = Vec::new();
+    while parts.len() < 3 && (parts.is_empty() || rest.iter().any(|&value| value != 0.0)) {
+        let part = encode_f32(element.dtype(), &rest);
+        let mut rounded = vec![0.0; rest.len()];
+        decode_f32(element.dtype(), &part, &mut rounded);
+        for (rest, rounded) in rest.iter_mut().zip(rounded) {
+            *rest = (*rest - rounded) * scale;
+        }
+        if rest.iter().any(|value| !value.is_finite()) {
+            return Vec::new();
+        }
+        parts.push(part);
+    }
+    parts
 }
 
 fn check(rule: &RouterRule, sizes: Sizes, target: WeightTarget) -> Result<()> {
@@ -197,4 +241,42 @@ fn check_len(what: &str, tensor: &Tensor, expected: usize) -> Result<()> {
         return Err(Error::argument(what, found, format!("{expected} elements")));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One part where the values are of the type already; else their sum is as good as f32, from large to tiny ones.
+    #[test]
+    fn parts_sum_up() {
+        let sum = |element: Element, parts: &[Vec<u8>]| {
+            let scale = if element == Element::F16 { 2048.0f64 } else { 1.0 };
+            let mut sums = vec![0.0; parts.first().map_or(0, Vec::len) / 2];
+            for (i, part) in parts.iter().enumerate() {
+                let mut values = vec![0.0; sums.len()];
+                decode_f32(element.dtype(), part, &mut values);
+                for (sum, value) in sums.iter_mut().zip(values) {
+                    *sum += f64::from(value) / scale.powi(i as i32);
+                }
+            }
+            sums
+        };
+        let values: Vec<f32> = (1..2000).map(|i| 3.7f32.powi(i % 21 - 12) * (i as f32).sin()).collect();
+        for element in [Element::Bf16, Element::F16] {
+            let parts = split(values.clone(), element);
+            assert_eq!(parts.len(), 3);
+            for (sum, &value) in sum(element, &parts).into_iter().zip(&values) {
+                let near = (sum - f64::from(value)).abs() <= 2f64.powi(-24) * f64::from(value.abs()) + 1e-14;
+                assert!(near, "{element:?}: {sum}, expected {value}");
+            }
+            let mut rounded = vec![0.0; values.len()];
+            decode_f32(element.dtype(), &parts[0], &mut rounded);
+            assert_eq!(split(rounded, element), parts[..1]);
+            assert_eq!(split(vec![0.0; 8], element).len(), 1);
+            assert!(split(vec![1.0, f32::NAN], element).is_empty());
+        }
+        assert!(split(vec![1e5], Element::F16).is_empty());
+        assert!(split(values, Element::F32).is_empty());
+    }
 }

@@ -1,8 +1,9 @@
 //! What a layer launches, and what it refuses, without running anything. The numbers are checked on the emulation of the
 //! kernels, in `tests/cuda_layer.rs`.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
+use super::params::MoeGemmParams;
 use super::*;
 use crate::architecture::{
     Activation, GroupLimit, GroupScore, RouterSpec, Skip, SkipThreshold, WeightRule, WeightTarget,
@@ -12,7 +13,31 @@ use crate::checkpoint::{Dtype, Tensor, Weight};
 
 /// Remembers names and grids.
 #[derive(Default)]
-struct Recorder(RefCell<Vec<(&'static str, [u32; 3])>>);
+struct Recorder {
+    launched: RefCell<Vec<(&'static str, [u32; 3])>>,
+    /// Tiles, stage and blocks of the next GEMM, as the last one says.
+    announced: Cell<Option<(u64, i32, [u32; 3])>>,
+}
+
+impl Recorder {
+    /// A GEMM calls ahead what the next one begins with: the same tiles, on as many blocks.
+    fn check_announced(&self, kernel: &str, grid: [u32; 3], params: &[u8]) {
+        let stages = ["moe_project_in_t", "moe_hidden_t", "moe_project_hidden_t", "moe_output_t"];
+        let Some(stage) = stages.iter().position(|name| kernel.starts_with(name)) else {
+            assert_eq!(self.announced.get(), None, "before {kernel}");
+            return;
+        };
+        let params: MoeGemmParams = bytemuck::pod_read_unaligned(params);
+        if let Some(announced) = self.announced.take() {
+            assert_eq!((params.tile_first, stage as i32), (announced.0, announced.1), "{kernel}");
+            // The large family, which calls nothing, has other grids in one stage.
+            assert!(grid == announced.2 || kernel.contains("_t128"), "{kernel}");
+        }
+        if params.next_tile_first != 0 {
+            self.announced.set(Some((params.next_tile_first, params.next_stage, grid)));
+        }
+    }
+}
 
 impl Launch for Recorder {
     unsafe fn launch(
@@ -21,12 +46,14 @@ impl Launch for Recorder {
         grid: [u32; 3],
         _: [u32; 3],
         _: u32,
-        _: &[u8],
+        params: &[u8],
         follows: bool,
     ) -> Result<()> {
-        assert_eq!(follows, !self.0.borrow().is_empty(), "only the first kernel of a pass follows none");
+        let mut launched = self.launched.borrow_mut();
+        assert_eq!(follows, !launched.is_empty(), "only the first kernel of a pass follows none");
         assert!(kernels::kernel_names().any(|name| name == kernel), "{kernel} is not loaded");
-        self.0.borrow_mut().push((kernel, grid));
+        self.check_announced(kernel, grid, params);
+        launched.push((kernel, grid));
         Ok(())
     }
 
@@ -123,7 +150,7 @@ fn launched(layer: &MoeLayer<HostBlock>, args: &Forward) -> Vec<(&'static str, [
     let recorder = Recorder::default();
     // SAFETY: nothing is run.
     unsafe { layer.forward(&recorder, args) }.unwrap();
-    recorder.0.into_inner()
+    recorder.launched.into_inner()
 }
 
 fn names(layer: &MoeLayer<HostBlock>, args: &Forward) -> Vec<&'static str> {
@@ -176,7 +203,7 @@ fn a_layer_with_everything() {
     let args = Forward { routing: Routing::Router, ..args(&layer, 2000) };
     let found = launched(&layer, &args);
     let expected = [
-        ("moe_logits_bf16", [32, 1, 1]),
+        ("moe_logits_many_bf16", [63, 1, 1]),
         ("moe_route", [500, 1, 1]),
         ("moe_sort_count", [3, 1, 1]),
         ("moe_sort_scan", [1, 1, 1]),

@@ -5,12 +5,10 @@ struct MistakeParams {
     int* out;
 };
 
-constexpr unsigned ALL = 0xFFFFFFFFu;
-
 MOE_KERNEL(barrier_in_a_branch, MistakeParams, 64, 1) {
     follow_previous_kernel();
     if (threadIdx.x < 40) __syncthreads();
-    if (threadIdx.x >= 40) __shfl_sync(ALL, 1, 8);
+    if (threadIdx.x >= 40) __shfl_sync(WHOLE_WARP, 1, 8);
     p.out[threadIdx.x] = 1;
 }
 
@@ -27,7 +25,7 @@ MOE_KERNEL(two_barriers, MistakeParams, 64, 1) {
 MOE_KERNEL(shuffle_after_an_exit, MistakeParams, 32, 1) {
     follow_previous_kernel();
     if (threadIdx.x == 5) return;
-    p.out[threadIdx.x] = __shfl_xor_sync(ALL, 1, 4);
+    p.out[threadIdx.x] = __shfl_xor_sync(WHOLE_WARP, 1, 4);
 }
 
 MOE_KERNEL(shuffle_from_outside, MistakeParams, 32, 1) {
@@ -37,7 +35,7 @@ MOE_KERNEL(shuffle_from_outside, MistakeParams, 32, 1) {
 
 MOE_KERNEL(divergent_warp, MistakeParams, 32, 1) {
     follow_previous_kernel();
-    p.out[threadIdx.x] = threadIdx.x < 16 ? __shfl_sync(ALL, 1, 0) : __any_sync(ALL, 1);
+    p.out[threadIdx.x] = threadIdx.x < 16 ? __shfl_sync(WHOLE_WARP, 1, 0) : __any_sync(WHOLE_WARP, 1);
 }
 
 MOE_KERNEL(copy_never_waited_for, MistakeParams, 32, 1) {
@@ -78,6 +76,11 @@ MOE_KERNEL(reads_what_may_not_be_there_yet, MistakeParams, 32, 1) {
     const int early = p.out[threadIdx.x];
     follow_previous_kernel();
     p.out[threadIdx.x] = early;
+}
+
+MOE_KERNEL(calls_what_is_not_there, MistakeParams, 32, 1) {
+    follow_previous_kernel();
+    prefetch_line(p.out + 1024);
 }
 
 MOE_KERNEL(meets_before_it_waits, MistakeParams, 64, 1) {
