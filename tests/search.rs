@@ -176,6 +176,7 @@ fn subsets_and_losses_are_those_of_the_reference() {
                 search.leave(&[], "").unwrap();
             }
         });
+        let statistics = outputs(&reference, "stats.json");
         for (kind, set) in [("layerwise", "false"), ("progressive", "true")] {
             let r = kept[1];
             let budget = Some(Budget::Experts(r));
@@ -186,7 +187,10 @@ fn subsets_and_losses_are_those_of_the_reference() {
             for (layer, expected) in plan.layers.iter().zip(expected) {
                 let name = format!("{name} {kind} layer {}", layer.layer);
                 let (found, loss) = (layer.loss.unwrap(), expected["loss"].as_f64().unwrap());
-                assert!((found / loss - 1.0).abs() < 1e-5, "{name}: loss {found} instead of {loss}");
+                // The reference's bound for f32: rounding moves what is subtracted, however small the difference.
+                let routed_norm = statistics["layers"][layer.layer]["routed_norm"].as_f64().unwrap();
+                let bound = 1e-5 * loss + 1e-6 * routed_norm;
+                assert!((found - loss).abs() < bound, "{name}: loss {found} instead of {loss}");
                 assert_eq!(layer.dropped().collect::<Vec<_>>(), dropped(expected), "{name}");
             }
         }
