@@ -74,6 +74,13 @@ impl<B: Backend> LayerCache<B> {
         }
     }
 
+    /// Both parts of the state, where there is a cache.
+    pub(super) fn tail_and_heads(
+        cache: Option<&mut Self>,
+    ) -> (Option<&mut B::Buffer>, Option<&mut B::Buffer>) {
+        cache.map(LayerCache::state).map(|state| (&mut state.tail, &mut state.heads)).unzip()
+    }
+
     pub(super) fn rows(&self) -> &Rows<B> {
         &self.rows
     }

@@ -99,10 +99,7 @@ impl<B: Backend> Mamba<B> {
         s: &mut Scratch<B>,
         cache: Option<&mut LayerCache<B>>,
     ) -> Result<()> {
-        let (tail, channels) = match cache.map(LayerCache::state) {
-            None => (None, None),
-            Some(state) => (Some(&mut state.tail), Some(&mut state.heads)),
-        };
+        let (tail, channels) = LayerCache::tail_and_heads(cache);
         let architecture::Mamba { width, state_dim, step_rank, .. } = self.spec;
         backend.clear_padding(&mut s.normed, batch)?;
         self.input.apply(backend, &s.normed, &mut s.up)?;
@@ -170,10 +167,7 @@ impl<B: Backend> Mamba2<B> {
         s: &mut Scratch<B>,
         cache: Option<&mut LayerCache<B>>,
     ) -> Result<()> {
-        let (tail, heads) = match cache.map(LayerCache::state) {
-            None => (None, None),
-            Some(state) => (Some(&mut state.tail), Some(&mut state.heads)),
-        };
+        let (tail, heads) = LayerCache::tail_and_heads(cache);
         backend.clear_padding(&mut s.normed, batch)?;
         self.input.apply(backend, &s.normed, &mut s.up)?;
         let (width, channels) = (self.spec.width(), self.spec.channels());

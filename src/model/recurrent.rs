@@ -90,10 +90,7 @@ impl<B: Backend> Delta<B> {
         s: &mut Scratch<B>,
         cache: Option<&mut LayerCache<B>>,
     ) -> Result<()> {
-        let (tail, heads) = match cache.map(LayerCache::state) {
-            None => (None, None),
-            Some(state) => (Some(&mut state.tail), Some(&mut state.heads)),
-        };
+        let (tail, heads) = LayerCache::tail_and_heads(cache);
         // As transformers does: padding before a text then leaves no trace in the state.
         backend.clear_padding(&mut s.normed, batch)?;
         // From here on `query` is q, k and v, `gate` z, `key` b and `value` a.

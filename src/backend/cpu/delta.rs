@@ -33,7 +33,7 @@ pub(super) fn gated_delta_rule(
     qkv: &mut CpuBuffer,
     gates: DeltaGates<'_, CpuBuffer, Vec<f32>>,
     shape: GatedDelta,
-    mut state: Option<&mut CpuBuffer>,
+    state: Option<&mut CpuBuffer>,
     batch: &Batch,
     out: &mut CpuBuffer,
 ) {
@@ -42,13 +42,7 @@ pub(super) fn gated_delta_rule(
     normalise(qkv, shape, &mut products);
     let DeltaGates { b, a, log_rates, dt_bias } = gates;
     open_gates(b, a, log_rates, dt_bias);
-    if let Some(state) = state.as_deref_mut()
-        && batch.start == 0
-    {
-        state.reshape(value_heads * key_dim, value_dim);
-        state.data.fill(0.0);
-    }
-    let state = state.map(|state| Columns::new(&mut state.data, value_heads * key_dim, value_dim, value_dim));
+    let state = state.map(|state| state.carried(batch, value_heads * key_dim, value_dim));
     let (rows, cols) = (out.rows, out.cols);
     let out = Columns::new(&mut out.data, rows, cols, cols);
     let blocks = value_dim.div_ceil(COLUMNS);

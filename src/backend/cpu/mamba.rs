@@ -23,20 +23,14 @@ const PIECE: usize = 1 << 12;
 pub(super) fn scan(
     x: &CpuBuffer,
     terms: ChannelTerms<'_, CpuBuffer, Vec<f32>>,
-    mut state: Option<&mut CpuBuffer>,
+    state: Option<&mut CpuBuffer>,
     batch: &Batch,
     out: &mut CpuBuffer,
 ) {
     let ChannelTerms { steps, b, c, rates, skip } = terms;
     let (channels, state_dim) = (x.cols, b.cols);
     steps.data.par_chunks_mut(PIECE).for_each(|piece| piece.iter_mut().for_each(|v| *v = softplus(*v)));
-    if let Some(state) = state.as_deref_mut()
-        && batch.start == 0
-    {
-        state.reshape(state_dim, channels);
-        state.data.fill(0.0);
-    }
-    let state = state.map(|state| Columns::new(&mut state.data, state_dim, channels, channels));
+    let state = state.map(|state| state.carried(batch, state_dim, channels));
     let rows = out.rows;
     let out = Columns::new(&mut out.data, rows, channels, channels);
     let blocks = channels.div_ceil(COLUMNS);

@@ -28,7 +28,7 @@ pub(super) fn scan(
     x: &CpuBuffer,
     terms: ScanTerms<'_, CpuBuffer, Vec<f32>>,
     shape: Mamba2,
-    mut state: Option<&mut CpuBuffer>,
+    state: Option<&mut CpuBuffer>,
     batch: &Batch,
     out: &mut CpuBuffer,
 ) {
@@ -36,13 +36,7 @@ pub(super) fn scan(
     let ScanTerms { steps, dt_bias, rates, skip } = terms;
     let mut decays = Scratch::take(x.rows * heads);
     discretise(steps, dt_bias, rates, shape.step_limits, &mut decays);
-    if let Some(state) = state.as_deref_mut()
-        && batch.start == 0
-    {
-        state.reshape(heads * state_dim, head_dim);
-        state.data.fill(0.0);
-    }
-    let state = state.map(|state| Columns::new(&mut state.data, heads * state_dim, head_dim, head_dim));
+    let state = state.map(|state| state.carried(batch, heads * state_dim, head_dim));
     let (rows, cols) = (out.rows, out.cols);
     let out = Columns::new(&mut out.data, rows, cols, cols);
     let blocks = head_dim.div_ceil(COLUMNS);

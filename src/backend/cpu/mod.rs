@@ -20,6 +20,8 @@ mod route;
 mod simd;
 mod softmax;
 
+use gemm::Columns;
+
 use crate::architecture::{Activation, GatedDelta, Mamba2, Rope};
 use crate::checkpoint::{Tensor, Weight};
 
@@ -66,6 +68,15 @@ impl CpuBuffer {
 
     fn row(&self, r: usize) -> &[f32] {
         &self.data[r * self.cols..(r + 1) * self.cols]
+    }
+
+    /// The state `[rows, cols]` that tokens before `batch` left here; zeros where none came before.
+    fn carried(&mut self, batch: &Batch, rows: usize, cols: usize) -> Columns<'_> {
+        if batch.start == 0 {
+            self.reshape(rows, cols);
+            self.data.fill(0.0);
+        }
+        Columns::new(&mut self.data, rows, cols, cols)
     }
 
     fn reshape(&mut self, rows: usize, cols: usize) {
