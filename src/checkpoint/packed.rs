@@ -27,8 +27,19 @@ pub const E4M3: [f32; 256] = {
 pub const E2M1: [f32; 16] =
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
 
+/// [`E2M1`] in bf16, which holds it exactly.
+pub(crate) const E2M1_BF16: [u16; 16] = {
+    let mut values = [0; 16];
+    let mut code = 0;
+    while code < 16 {
+        values[code] = (E2M1[code].to_bits() >> 16) as u16;
+        code += 1;
+    }
+    values
+};
+
 /// Values that share a scale in MXFP4 (OCP Microscaling Formats 1.0, §5.2).
-pub(super) const MX_BLOCK: usize = 32;
+pub(crate) const MX_BLOCK: usize = 32;
 
 /// 2^(code − 127), the E8M0 scale of the microscaling formats; 255 stands for NaN.
 pub const fn e8m0(code: u8) -> f32 {
@@ -48,7 +59,7 @@ pub(super) const E8M0_LARGEST_OF_FP8: u8 = 246;
 
 /// [`E4M3`] by arithmetic, which vectors can do.
 #[inline(always)]
-pub(super) fn e4m3(code: u8) -> f32 {
+pub(crate) fn e4m3(code: u8) -> f32 {
     let (sign, magnitude) = (u32::from(code & 0x80) << 24, u32::from(code & 0x7f));
     // Exponent biased for f32; below 8 there is no leading one.
     let normal = (magnitude << 20) + (120 << 23);
@@ -68,7 +79,7 @@ fn e2m1(code: u8) -> f32 {
 
 /// The 32 values of one MXFP4 block: 16 bytes of two codes, the lower half-byte first, times 2^(scale − 127).
 #[inline(always)]
-pub(super) fn decode_mxfp4(block: &[u8; MX_BLOCK / 2], scale: u8, out: &mut [f32; MX_BLOCK]) {
+pub(crate) fn decode_mxfp4(block: &[u8; MX_BLOCK / 2], scale: u8, out: &mut [f32; MX_BLOCK]) {
     let scale = e8m0(scale);
     for (pair, &byte) in out.as_chunks_mut::<2>().0.iter_mut().zip(block) {
         *pair = [e2m1(byte & 15) * scale, e2m1(byte >> 4) * scale];

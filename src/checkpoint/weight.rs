@@ -45,6 +45,40 @@ pub enum Storage {
     },
 }
 
+/// A row of a packed matrix.
+pub(crate) enum PackedRow<'a> {
+    /// FP8 codes, `block` of which share a scale.
+    Fp8 { codes: &'a [u8], scales: Scales<'a>, block: usize },
+    /// Blocks of MXFP4 codes and their scales.
+    Mxfp4 { blocks: &'a [[u8; MX_BLOCK / 2]], scales: &'a [u8] },
+}
+
+/// The scales of a row of FP8 codes.
+pub(crate) struct Scales<'a> {
+    bytes: &'a [u8],
+    dtype: Dtype,
+}
+
+impl Scales<'_> {
+    /// That of block `i`.
+    #[inline]
+    pub(crate) fn get(&self, i: usize) -> f32 {
+        let width = self.dtype.bitsize() / 8;
+        decode_scale(self.dtype, &self.bytes[i * width..][..width])
+    }
+}
+
+impl<'a> PackedRow<'a> {
+    /// The codes.
+    #[inline]
+    pub(crate) fn codes(&self) -> &'a [u8] {
+        match *self {
+            PackedRow::Fp8 { codes, .. } => codes,
+            PackedRow::Mxfp4 { blocks, .. } => blocks.as_flattened(),
+        }
+    }
+}
+
 /// Evenly spaced indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stride {
@@ -302,46 +336,56 @@ impl Weight {
                     }
                 }
             }
-            Storage::Fp8 { values, scales, block, .. } => {
+            Storage::Fp8 { block, .. } => {
                 debug_assert!(cols.start.is_multiple_of(block[1]) || block[1] >= self.cols);
-                let per_row = self.cols.div_ceil(block[1]);
-                let width = scales.dtype().bitsize() / 8;
                 for (r, row) in rows {
-                    let codes = &values.bytes()[r * self.cols + cols.start..][..row.len()];
-                    let at = (r / block[0] * per_row + cols.start / block[1]) * width;
-                    let factors = scales.bytes()[at..].chunks_exact(width);
-                    let blocks = row.chunks_mut(block[1]).zip(codes.chunks(block[1]));
-                    for ((out, codes), factor) in blocks.zip(factors) {
-                        let factor = decode_scale(scales.dtype(), factor);
-                        for (o, &code) in out.iter_mut().zip(codes) {
-                            *o = e4m3(code) * factor;
+                    if let Some(PackedRow::Fp8 { codes, scales, block }) = self.packed_row(r) {
+                        let codes = codes[cols.start..].chunks(block);
+                        for (i, (out, codes)) in row.chunks_mut(block).zip(codes).enumerate() {
+                            let factor = scales.get(cols.start / block + i);
+                            for (o, &code) in out.iter_mut().zip(codes) {
+                                *o = e4m3(code) * factor;
+                            }
                         }
                     }
                 }
             }
-            Storage::Mxfp4 { blocks, scales, rows: stored } => {
+            Storage::Mxfp4 { .. } => {
                 debug_assert!(cols.start.is_multiple_of(MX_BLOCK));
-                let per_row = self.cols / MX_BLOCK;
-                let (blocks, _) = blocks.bytes().as_chunks::<{ MX_BLOCK / 2 }>();
                 for (r, row) in rows {
-                    let start = stored.at(r) * per_row + cols.start / MX_BLOCK;
-                    let packed = blocks[start..].iter().zip(&scales.bytes()[start..]);
-                    for (out, (block, &scale)) in row.as_chunks_mut().0.iter_mut().zip(packed) {
-                        decode_mxfp4(block, scale, out);
+                    if let Some(PackedRow::Mxfp4 { blocks, scales }) = self.packed_row(r) {
+                        let packed = blocks.iter().zip(scales).skip(cols.start / MX_BLOCK);
+                        for (out, (block, &scale)) in row.as_chunks_mut().0.iter_mut().zip(packed) {
+                            decode_mxfp4(block, scale, out);
+                        }
                     }
                 }
             }
         }
     }
 
-    /// The codes of row `row`, where there are such a row and codes.
-    pub(crate) fn packed_row(&self, row: usize) -> Option<&[u8]> {
-        let (tensor, row, size) = match &self.storage {
-            Storage::Fp8 { values, .. } => (values, row, self.cols),
-            Storage::Mxfp4 { blocks, rows, .. } => (blocks, rows.at(row), self.cols / 2),
-            Storage::Plain(_) | Storage::InputMajor(..) => return None,
-        };
-        tensor.bytes().get(row * size..(row + 1) * size)
+    /// Row `row` as it is stored, where there are such a row and codes.
+    #[inline]
+    pub(crate) fn packed_row(&self, row: usize) -> Option<PackedRow<'_>> {
+        if row >= self.rows {
+            return None;
+        }
+        match &self.storage {
+            Storage::Plain(_) | Storage::InputMajor(..) => None,
+            Storage::Fp8 { values, scales, block, .. } => {
+                let width = scales.dtype().bitsize() / 8;
+                let first = row / block[0] * self.cols.div_ceil(block[1]) * width;
+                let codes = &values.bytes()[row * self.cols..(row + 1) * self.cols];
+                let scales = Scales { bytes: &scales.bytes()[first..], dtype: scales.dtype() };
+                Some(PackedRow::Fp8 { codes, scales, block: block[1] })
+            }
+            Storage::Mxfp4 { blocks, scales, rows } => {
+                let per_row = self.cols / MX_BLOCK;
+                let range = rows.at(row) * per_row..(rows.at(row) + 1) * per_row;
+                let blocks = &blocks.bytes().as_chunks().0[range.clone()];
+                Some(PackedRow::Mxfp4 { blocks, scales: &scales.bytes()[range] })
+            }
+        }
     }
 
     /// All values, row-major.

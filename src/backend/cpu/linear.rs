@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::gemm::TiledInput;
 use super::gemm::{Columns, Product, Scratch, Source};
 use super::simd::{Isa, Simd, Task};
-use crate::checkpoint::{Dtype, Storage, Weight};
+use crate::checkpoint::{Dtype, MX_BLOCK, PackedRow, Storage, Weight, e4m3};
 
 /// A weight matrix `[rows, cols]` = `[out, in]` as stored.
 #[derive(Clone, Debug)]
@@ -20,7 +20,6 @@ pub struct CpuWeight {
 
 impl CpuWeight {
     /// Whether all values are bf16, though the kernels cannot read them as they are.
-    #[cfg(target_arch = "x86_64")]
     fn is_bf16(&self) -> bool {
         match self.weight.storage() {
             Storage::InputMajor(tensor, _) => tensor.dtype() == Dtype::BF16,
@@ -99,20 +98,28 @@ fn product(x: &[f32], stride: usize, weight: &CpuWeight, out: &mut [f32], accumu
     {
         return tiled(&x, weight, out, accumulate);
     }
-    // Other weights are widened a tile at a time, into a cache. Values do not depend on the tiles.
+    // Other weights are decoded a tile at a time, into a cache. Values do not depend on the tiles.
+    let is_bf16 = weight.is_bf16();
     let tile_rows = if n <= FEW { 16 } else { 128 };
     let tile_cols = weight.tile_cols(if n <= FEW { 4096 } else { 512 });
     // Rows must not compete for the same places in the cache.
-    let tile_stride = tile_cols + 16;
+    let tile_stride = tile_cols + 32;
     (0..rows.div_ceil(tile_rows)).into_par_iter().for_each(|i| {
         let first = i * tile_rows;
         let count = tile_rows.min(rows - first);
         let mut tile = Scratch::take(count * tile_stride);
         for col in (0..cols.max(1)).step_by(tile_cols.max(1)) {
             let cols = col..cols.min(col + tile_cols);
-            let width = cols.len();
-            isa.run(Widen { weight: &weight.weight, first, cols, stride: tile_stride, out: &mut tile });
-            let w = Source::strided(bytemuck::must_cast_slice(&tile), Dtype::F32, count, width, tile_stride);
+            let (width, weight) = (cols.len(), &weight.weight);
+            let (bytes, dtype) = if is_bf16 {
+                let out: &mut [u16] = &mut bytemuck::must_cast_slice_mut(&mut tile)[..count * tile_stride];
+                isa.run(Narrow { weight, first, cols, stride: tile_stride, out });
+                (bytemuck::must_cast_slice(out), Dtype::BF16)
+            } else {
+                isa.run(Widen { weight, first, cols, stride: tile_stride, out: &mut tile });
+                (bytemuck::must_cast_slice(&tile), Dtype::F32)
+            };
+            let w = Source::strided(bytes, dtype, count, width, tile_stride);
             let accumulate = accumulate || col > 0;
             Product { x: &x[col..], stride, w, out: out.part(0, n, first, count), accumulate }.run(isa);
         }
@@ -131,52 +138,65 @@ fn tiled(x: &TiledInput, weight: &CpuWeight, out: Columns<'_>, accumulate: bool)
         let count = tile_rows.min(rows - first);
         let mut narrow = Scratch::take((count * cols).div_ceil(2));
         let narrow: &mut [u16] = &mut bytemuck::must_cast_slice_mut(&mut narrow)[..count * cols];
-        isa.run(Narrow { weight: &weight.weight, first, is_transposed, out: narrow });
+        isa.run(Narrow { weight: &weight.weight, first, cols: 0..cols, stride: cols, out: narrow });
         let w = Source::new(bytemuck::must_cast_slice(narrow), Dtype::BF16, count, cols);
         x.multiply(w, out.part(0, out.rows(), first, count), accumulate, false);
     });
 }
 
-/// The bf16 values of whole rows of a matrix that holds no others.
-#[cfg(target_arch = "x86_64")]
+/// Tokens that small tiles are for: packing them anew for each costs nothing.
+const FEW: usize = 12;
+
+/// A tile of a matrix that holds bf16 values alone, in that type.
 struct Narrow<'a> {
     weight: &'a Weight,
     first: usize,
-    is_transposed: bool,
+    cols: Range<usize>,
+    /// Of the rows of `out`.
+    stride: usize,
     out: &'a mut [u16],
 }
 
-#[cfg(target_arch = "x86_64")]
 impl Task for Narrow<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Narrow { weight, first, is_transposed, out } = self;
-        let cols = weight.cols();
-        // Memory is read in the order in which it is stored.
-        let (high, wide) = if is_transposed { (out.len() / cols, 128) } else { (1, 4096) };
-        let count = out.len() / cols;
-        let mut values = Scratch::take(high * wide);
-        for (row, out) in (first..).step_by(high).zip(out.chunks_exact_mut(high * cols)) {
-            for col in (0..cols).step_by(wide) {
-                let width = wide.min(cols - col);
-                weight.decode_tile(row, col..col + width, wide, &mut values);
-                for (out, values) in out.chunks_exact_mut(cols).zip(values.chunks_exact(wide)) {
-                    for (out, value) in out[col..col + width].iter_mut().zip(values) {
-                        *out = (value.to_bits() >> 16) as u16;
-                    }
+        let Narrow { weight, first, cols, stride, out } = self;
+        let count = out.len() / stride;
+        if weight.packed_row(first).is_none() {
+            return transposed(weight, first, cols, stride, out);
+        }
+        for (row, out) in (first..).zip(out.chunks_exact_mut(stride)) {
+            if let Some(PackedRow::Mxfp4 { blocks, scales }) = weight.packed_row(row) {
+                let packed = blocks.iter().zip(scales).skip(cols.start / MX_BLOCK);
+                let out = out[..cols.len()].as_chunks_mut::<MX_BLOCK>().0;
+                for (out, (block, &scale)) in out.iter_mut().zip(packed) {
+                    s.mxfp4(block, scale, out);
                 }
-                fetch(s, weight, row + count, &(col..col + width));
+            }
+            fetch(s, weight, row + count, &cols);
+        }
+    }
+}
+
+/// A tile of a transposed matrix. Memory is read in the order in which it is stored.
+#[inline(always)]
+fn transposed(weight: &Weight, first: usize, cols: Range<usize>, stride: usize, out: &mut [u16]) {
+    const WIDE: usize = 128;
+    let mut values = Scratch::take(out.len() / stride * WIDE);
+    for col in cols.clone().step_by(WIDE) {
+        let width = WIDE.min(cols.end - col);
+        weight.decode_tile(first, col..col + width, WIDE, &mut values);
+        for (out, values) in out.chunks_exact_mut(stride).zip(values.chunks_exact(WIDE)) {
+            for (out, value) in out[col - cols.start..][..width].iter_mut().zip(values) {
+                *out = (value.to_bits() >> 16) as u16;
             }
         }
     }
 }
 
-/// Tokens that small tiles are for: packing them anew for each costs nothing.
-const FEW: usize = 12;
-
-/// Widens a tile of a matrix.
+/// A tile of a matrix in f32.
 struct Widen<'a> {
     weight: &'a Weight,
     first: usize,
@@ -197,16 +217,28 @@ impl Task for Widen<'_> {
         }
         let count = out.len() / stride;
         for (row, out) in (first..).zip(out.chunks_exact_mut(stride)) {
-            weight.decode_tile(row, cols.clone(), stride, out);
+            if let Some(PackedRow::Fp8 { codes, scales, block }) = weight.packed_row(row) {
+                let blocks = out[..cols.len()].chunks_mut(block).zip(codes[cols.start..].chunks(block));
+                for (i, (out, codes)) in blocks.enumerate() {
+                    let factor = scales.get(cols.start / block + i);
+                    let (whole, rest) = out.as_chunks_mut();
+                    for (out, codes) in whole.iter_mut().zip(codes.as_chunks().0) {
+                        s.fp8(codes, factor, out);
+                    }
+                    let codes = &codes[32 * whole.len()..];
+                    rest.iter_mut().zip(codes).for_each(|(out, &code)| *out = e4m3(code) * factor);
+                }
+            }
             fetch(s, weight, row + count, &cols);
         }
     }
 }
 
-/// Asks for the codes of a row that is widened soon.
+/// Asks for the codes of a row that is decoded soon.
 #[inline(always)]
 fn fetch<S: Simd>(s: S, weight: &Weight, row: usize, cols: &Range<usize>) {
-    let Some(codes) = weight.packed_row(row) else { return };
+    let Some(row) = weight.packed_row(row) else { return };
+    let codes = row.codes();
     let at = |col: usize| col * codes.len() / weight.cols();
     codes[at(cols.start)..at(cols.end)].chunks(64).for_each(|line| s.prefetch(line.as_ptr()));
 }

@@ -3,7 +3,8 @@
 #[allow(clippy::wildcard_imports, reason = "every name in it says where it comes from")]
 use std::arch::x86_64::*;
 
-use super::{Simd, Task};
+use super::{NORMAL, Simd, Task, fp8_by_arithmetic, mxfp4_by_arithmetic};
+use crate::checkpoint::E2M1_BF16;
 
 /// Proof that the processor has AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug)]
@@ -176,8 +177,74 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn mxfp4(self, codes: &[u8; 16], scale: u8, to: &mut [u16; 32]) {
+        if !NORMAL.contains(&scale) {
+            return mxfp4_by_arithmetic(codes, scale, to);
+        }
+        const HIGH: [u8; 16] = half_of_each(1);
+        const LOW: [u8; 16] = half_of_each(0);
+        // SAFETY: reads and writes the whole arrays, and `self` proves that the processor has the instructions.
+        unsafe {
+            let (bytes, mask) = (_mm_loadu_si128(codes.as_ptr().cast()), _mm_set1_epi8(15));
+            let even = _mm_and_si128(bytes, mask);
+            let odd = _mm_and_si128(_mm_srli_epi16::<4>(bytes), mask);
+            let (high, low) = (_mm_loadu_si128(HIGH.as_ptr().cast()), _mm_loadu_si128(LOW.as_ptr().cast()));
+            let exponent = _mm_set1_epi16((i16::from(scale) - 127) << 7);
+            for (i, index) in
+                [_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)].into_iter().enumerate()
+            {
+                let (high, low) = (_mm_shuffle_epi8(high, index), _mm_shuffle_epi8(low, index));
+                for (j, words) in
+                    [_mm_unpacklo_epi8(low, high), _mm_unpackhi_epi8(low, high)].into_iter().enumerate()
+                {
+                    let magnitude = _mm_slli_epi16::<1>(words);
+                    let is_zero = _mm_cmpeq_epi16(magnitude, _mm_setzero_si128());
+                    let words = _mm_add_epi16(words, _mm_andnot_si128(is_zero, exponent));
+                    _mm_storeu_si128(to.as_mut_ptr().add(16 * i + 8 * j).cast(), words);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn fp8(self, codes: &[u8; 32], factor: f32, to: &mut [f32; 32]) {
+        // The exponent of f16 counts from 15, that of e4m3 from 7.
+        let factor_of_f16 = factor * 256.0;
+        if !factor_of_f16.is_finite() {
+            return fp8_by_arithmetic(codes, factor, to);
+        }
+        for (codes, to) in codes.as_chunks::<16>().0.iter().zip(to.as_chunks_mut::<16>().0) {
+            // SAFETY: reads and writes the whole arrays, and `self` proves that the processor has the instructions.
+            unsafe {
+                let words = _mm256_cvtepu8_epi16(_mm_loadu_si128(codes.as_ptr().cast()));
+                let sign = _mm256_and_si256(_mm256_slli_epi16::<8>(words), _mm256_set1_epi16(i16::MIN));
+                let magnitude = _mm256_and_si256(words, _mm256_set1_epi16(0x7f));
+                let is_nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
+                let halves = _mm256_or_si256(_mm256_slli_epi16::<7>(magnitude), sign);
+                let halves = _mm256_blendv_epi8(halves, _mm256_set1_epi16(0x7e00), is_nan);
+                let factor = _mm256_set1_ps(factor_of_f16);
+                let low = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+                let high = _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(halves));
+                _mm256_storeu_ps(to.as_mut_ptr(), _mm256_mul_ps(low, factor));
+                _mm256_storeu_ps(to.as_mut_ptr().add(8), _mm256_mul_ps(high, factor));
+            }
+        }
+    }
+
+    #[inline(always)]
     fn prefetch(self, at: *const u8) {
         // SAFETY: a prefetch reads nothing that the program can see and never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
+}
+
+/// The lower or the upper byte of every FP4 value in bf16.
+const fn half_of_each(byte: usize) -> [u8; 16] {
+    let mut halves = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        halves[i] = E2M1_BF16[i].to_le_bytes()[byte];
+        i += 1;
+    }
+    halves
 }

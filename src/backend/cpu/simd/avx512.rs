@@ -3,7 +3,8 @@
 #[allow(clippy::wildcard_imports, reason = "every name in it says where it comes from")]
 use std::arch::x86_64::*;
 
-use super::{Simd, Task, dot_bf16_by_fma};
+use super::{NORMAL, Simd, Task, dot_bf16_by_fma, fp8_by_arithmetic, mxfp4_by_arithmetic};
+use crate::checkpoint::E2M1_BF16;
 
 /// Proof that the processor has AVX-512 F, BW, DQ and VL, and with `BF16` that extension.
 #[derive(Clone, Copy, Debug)]
@@ -225,6 +226,48 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         unsafe {
             use std::mem::transmute;
             _mm512_dpbf16_ps(c, transmute::<__m512, __m512bh>(a), transmute::<__m512, __m512bh>(b))
+        }
+    }
+
+    #[inline(always)]
+    fn mxfp4(self, codes: &[u8; 16], scale: u8, to: &mut [u16; 32]) {
+        if !NORMAL.contains(&scale) {
+            return mxfp4_by_arithmetic(codes, scale, to);
+        }
+        // SAFETY: reads and writes the whole arrays, and `self` proves that the processor has the instructions.
+        unsafe {
+            // A byte a lane, its halves in the two words: the lower one of (a | a << 12) & mask is code 2i.
+            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.as_ptr().cast()));
+            let (shifted, mask) = (_mm512_slli_epi32::<12>(bytes), _mm512_set1_epi32(0x000f_000f));
+            let index = _mm512_ternarylogic_epi32::<0b1010_1000>(bytes, shifted, mask);
+            // Codes 0 and 8 are the zeros.
+            let table = _mm512_broadcast_i64x4(_mm256_loadu_si256(E2M1_BF16.as_ptr().cast()));
+            let exponent = _mm512_set1_epi16((i16::from(scale) - 127) << 7);
+            let table = _mm512_mask_add_epi16(table, 0xfefe_fefe, table, exponent);
+            _mm512_storeu_si512(to.as_mut_ptr().cast(), _mm512_permutexvar_epi16(index, table));
+        }
+    }
+
+    #[inline(always)]
+    fn fp8(self, codes: &[u8; 32], factor: f32, to: &mut [f32; 32]) {
+        // The exponent of f16 counts from 15, that of e4m3 from 7.
+        let factor_of_f16 = factor * 256.0;
+        if !factor_of_f16.is_finite() {
+            return fp8_by_arithmetic(codes, factor, to);
+        }
+        // SAFETY: reads and writes the whole arrays, and `self` proves that the processor has the instructions.
+        unsafe {
+            let words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes.as_ptr().cast()));
+            let sign = _mm512_and_si512(_mm512_slli_epi16::<8>(words), _mm512_set1_epi16(i16::MIN));
+            let magnitude = _mm512_and_si512(words, _mm512_set1_epi16(0x7f));
+            let is_nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
+            let halves = _mm512_or_si512(_mm512_slli_epi16::<7>(magnitude), sign);
+            let halves = _mm512_mask_blend_epi16(is_nan, halves, _mm512_set1_epi16(0x7e00));
+            let factor = _mm512_set1_ps(factor_of_f16);
+            let low = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+            let high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(halves));
+            _mm512_storeu_ps(to.as_mut_ptr(), _mm512_mul_ps(low, factor));
+            _mm512_storeu_ps(to.as_mut_ptr().add(16), _mm512_mul_ps(high, factor));
         }
     }
 

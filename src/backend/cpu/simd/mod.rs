@@ -19,6 +19,8 @@ mod portable;
 
 pub use isa::{Isa, UnknownIsa};
 
+use crate::checkpoint::{decode_mxfp4, e4m3};
+
 /// Most lanes of any vector type.
 pub(super) const MAX_LANES: usize = 16;
 
@@ -93,6 +95,36 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     }
     /// Asks for the cache line at `at`, which need not be readable.
     fn prefetch(self, at: *const u8);
+    /// The 32 values of a block of MXFP4, all of which are bf16 values: two codes a byte, the lower half first, times
+    /// 2^(scale − 127).
+    #[inline(always)]
+    fn mxfp4(self, codes: &[u8; 16], scale: u8, to: &mut [u16; 32]) {
+        mxfp4_by_arithmetic(codes, scale, to);
+    }
+    /// The values of FP8 e4m3 codes, times `factor`.
+    #[inline(always)]
+    fn fp8(self, codes: &[u8; 32], factor: f32, to: &mut [f32; 32]) {
+        fp8_by_arithmetic(codes, factor, to);
+    }
+}
+
+/// Scales of MXFP4 with which all values are normal numbers or 0, so that a scale is added to exponents.
+const NORMAL: std::ops::RangeInclusive<u8> = 2..=252;
+
+#[inline(always)]
+fn mxfp4_by_arithmetic(codes: &[u8; 16], scale: u8, to: &mut [u16; 32]) {
+    let mut values = [0.0; 32];
+    decode_mxfp4(codes, scale, &mut values);
+    for (to, value) in to.iter_mut().zip(values) {
+        *to = (value.to_bits() >> 16) as u16;
+    }
+}
+
+#[inline(always)]
+fn fp8_by_arithmetic(codes: &[u8], factor: f32, to: &mut [f32]) {
+    for (to, &code) in to.iter_mut().zip(codes) {
+        *to = e4m3(code) * factor;
+    }
 }
 
 /// [`Simd::dot_bf16`] of instructions that have no such product.

@@ -1,6 +1,7 @@
 //! Exponentials of every instruction set against f64.
 
 use super::*;
+use crate::checkpoint::{E2M1, E4M3, e8m0};
 
 struct Map<'a> {
     f: Function,
@@ -77,6 +78,52 @@ fn silu_is_precise() {
         for (x, y) in x.iter().zip(map(isa, Function::Silu, &x)) {
             let exact = f64::from(*x) / (1.0 + (-f64::from(*x)).exp());
             assert!((f64::from(y) - exact).abs() <= 4e-7 * exact.abs() + 1e-37, "{isa}: silu({x}) = {y}");
+        }
+    }
+}
+
+/// MXFP4 blocks and FP8 codes, decoded.
+struct Decode<'a> {
+    codes: &'a [u8; 32],
+    scale: u8,
+    factor: f32,
+}
+
+impl Task for Decode<'_> {
+    type Output = ([u16; 32], [f32; 32]);
+
+    fn run<S: Simd>(self, s: S) -> Self::Output {
+        let (mut four, mut eight) = ([0; 32], [0.0; 32]);
+        s.mxfp4(self.codes.first_chunk().unwrap(), self.scale, &mut four);
+        s.fp8(self.codes, self.factor, &mut eight);
+        (four, eight)
+    }
+}
+
+/// Every code with scales of every kind: zeros keep their sign, subnormal products are exact, NaN stays NaN.
+#[test]
+fn packed_numbers_are_those_of_the_tables() {
+    let scales =
+        (0..=255).zip([1.0, 0.37, -3.5e-3, 1e-40, 2e38, f32::INFINITY, 3e-38, 0.0].into_iter().cycle());
+    for (scale, factor) in scales {
+        for start in (0..=255).step_by(32) {
+            let codes = std::array::from_fn(|i| start + i as u8);
+            for isa in Isa::available() {
+                let (four, eight) = isa.run(Decode { codes: &codes, scale, factor });
+                let exact = codes[..16].iter().flat_map(|code| [code & 15, code >> 4]);
+                for (found, code) in four.into_iter().zip(exact) {
+                    let (found, value) = (f32::from_bits(u32::from(found) << 16), E2M1[usize::from(code)]);
+                    let expected = value * e8m0(scale);
+                    let same = found.to_bits() == expected.to_bits() || found.is_nan() && expected.is_nan();
+                    // Beyond the largest scale of a file that is read.
+                    assert!(same || expected.is_infinite(), "{isa}: {code} with {scale} is {found}");
+                }
+                for (found, code) in eight.into_iter().zip(codes) {
+                    let expected = E4M3[usize::from(code)] * factor;
+                    let same = found.to_bits() == expected.to_bits() || found.is_nan() && expected.is_nan();
+                    assert!(same, "{isa}: {code} times {factor} is {found}");
+                }
+            }
         }
     }
 }
