@@ -63,6 +63,10 @@ impl Scales<'_> {
     /// That of block `i`.
     #[inline]
     pub(crate) fn get(&self, i: usize) -> f32 {
+        // By far the most frequent type.
+        if self.dtype == Dtype::F32 {
+            return f32::from_le_bytes(self.bytes.as_chunks().0[i]);
+        }
         let width = self.dtype.bitsize() / 8;
         decode_scale(self.dtype, &self.bytes[i * width..][..width])
     }

@@ -121,7 +121,8 @@ fn product(x: &[f32], stride: usize, weight: &CpuWeight, out: &mut [f32], accumu
             };
             let w = Source::strided(bytes, dtype, count, width, tile_stride);
             let accumulate = accumulate || col > 0;
-            Product { x: &x[col..], stride, w, out: out.part(0, n, first, count), accumulate }.run(isa);
+            let product = Product { x: &x[col..], stride, w, out: out.part(0, n, first, count), accumulate };
+            if n <= FEW { product.run_here(isa) } else { product.run(isa) }
         }
     });
 }
