@@ -5,7 +5,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
-use super::gemm::TiledInput;
+use super::gemm::{BlockScales, TiledInput};
 use super::gemm::{Columns, Product, Scratch, Source};
 use super::simd::{Isa, Simd, Task};
 use crate::checkpoint::{Dtype, MX_BLOCK, PackedRow, Storage, Weight, e4m3};
@@ -25,6 +25,15 @@ impl CpuWeight {
             Storage::InputMajor(tensor, _) => tensor.dtype() == Dtype::BF16,
             Storage::Mxfp4 { .. } => true,
             Storage::Plain(_) | Storage::Fp8 { .. } => false,
+        }
+    }
+
+    /// Whether tiles of bf16 do for it: for all its values, or for FP8 codes without their scales.
+    #[cfg(target_arch = "x86_64")]
+    fn fits_tiles(&self) -> bool {
+        match self.weight.storage() {
+            Storage::Fp8 { block: [_, block], .. } => BlockScales::new(&[], *block).is_some(),
+            _ => self.is_bf16(),
         }
     }
 
@@ -92,7 +101,7 @@ fn product(x: &[f32], stride: usize, weight: &CpuWeight, out: &mut [f32], accumu
         return Product { x, stride, w, out, accumulate }.run(isa);
     }
     #[cfg(target_arch = "x86_64")]
-    if weight.is_bf16()
+    if weight.fits_tiles()
         && cols > 0
         && let Some(x) = TiledInput::new(isa, x, stride, (n, cols), true)
     {
@@ -127,7 +136,8 @@ fn product(x: &[f32], stride: usize, weight: &CpuWeight, out: &mut [f32], accumu
     });
 }
 
-/// The product with a matrix of bf16 values that are not stored as such: brought into that form some rows at a time.
+/// The product with a matrix of bf16 values that are not stored as such, or such values and scales: brought into that
+/// form some rows at a time.
 #[cfg(target_arch = "x86_64")]
 fn tiled(x: &TiledInput, weight: &CpuWeight, out: Columns<'_>, accumulate: bool) {
     let isa = Isa::current();
@@ -141,14 +151,30 @@ fn tiled(x: &TiledInput, weight: &CpuWeight, out: Columns<'_>, accumulate: bool)
         let narrow: &mut [u16] = &mut bytemuck::must_cast_slice_mut(&mut narrow)[..count * cols];
         isa.run(Narrow { weight: &weight.weight, first, cols: 0..cols, stride: cols, out: narrow });
         let w = Source::new(bytemuck::must_cast_slice(narrow), Dtype::BF16, count, cols);
-        x.multiply(w, out.part(0, out.rows(), first, count), accumulate, false);
+        let (factors, block) = factors(&weight.weight, first, count);
+        let scales = BlockScales::new(&factors, block).filter(|_| !factors.is_empty());
+        x.multiply(w, scales, out.part(0, out.rows(), first, count), accumulate, false);
     });
 }
 
 /// Tokens that small tiles are for: packing them anew for each costs nothing.
 const FEW: usize = 12;
 
-/// A tile of a matrix that holds bf16 values alone, in that type.
+/// The scales of some rows of FP8 codes, `[count, blocks]`, and the columns of a block; none of other matrices.
+#[cfg(target_arch = "x86_64")]
+fn factors(weight: &Weight, first: usize, count: usize) -> (Scratch, usize) {
+    let Storage::Fp8 { block: [_, block], .. } = weight.storage() else { return (Scratch::take(0), 0) };
+    let per_row = weight.cols().div_ceil(*block);
+    let mut factors = Scratch::take(count * per_row);
+    for (row, factors) in (first..).zip(factors.chunks_exact_mut(per_row)) {
+        if let Some(PackedRow::Fp8 { scales, .. }) = weight.packed_row(row) {
+            factors.iter_mut().enumerate().for_each(|(i, factor)| *factor = scales.get(i));
+        }
+    }
+    (factors, *block)
+}
+
+/// A tile of a matrix that holds bf16 values alone, in that type; of FP8 the codes without their scales.
 struct Narrow<'a> {
     weight: &'a Weight,
     first: usize,
@@ -169,12 +195,22 @@ impl Task for Narrow<'_> {
             return transposed(weight, first, cols, stride, out);
         }
         for (row, out) in (first..).zip(out.chunks_exact_mut(stride)) {
-            if let Some(PackedRow::Mxfp4 { blocks, scales }) = weight.packed_row(row) {
-                let packed = blocks.iter().zip(scales).skip(cols.start / MX_BLOCK);
-                let out = out[..cols.len()].as_chunks_mut::<MX_BLOCK>().0;
-                for (out, (block, &scale)) in out.iter_mut().zip(packed) {
-                    s.mxfp4(block, scale, out);
+            let (whole, rest) = out[..cols.len()].as_chunks_mut();
+            match weight.packed_row(row) {
+                Some(PackedRow::Mxfp4 { blocks, scales }) => {
+                    let packed = blocks.iter().zip(scales).skip(cols.start / MX_BLOCK);
+                    for (out, (block, &scale)) in whole.iter_mut().zip(packed) {
+                        s.mxfp4(block, scale, out);
+                    }
                 }
+                Some(PackedRow::Fp8 { codes, .. }) => {
+                    let (codes, last) = codes[cols.clone()].as_chunks();
+                    whole.iter_mut().zip(codes).for_each(|(out, codes)| s.fp8_bf16(codes, out));
+                    for (out, &code) in rest.iter_mut().zip(last) {
+                        *out = (e4m3(code).to_bits() >> 16) as u16;
+                    }
+                }
+                None => {}
             }
             fetch(s, weight, row + count, &cols);
         }
@@ -301,20 +337,38 @@ mod tests {
             Weight::input_major(turned, halves, rows / 2).unwrap(),
         ];
         for weight in weights {
+            let rows = weight.rows();
             let is_fp8 = matches!(weight.storage(), Storage::Fp8 { .. });
             let dtype = if is_fp8 { Dtype::F32 } else { Dtype::BF16 };
-            let shape = vec![weight.rows(), cols];
-            let plain = Weight::plain(Tensor::from_f32("w", dtype, shape, &weight.to_f32()));
+            let shape = vec![rows, cols];
+            let values = weight.to_f32();
+            let plain = Weight::plain(Tensor::from_f32("w", dtype, shape, &values));
             let (packed, plain) = (CpuWeight::new(&weight), CpuWeight::new(&plain.unwrap()));
             for n in [1, 12, 13, 40] {
                 let x: Vec<f32> = (0..n * cols).map(|i| (i * 31 % 17) as f32 * 0.3 - 2.0).collect();
-                let [mut out, mut expected] = [(); 2].map(|()| vec![0.25; n * weight.rows()]);
+                let [mut out, mut expected] = [(); 2].map(|()| vec![0.25; n * rows]);
                 add_linear(&x, cols, &packed, &mut out);
+                let check = |out: &[f32], expected: &[f32], start: f64| {
+                    if !is_fp8 || Isa::current().agrees() {
+                        return assert_eq!(out, expected, "{n}");
+                    }
+                    // With tiles, FP8 codes are scaled behind the sums, whose rounding is bounded.
+                    for (i, &found) in out.iter().enumerate() {
+                        let (x, w) = (&x[i / rows * cols..][..cols], &values[i % rows * cols..][..cols]);
+                        let terms = || x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(w));
+                        let bound = 2.0 * (cols as f64 + 8.0) * (-24f64).exp2();
+                        let error = (f64::from(found) - start - terms().sum::<f64>()).abs();
+                        assert!(
+                            error <= bound * (start + terms().map(f64::abs).sum::<f64>()),
+                            "{n}: {found}"
+                        );
+                    }
+                };
                 add_linear(&x, cols, &plain, &mut expected);
-                assert_eq!(out, expected, "{n}");
+                check(&out, &expected, 0.25);
                 linear(&x, cols, &packed, &mut out);
                 linear(&x, cols, &plain, &mut expected);
-                assert_eq!(out, expected, "{n}");
+                check(&out, &expected, 0.0);
             }
         }
     }

@@ -43,7 +43,7 @@ pub(super) use columns::Columns;
 pub(super) use scratch::Scratch;
 pub(super) use source::Source;
 #[cfg(target_arch = "x86_64")]
-pub(super) use tiled::TiledInput;
+pub(super) use tiled::{BlockScales, TiledInput};
 pub(super) use weighted::WeightedRows;
 
 use super::simd::{Isa, Simd, Task};
@@ -181,7 +181,7 @@ impl Product<'_> {
         if w.kind() == Kind::Bf16
             && let Some(x) = TiledInput::new(isa, x, stride, (n, cols), parallel)
         {
-            return x.multiply(w, out, accumulate, parallel);
+            return x.multiply(w, None, out, accumulate, parallel);
         }
         if let (true, Some(w)) = (isa.rounds(), w.pairs()) {
             let cols = w.cols();

@@ -57,14 +57,17 @@ impl TiledInput {
         Some(TiledInput { amx, isa, values, groups, cols })
     }
 
-    /// `out [tokens, rows]` = or, where `accumulate`, += x · Wᵀ for a bf16 matrix.
+    /// `out [tokens, rows]` = or, where `accumulate`, += x · Wᵀ for a bf16 matrix; its values times `scales`, if there
+    /// are any.
     pub(in super::super) fn multiply(
         &self,
         w: Source<'_>,
+        scales: Option<BlockScales<'_>>,
         out: Columns<'_>,
         accumulate: bool,
         parallel: bool,
     ) {
+        assert!(scales.is_none_or(|s| s.factors.len() == w.rows() * w.cols().div_ceil(s.cols)), "scales");
         assert_eq!((w.kind(), w.cols()), (Kind::Bf16, self.cols), "a matrix for tiles");
         assert_eq!((out.rows(), out.cols()), (self.groups.tokens, w.rows()), "size of a product");
         let groups = self.groups;
@@ -75,13 +78,29 @@ impl TiledInput {
             let (row, group) = (i / across * rows, i % across * MOST_GROUPS);
             let rows = row..(row + rows).min(w.rows());
             let range = group..(group + MOST_GROUPS).min(groups.count());
-            self.isa.run(Work { amx: self.amx, x: &self.values, groups, w, out, accumulate, rows, range });
+            let work =
+                Work { amx: self.amx, x: &self.values, groups, w, scales, out, accumulate, rows, range };
+            self.isa.run(work);
         };
         if parallel {
             (0..down * across).into_par_iter().for_each(work);
         } else {
             (0..down * across).for_each(work);
         }
+    }
+}
+
+/// Factors of a matrix, `[rows, ⌈columns / cols⌉]`: one for as many columns of each row.
+#[derive(Clone, Copy)]
+pub(in super::super) struct BlockScales<'a> {
+    factors: &'a [f32],
+    cols: usize,
+}
+
+impl<'a> BlockScales<'a> {
+    /// For blocks of whole steps; `None` where they are not.
+    pub(in super::super) fn new(factors: &'a [f32], cols: usize) -> Option<Self> {
+        cols.is_multiple_of(STEP).then_some(BlockScales { factors, cols })
     }
 }
 
@@ -217,6 +236,7 @@ struct Work<'a> {
     x: &'a [f32],
     groups: Groups,
     w: Source<'a>,
+    scales: Option<BlockScales<'a>>,
     out: Columns<'a>,
     accumulate: bool,
     rows: Range<usize>,
@@ -234,18 +254,27 @@ impl Task for Work<'_> {
         let firsts = self.rows.clone().step_by(ROWS);
         let mut sums = Scratch::take(firsts.len() * self.range.len() * each + SIDE);
         sums.fill(0.0);
-        let mut panel = Scratch::take(steps.min(SPAN) * ROWS * SIDE);
-        for span in (0..steps).step_by(SPAN) {
+        // Sums of a block of columns, before they are scaled.
+        let mut block = Scratch::take(if self.scales.is_some() { each + SIDE } else { 0 });
+        let most = self.scales.map_or(SPAN, |scales| scales.cols / STEP);
+        let mut panel = Scratch::take(steps.min(most) * ROWS * SIDE);
+        for span in (0..steps).step_by(most) {
             let mut sums = sums.chunks_exact_mut(each);
             for first in firsts.clone() {
-                let count = SPAN.min(steps - span);
+                let count = most.min(steps - span);
                 // Whole steps of as many rows are used as they are stored: a copy costs more than it saves.
                 let is_whole = first + ROWS <= self.rows.end;
                 let stored = if is_whole { count.min(self.w.cols() / STEP - span) } else { 0 };
                 let panel = bytemuck::cast_slice_mut(&mut panel[..(count - stored) * ROWS * SIDE]);
                 self.pack(first, (span + stored) * STEP, panel);
-                for (g, sums) in self.range.clone().zip(&mut sums) {
+                for (g, total) in self.range.clone().zip(&mut sums) {
                     let shape = self.groups.shape(g);
+                    let sums = if self.scales.is_some() {
+                        block[..ROWS * shape.columns()].fill(0.0);
+                        &mut block[..each]
+                    } else {
+                        &mut *total
+                    };
                     let x = &self.x[g * steps * Groups::STEP + span * SIDE * shape.columns()..];
                     if stored > 0 {
                         let bytes = &self.w.bytes(first, ROWS)[2 * span * STEP..];
@@ -255,6 +284,9 @@ impl Task for Work<'_> {
                     }
                     let x = &x[stored * SIDE * shape.columns()..];
                     self.amx.multiply(&shape, Rows::packed(panel), None, x, sums);
+                    if let Some(scales) = self.scales {
+                        self.scale(s, scales, [first, span], &block[..ROWS * shape.columns()], total);
+                    }
                 }
             }
         }
@@ -274,6 +306,33 @@ impl Work<'_> {
         let offset = (ROWS + i * SIDE) * stride + 2 * span * STEP;
         let start = self.w.bytes(first, 1).as_ptr().wrapping_add(offset);
         (self.range.len() > 1 && i < 2).then_some(Ahead { start, stride })
+    }
+
+    /// totals += the sums `[ROWS, columns]` of the columns of W from a step on, times the factors of the rows from `first` on.
+    #[inline(always)]
+    fn scale<S: Simd>(
+        &self,
+        s: S,
+        scales: BlockScales<'_>,
+        [first, step]: [usize; 2],
+        sums: &[f32],
+        totals: &mut [f32],
+    ) {
+        let (per_row, block) = (self.w.cols().div_ceil(scales.cols), step * STEP / scales.cols);
+        let columns = sums.len() / ROWS;
+        let lines = sums.chunks_exact(columns).zip(totals.chunks_exact_mut(columns));
+        for (row, (sums, totals)) in (first..self.rows.end).zip(lines) {
+            let factor = scales.factors[row * per_row + block];
+            if columns.is_multiple_of(S::LANES) {
+                let factor = s.splat(factor);
+                for lane in (0..columns).step_by(S::LANES) {
+                    let total = s.fma(factor, s.load(&sums[lane..]), s.load(&totals[lane..]));
+                    s.store(total, &mut totals[lane..]);
+                }
+            } else {
+                totals.iter_mut().zip(sums).for_each(|(total, sum)| *total = sum.mul_add(factor, *total));
+            }
+        }
     }
 
     /// Rows of W from `first` on as `[steps, ROWS, STEP]` bf16 values, from column `col` on; 0 where there are none.

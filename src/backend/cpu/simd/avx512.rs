@@ -4,7 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::{NORMAL, Simd, Task, dot_bf16_by_fma, fp8_by_arithmetic, mxfp4_by_arithmetic};
-use crate::checkpoint::E2M1_BF16;
+use crate::checkpoint::{E2M1_BF16, E4M3};
 
 /// Proof that the processor has AVX-512 F, BW, DQ and VL, and with `BF16` that extension.
 #[derive(Clone, Copy, Debug)]
@@ -245,6 +245,34 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
             let exponent = _mm512_set1_epi16((i16::from(scale) - 127) << 7);
             let table = _mm512_mask_add_epi16(table, 0xfefe_fefe, table, exponent);
             _mm512_storeu_si512(to.as_mut_ptr().cast(), _mm512_permutexvar_epi16(index, table));
+        }
+    }
+
+    #[inline(always)]
+    fn fp8_bf16(self, codes: &[u8; 32], to: &mut [u16; 32]) {
+        // Multiples of 1/512 have no leading one.
+        const SMALL: [u16; 8] = {
+            let mut small = [0; 8];
+            let mut i = 0;
+            while i < 8 {
+                small[i] = (E4M3[i].to_bits() >> 16) as u16;
+                i += 1;
+            }
+            small
+        };
+        // SAFETY: reads and writes the whole arrays, and `self` proves that the processor has the instructions.
+        unsafe {
+            let words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes.as_ptr().cast()));
+            let sign = _mm512_and_si512(_mm512_slli_epi16::<8>(words), _mm512_set1_epi16(i16::MIN));
+            let magnitude = _mm512_and_si512(words, _mm512_set1_epi16(0x7f));
+            let is_small = _mm512_cmplt_epi16_mask(magnitude, _mm512_set1_epi16(8));
+            let is_nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
+            // The exponent of bf16 counts from 127, that of e4m3 from 7.
+            let values = _mm512_add_epi16(_mm512_slli_epi16::<4>(magnitude), _mm512_set1_epi16(120 << 7));
+            let small = _mm512_broadcast_i32x4(_mm_loadu_si128(SMALL.as_ptr().cast()));
+            let values = _mm512_mask_permutexvar_epi16(values, is_small, magnitude, small);
+            let values = _mm512_mask_blend_epi16(is_nan, values, _mm512_set1_epi16(0x7fc0));
+            _mm512_storeu_si512(to.as_mut_ptr().cast(), _mm512_or_si512(values, sign));
         }
     }
 

@@ -101,6 +101,13 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     fn mxfp4(self, codes: &[u8; 16], scale: u8, to: &mut [u16; 32]) {
         mxfp4_by_arithmetic(codes, scale, to);
     }
+    /// The values of FP8 e4m3 codes, all of which are bf16 values.
+    #[inline(always)]
+    fn fp8_bf16(self, codes: &[u8; 32], to: &mut [u16; 32]) {
+        for (to, &code) in to.iter_mut().zip(codes) {
+            *to = (e4m3(code).to_bits() >> 16) as u16;
+        }
+    }
     /// The values of FP8 e4m3 codes, times `factor`.
     #[inline(always)]
     fn fp8(self, codes: &[u8; 32], factor: f32, to: &mut [f32; 32]) {

@@ -90,13 +90,14 @@ struct Decode<'a> {
 }
 
 impl Task for Decode<'_> {
-    type Output = ([u16; 32], [f32; 32]);
+    type Output = ([u16; 32], [u16; 32], [f32; 32]);
 
     fn run<S: Simd>(self, s: S) -> Self::Output {
-        let (mut four, mut eight) = ([0; 32], [0.0; 32]);
+        let (mut four, mut bare, mut eight) = ([0; 32], [0; 32], [0.0; 32]);
         s.mxfp4(self.codes.first_chunk().unwrap(), self.scale, &mut four);
+        s.fp8_bf16(self.codes, &mut bare);
         s.fp8(self.codes, self.factor, &mut eight);
-        (four, eight)
+        (four, bare, eight)
     }
 }
 
@@ -109,7 +110,7 @@ fn packed_numbers_are_those_of_the_tables() {
         for start in (0..=255).step_by(32) {
             let codes = std::array::from_fn(|i| start + i as u8);
             for isa in Isa::available() {
-                let (four, eight) = isa.run(Decode { codes: &codes, scale, factor });
+                let (four, bare, eight) = isa.run(Decode { codes: &codes, scale, factor });
                 let exact = codes[..16].iter().flat_map(|code| [code & 15, code >> 4]);
                 for (found, code) in four.into_iter().zip(exact) {
                     let (found, value) = (f32::from_bits(u32::from(found) << 16), E2M1[usize::from(code)]);
@@ -117,6 +118,11 @@ fn packed_numbers_are_those_of_the_tables() {
                     let same = found.to_bits() == expected.to_bits() || found.is_nan() && expected.is_nan();
                     // Beyond the largest scale of a file that is read.
                     assert!(same || expected.is_infinite(), "{isa}: {code} with {scale} is {found}");
+                }
+                for (found, code) in bare.into_iter().zip(codes) {
+                    let (found, value) = (f32::from_bits(u32::from(found) << 16), E4M3[usize::from(code)]);
+                    let same = found.to_bits() == value.to_bits() || found.is_nan() && value.is_nan();
+                    assert!(same, "{isa}: {code} is {found}");
                 }
                 for (found, code) in eight.into_iter().zip(codes) {
                     let expected = E4M3[usize::from(code)] * factor;
