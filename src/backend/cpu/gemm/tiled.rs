@@ -255,38 +255,22 @@ impl Task for Work<'_> {
         let mut sums = Scratch::take(firsts.len() * self.range.len() * each + SIDE);
         sums.fill(0.0);
         // Sums of a block of columns, before they are scaled.
-        let mut block = Scratch::take(if self.scales.is_some() { each + SIDE } else { 0 });
+        let mut block = Scratch::take(if self.scales.is_some() { each } else { 0 });
         let most = self.scales.map_or(SPAN, |scales| scales.cols / STEP);
         let mut panel = Scratch::take(steps.min(most) * ROWS * SIDE);
         for span in (0..steps).step_by(most) {
             let mut sums = sums.chunks_exact_mut(each);
             for first in firsts.clone() {
-                let count = most.min(steps - span);
-                // Whole steps of as many rows are used as they are stored: a copy costs more than it saves.
-                let is_whole = first + ROWS <= self.rows.end;
-                let stored = if is_whole { count.min(self.w.cols() / STEP - span) } else { 0 };
-                let panel = bytemuck::cast_slice_mut(&mut panel[..(count - stored) * ROWS * SIDE]);
-                self.pack(first, (span + stored) * STEP, panel);
+                let rows = self.rows_of(first, span..steps.min(span + most), &mut panel);
                 for (g, total) in self.range.clone().zip(&mut sums) {
-                    let shape = self.groups.shape(g);
-                    let sums = if self.scales.is_some() {
-                        block[..ROWS * shape.columns()].fill(0.0);
-                        &mut block[..each]
-                    } else {
-                        &mut *total
+                    let Some(scales) = self.scales else {
+                        self.multiply(rows, [first, g, span], total);
+                        continue;
                     };
-                    let x = &self.x[g * steps * Groups::STEP + span * SIDE * shape.columns()..];
-                    if stored > 0 {
-                        let bytes = &self.w.bytes(first, ROWS)[2 * span * STEP..];
-                        let w = Rows::stored(bytes, self.w.stride(), stored);
-                        let ahead = self.ahead(first, span, g - self.range.start);
-                        self.amx.multiply(&shape, w, ahead, x, sums);
-                    }
-                    let x = &x[stored * SIDE * shape.columns()..];
-                    self.amx.multiply(&shape, Rows::packed(panel), None, x, sums);
-                    if let Some(scales) = self.scales {
-                        self.scale(s, scales, [first, span], &block[..ROWS * shape.columns()], total);
-                    }
+                    let block = &mut block[..ROWS * self.groups.shape(g).columns()];
+                    block.fill(0.0);
+                    self.multiply(rows, [first, g, span], block);
+                    self.scale(s, scales, [first, span], block, total);
                 }
             }
         }
@@ -299,7 +283,33 @@ impl Task for Work<'_> {
     }
 }
 
-impl Work<'_> {
+impl<'a> Work<'a> {
+    /// Some steps of the rows from `first` on: as stored, then packed into `panel`. Whole steps of as many rows are used as
+    /// they are stored: a copy costs more than it saves.
+    fn rows_of<'p>(&self, first: usize, steps: Range<usize>, panel: &'p mut [f32]) -> [Rows<'p>; 2]
+    where
+        'a: 'p,
+    {
+        let is_whole = first + ROWS <= self.rows.end;
+        let stored =
+            if is_whole { steps.end.min(self.w.cols() / STEP).max(steps.start) } else { steps.start };
+        let panel = bytemuck::cast_slice_mut(&mut panel[..(steps.end - stored) * ROWS * SIDE]);
+        self.pack(first, stored * STEP, panel);
+        let bytes =
+            if stored > steps.start { &self.w.bytes(first, ROWS)[2 * steps.start * STEP..] } else { &[] };
+        [Rows::stored(bytes, self.w.stride(), stored - steps.start), Rows::packed(panel)]
+    }
+
+    /// sums += `rows`, from row `first` and step `span` of W on, times group `g`.
+    fn multiply(&self, rows: [Rows<'_>; 2], [first, g, span]: [usize; 3], sums: &mut [f32]) {
+        let (shape, steps) = (self.groups.shape(g), self.w.cols().div_ceil(STEP));
+        let each = SIDE * shape.columns();
+        let x = &self.x[g * steps * Groups::STEP + span * each..];
+        let [stored, packed] = rows;
+        self.amx.multiply(&shape, stored, self.ahead(first, span, g - self.range.start), x, sums);
+        self.amx.multiply(&shape, packed, None, &x[stored.steps() * each..], sums);
+    }
+
     /// What the `i`-th group fetches: the rows that are used next, half of them beside each of the first two groups.
     fn ahead(&self, first: usize, span: usize, i: usize) -> Option<Ahead> {
         let stride = self.w.stride();

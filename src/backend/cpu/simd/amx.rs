@@ -87,6 +87,10 @@ impl<'a> Rows<'a> {
         Rows::new(bytes, stride, bytes.len() / stride[1])
     }
 
+    pub(in super::super) fn steps(&self) -> usize {
+        self.steps
+    }
+
     fn new(bytes: &'a [u8], stride: [usize; 2], steps: usize) -> Self {
         let end = (ROWS - 1) * stride[0] + steps.saturating_sub(1) * stride[1] + Rows::WIDTH;
         assert!(steps == 0 || end <= bytes.len(), "rows of W");
