@@ -230,6 +230,19 @@ fn transpose<S: Simd>(s: S, from: &[[f32; SIDE]; SIDE], to: &mut [[f32; SIDE]; S
     }
 }
 
+/// totals += factor · sums.
+#[inline(always)]
+fn add_scaled<S: Simd>(s: S, factor: f32, sums: &[f32], totals: &mut [f32]) {
+    let whole = sums.len() - sums.len() % S::LANES;
+    for lane in (0..whole).step_by(S::LANES) {
+        let total = s.fma(s.splat(factor), s.load(&sums[lane..]), s.load(&totals[lane..]));
+        s.store(total, &mut totals[lane..]);
+    }
+    for (total, sum) in totals[whole..].iter_mut().zip(&sums[whole..]) {
+        *total = sum.mul_add(factor, *total);
+    }
+}
+
 /// Some rows of W times some groups of tokens.
 struct Work<'a> {
     amx: Amx,
@@ -330,18 +343,15 @@ impl<'a> Work<'a> {
     ) {
         let (per_row, block) = (self.w.cols().div_ceil(scales.cols), step * STEP / scales.cols);
         let columns = sums.len() / ROWS;
+        let rows = first..self.rows.end.min(first + ROWS);
+        let factor = |row: usize| scales.factors[row * per_row + block];
+        // Mostly all rows share one.
+        if rows.clone().all(|row| factor(row) == factor(first)) {
+            return add_scaled(s, factor(first), sums, totals);
+        }
         let lines = sums.chunks_exact(columns).zip(totals.chunks_exact_mut(columns));
-        for (row, (sums, totals)) in (first..self.rows.end).zip(lines) {
-            let factor = scales.factors[row * per_row + block];
-            if columns.is_multiple_of(S::LANES) {
-                let factor = s.splat(factor);
-                for lane in (0..columns).step_by(S::LANES) {
-                    let total = s.fma(factor, s.load(&sums[lane..]), s.load(&totals[lane..]));
-                    s.store(total, &mut totals[lane..]);
-                }
-            } else {
-                totals.iter_mut().zip(sums).for_each(|(total, sum)| *total = sum.mul_add(factor, *total));
-            }
+        for (row, (sums, totals)) in rows.zip(lines) {
+            add_scaled(s, factor(row), sums, totals);
         }
     }
 
