@@ -25,8 +25,9 @@ pub enum Isa {
     /// side to bf16 and is twice as fast; sums stay f32. So results differ from those of the others, which agree among
     /// each other: it has to be selected. Routers are computed as with [`Isa::Avx512`].
     Avx512Bf16,
-    /// AVX-512 with tiles of bf16 (AMX). Products with bf16 matrices take both sides as they are, but in another order than
-    /// the others, so that the last bits of their sums differ.
+    /// AVX-512 with tiles of bf16 (AMX). Products with bf16 matrices, and with FP8 codes, whose scales multiply the sums of
+    /// a block, take both sides as they are, but in another order than the others, so that the last bits of their sums
+    /// differ.
     Amx,
     /// The same, with the other side of products with bf16 matrices rounded to bf16. It has to be selected. Routers are
     /// computed as with [`Isa::Amx`].
