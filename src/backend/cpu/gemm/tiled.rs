@@ -269,7 +269,11 @@ impl Task for Work<'_> {
         sums.fill(0.0);
         // Sums of a block of columns, before they are scaled.
         let mut block = Scratch::take(if self.scales.is_some() { each } else { 0 });
-        let most = self.scales.map_or(SPAN, |scales| scales.cols / STEP);
+        // A block that is all columns is scaled piece by piece.
+        let most = match self.scales {
+            Some(scales) if scales.cols < self.w.cols() => scales.cols / STEP,
+            _ => SPAN,
+        };
         let mut panel = Scratch::take(steps.min(most) * ROWS * SIDE);
         for span in (0..steps).step_by(most) {
             let mut sums = sums.chunks_exact_mut(each);

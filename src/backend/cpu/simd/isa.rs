@@ -29,8 +29,8 @@ pub enum Isa {
     /// a block, take both sides as they are, but in another order than the others, so that the last bits of their sums
     /// differ.
     Amx,
-    /// The same, with the other side of products with bf16 matrices rounded to bf16. It has to be selected. Routers are
-    /// computed as with [`Isa::Amx`].
+    /// The same, with the other side of these products rounded to bf16. It has to be selected. Routers are computed as with
+    /// [`Isa::Amx`].
     AmxBf16,
 }
 

@@ -1,4 +1,4 @@
-//! Exponentials of every instruction set against f64.
+//! Exponentials of every instruction set against f64, and packed numbers against their tables.
 
 use super::*;
 use crate::checkpoint::{E2M1, E4M3, e8m0};
