@@ -178,11 +178,11 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn mxfp4(self, codes: &[u8; 16], scale: u8, to: &mut [u16; 32]) {
+        const HIGH: [u8; 16] = half_of_each(1);
+        const LOW: [u8; 16] = half_of_each(0);
         if !NORMAL.contains(&scale) {
             return mxfp4_by_arithmetic(codes, scale, to);
         }
-        const HIGH: [u8; 16] = half_of_each(1);
-        const LOW: [u8; 16] = half_of_each(0);
         // SAFETY: reads and writes the whole arrays, and `self` proves that the processor has the instructions.
         unsafe {
             let (bytes, mask) = (_mm_loadu_si128(codes.as_ptr().cast()), _mm_set1_epi8(15));
