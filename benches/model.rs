@@ -11,7 +11,7 @@ use moepress::backend::cpu::{Cpu, Isa};
 use moepress::checkpoint::Checkpoint;
 use moepress::model::{Decoder, Model};
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let [model, threads, isa @ ..] = &args[..] else {
         // Run by `cargo bench` with the others: nothing to do.
@@ -21,6 +21,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         isa.parse::<Isa>()?.select()?;
     }
     rayon::ThreadPoolBuilder::new().num_threads(threads.parse()?).build_global()?;
+    rayon::scope(|_| serve(model))
+}
+
+fn serve(model: &str) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let checkpoint = Checkpoint::open(Path::new(model))?;
     let model = Model::new(&checkpoint, &Cpu, 512)?;
     let decoder = Decoder::new(&model, &mut ())?;
