@@ -80,8 +80,7 @@ impl Args {
     }
 
     pub(crate) fn run(&self) -> Result<(), Failure> {
-        let Device::Cpu(cpu) = self.device.open()?;
-        self.compute(&cpu)
+        self.device.open()?.run(|Device::Cpu(cpu)| self.compute(&cpu))
     }
 
     fn compute<B: Backend>(&self, backend: &B) -> Result<(), Failure> {

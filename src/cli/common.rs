@@ -85,6 +85,18 @@ fn check_threads() -> Result<(), Failure> {
     }
 }
 
+impl Device {
+    /// Runs what a command computes: for the CPU on a thread of the pool that shares its work, as every product would
+    /// put a thread outside it to sleep and wake it again.
+    pub(crate) fn run(self, command: impl FnOnce(Self) -> Result<(), Failure> + Send) -> Result<(), Failure> {
+        // As deep as the stack of a process's first thread usually is.
+        const STACK: usize = 8 << 20;
+        let pool = rayon::ThreadPoolBuilder::new().stack_size(STACK);
+        pool.build_global().map_err(|e| Failure::Work(format!("the threads do not start: {e}")))?;
+        rayon::scope(|_| command(self))
+    }
+}
+
 impl DeviceArgs {
     /// Opens the device.
     pub(crate) fn open(&self) -> Result<Device, Failure> {

@@ -99,6 +99,10 @@ impl Args {
         if self.text.is_given() && self.model.is_none() {
             return Err(Failure::Usage("--text and --tokens need --model <MODEL>, which reads them".into()));
         }
+        self.device.open()?.run(|Device::Cpu(cpu)| self.compute(method, &cpu))
+    }
+
+    fn compute<B: Backend>(&self, method: &dyn Method, backend: &B) -> Result<(), Failure> {
         let start = Instant::now();
         let statistics = self.stats.as_deref().map(Statistics::open).transpose()?;
         let checkpoint = self.model.as_deref().map(Checkpoint::open).transpose()?;
@@ -138,9 +142,8 @@ impl Args {
             routers: owned.as_ref().map(|w| w as &dyn RouterSource),
             ..Request::new(&profile)
         };
-        let Device::Cpu(cpu) = self.device.open()?;
         let plan = match &checkpoint {
-            Some(checkpoint) if method.needs().tokens => self.search(method, request, checkpoint, &cpu)?,
+            Some(checkpoint) if method.needs().tokens => self.search(method, request, checkpoint, backend)?,
             _ => {
                 let plan = method.plan(&request).map_err(|e| self.named(e))?;
                 self.write(&plan, &mut self.output.report())?;
