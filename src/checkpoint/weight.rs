@@ -309,62 +309,51 @@ impl Weight {
     /// Decodes the rows from `first` on into `out`, as many as it holds. Exact, but for FP8 values, where the product
     /// with the scale is rounded to f32.
     pub fn decode_rows(&self, first: usize, out: &mut [f32]) {
-        self.decode_tile(first, 0..self.cols, self.cols, out);
-    }
-
-    /// The same for some columns, which begin at a multiple of the block that shares a scale, and rows that begin `stride`
-    /// values apart. Inlined, so that it is compiled for the instructions of whoever calls it.
-    #[inline(always)]
-    pub(crate) fn decode_tile(&self, first: usize, cols: Range<usize>, stride: usize, out: &mut [f32]) {
-        if cols.is_empty() {
+        if self.cols == 0 {
             return;
         }
-        let rows = (first..).zip(out.chunks_mut(stride).map(|row| &mut row[..cols.len()]));
         match &self.storage {
             Storage::Plain(tensor) => {
-                let width = tensor.dtype().bitsize() / 8;
-                for (r, row) in rows {
-                    let start = (r * self.cols + cols.start) * width;
-                    decode_f32(tensor.dtype(), &tensor.bytes()[start..start + row.len() * width], row);
-                }
+                let start = first * self.cols * tensor.dtype().bitsize() / 8;
+                let bytes = out.len() * tensor.dtype().bitsize() / 8;
+                decode_f32(tensor.dtype(), &tensor.bytes()[start..start + bytes], out);
             }
-            Storage::InputMajor(tensor, columns) => {
-                let columns = Stride { first: columns.at(first), ..*columns };
-                match tensor.dtype() {
-                    Dtype::F32 => gather(tensor, columns, cols, stride, out, f32::from_le_bytes),
-                    Dtype::F16 => {
-                        gather(tensor, columns, cols, stride, out, |b| half::f16::from_le_bytes(b).to_f32());
-                    }
-                    _ => {
-                        gather(tensor, columns, cols, stride, out, |b| half::bf16::from_le_bytes(b).to_f32());
-                    }
-                }
-            }
-            Storage::Fp8 { block, .. } => {
-                debug_assert!(cols.start.is_multiple_of(block[1]) || block[1] >= self.cols);
-                for (r, row) in rows {
-                    if let Some(PackedRow::Fp8 { codes, scales, block }) = self.packed_row(r) {
-                        let codes = codes[cols.start..].chunks(block);
-                        for (i, (out, codes)) in row.chunks_mut(block).zip(codes).enumerate() {
-                            let factor = scales.get(cols.start / block + i);
-                            for (o, &code) in out.iter_mut().zip(codes) {
-                                *o = e4m3(code) * factor;
+            Storage::InputMajor(..) => self.decode_transposed(first, 0..self.cols, self.cols, out),
+            Storage::Fp8 { .. } | Storage::Mxfp4 { .. } => {
+                for (r, row) in (first..).zip(out.chunks_mut(self.cols)) {
+                    match self.packed_row(r) {
+                        Some(PackedRow::Fp8 { codes, scales, block }) => {
+                            let blocks = row.chunks_mut(block).zip(codes.chunks(block));
+                            for (i, (out, codes)) in blocks.enumerate() {
+                                let factor = scales.get(i);
+                                out.iter_mut().zip(codes).for_each(|(o, &code)| *o = e4m3(code) * factor);
                             }
                         }
-                    }
-                }
-            }
-            Storage::Mxfp4 { .. } => {
-                debug_assert!(cols.start.is_multiple_of(MX_BLOCK));
-                for (r, row) in rows {
-                    if let Some(PackedRow::Mxfp4 { blocks, scales }) = self.packed_row(r) {
-                        let packed = blocks.iter().zip(scales).skip(cols.start / MX_BLOCK);
-                        for (out, (block, &scale)) in row.as_chunks_mut().0.iter_mut().zip(packed) {
-                            decode_mxfp4(block, scale, out);
+                        Some(PackedRow::Mxfp4 { blocks, scales }) => {
+                            let packed = blocks.iter().zip(scales);
+                            for (out, (block, &scale)) in row.as_chunks_mut().0.iter_mut().zip(packed) {
+                                decode_mxfp4(block, scale, out);
+                            }
                         }
+                        None => {}
                     }
                 }
             }
+        }
+    }
+
+    /// Some columns of a transposed matrix, rows that begin `stride` values apart; nothing of another. Inlined, so that
+    /// it is compiled for the instructions of whoever calls it.
+    #[inline(always)]
+    pub(crate) fn decode_transposed(&self, first: usize, cols: Range<usize>, stride: usize, out: &mut [f32]) {
+        let Storage::InputMajor(tensor, columns) = &self.storage else { return };
+        let columns = Stride { first: columns.at(first), ..*columns };
+        match tensor.dtype() {
+            Dtype::F32 => gather(tensor, columns, cols, stride, out, f32::from_le_bytes),
+            Dtype::F16 => {
+                gather(tensor, columns, cols, stride, out, |b| half::f16::from_le_bytes(b).to_f32());
+            }
+            _ => gather(tensor, columns, cols, stride, out, |b| half::bf16::from_le_bytes(b).to_f32()),
         }
     }
 

@@ -32,7 +32,7 @@ impl CpuWeight {
     #[cfg(target_arch = "x86_64")]
     fn fits_tiles(&self) -> bool {
         match self.weight.storage() {
-            Storage::Fp8 { block: [_, block], .. } => BlockScales::new(&[], *block).is_some(),
+            Storage::Fp8 { block: [_, block], .. } => BlockScales::fit(*block),
             _ => self.is_bf16(),
         }
     }
@@ -224,7 +224,7 @@ fn transposed(weight: &Weight, first: usize, cols: Range<usize>, stride: usize, 
     let mut values = Scratch::take(out.len() / stride * WIDE);
     for col in cols.clone().step_by(WIDE) {
         let width = WIDE.min(cols.end - col);
-        weight.decode_tile(first, col..col + width, WIDE, &mut values);
+        weight.decode_transposed(first, col..col + width, WIDE, &mut values);
         for (out, values) in out.chunks_exact_mut(stride).zip(values.chunks_exact(WIDE)) {
             for (out, value) in out[col - cols.start..][..width].iter_mut().zip(values) {
                 *out = (value.to_bits() >> 16) as u16;
@@ -250,7 +250,7 @@ impl Task for Widen<'_> {
     fn run<S: Simd>(self, s: S) {
         let Widen { weight, first, cols, stride, out } = self;
         if weight.packed_row(first).is_none() {
-            return weight.decode_tile(first, cols, stride, out);
+            return weight.decode_transposed(first, cols, stride, out);
         }
         let count = out.len() / stride;
         for (row, out) in (first..).zip(out.chunks_exact_mut(stride)) {

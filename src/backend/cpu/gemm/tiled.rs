@@ -98,9 +98,14 @@ pub(in super::super) struct BlockScales<'a> {
 }
 
 impl<'a> BlockScales<'a> {
-    /// For blocks of whole steps; `None` where they are not.
+    /// For blocks of `cols` columns; `None` where they do not [`BlockScales::fit`].
     pub(in super::super) fn new(factors: &'a [f32], cols: usize) -> Option<Self> {
-        cols.is_multiple_of(STEP).then_some(BlockScales { factors, cols })
+        BlockScales::fit(cols).then_some(BlockScales { factors, cols })
+    }
+
+    /// Whether blocks of `cols` columns are whole steps.
+    pub(in super::super) fn fit(cols: usize) -> bool {
+        cols.is_multiple_of(STEP)
     }
 }
 

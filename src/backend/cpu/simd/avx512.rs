@@ -21,6 +21,31 @@ impl<const BF16: bool> Avx512<BF16> {
     }
 }
 
+/// 32 FP8 codes taken apart.
+struct Fp8Parts {
+    /// The first bit of each, in the first of 16.
+    sign: __m512i,
+    /// The other seven, in the last.
+    magnitude: __m512i,
+    is_nan: __mmask32,
+}
+
+impl Fp8Parts {
+    #[inline(always)]
+    fn new<const BF16: bool>(_: Avx512<BF16>, codes: &[u8; 32]) -> Self {
+        // SAFETY: reads the whole array, and the first argument proves that the processor has the instructions.
+        unsafe {
+            let words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes.as_ptr().cast()));
+            let magnitude = _mm512_and_si512(words, _mm512_set1_epi16(0x7f));
+            Fp8Parts {
+                sign: _mm512_and_si512(_mm512_slli_epi16::<8>(words), _mm512_set1_epi16(i16::MIN)),
+                magnitude,
+                is_nan: _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f)),
+            }
+        }
+    }
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn enter<T: Task>(simd: Avx512, task: T) -> T::Output {
     task.run(simd)
@@ -262,11 +287,8 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         };
         // SAFETY: reads and writes the whole arrays, and `self` proves that the processor has the instructions.
         unsafe {
-            let words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes.as_ptr().cast()));
-            let sign = _mm512_and_si512(_mm512_slli_epi16::<8>(words), _mm512_set1_epi16(i16::MIN));
-            let magnitude = _mm512_and_si512(words, _mm512_set1_epi16(0x7f));
+            let Fp8Parts { sign, magnitude, is_nan } = Fp8Parts::new(self, codes);
             let is_small = _mm512_cmplt_epi16_mask(magnitude, _mm512_set1_epi16(8));
-            let is_nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
             // The exponent of bf16 counts from 127, that of e4m3 from 7.
             let values = _mm512_add_epi16(_mm512_slli_epi16::<4>(magnitude), _mm512_set1_epi16(120 << 7));
             let small = _mm512_broadcast_i32x4(_mm_loadu_si128(SMALL.as_ptr().cast()));
@@ -285,10 +307,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         }
         // SAFETY: reads and writes the whole arrays, and `self` proves that the processor has the instructions.
         unsafe {
-            let words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes.as_ptr().cast()));
-            let sign = _mm512_and_si512(_mm512_slli_epi16::<8>(words), _mm512_set1_epi16(i16::MIN));
-            let magnitude = _mm512_and_si512(words, _mm512_set1_epi16(0x7f));
-            let is_nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
+            let Fp8Parts { sign, magnitude, is_nan } = Fp8Parts::new(self, codes);
             let halves = _mm512_or_si512(_mm512_slli_epi16::<7>(magnitude), sign);
             let halves = _mm512_mask_blend_epi16(is_nan, halves, _mm512_set1_epi16(0x7e00));
             let factor = _mm512_set1_ps(factor_of_f16);
