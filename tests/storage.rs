@@ -149,10 +149,22 @@ fn fused_fp8_is_separate_fp8() {
         let others = |name: &&String| name.ends_with("_scale_inv") && !name.contains(".experts.");
         let others: Vec<String> = tensors.keys().filter(others).cloned().collect();
         tensors.extend(others.into_iter().map(|name| (name.clone(), tensor(&separate, &name))));
+        for matrix in ["gate_up_proj", "down_proj"] {
+            let name = format!("model.layers.1.mlp.experts.{matrix}");
+            let &[experts, rows, cols] = tensors[&name].shape() else { unreachable!("experts together") };
+            let shape = vec![experts, rows.div_ceil(12), cols.div_ceil(20)];
+            let scales = Tensor::from_f32("", Dtype::F32, shape.clone(), &vec![1.0; shape.iter().product()]);
+            let name = format!("{name}_scale_inv");
+            tensors.insert(name.clone(), scales.renamed(name));
+        }
     });
     let checkpoint = Checkpoint::open(fused.path()).unwrap();
     let message = Model::new(&checkpoint, &Cpu, 8).unwrap().layer(1).err().unwrap().to_string();
-    assert!(message.contains("gate and up of 16 rows share a block of scales"), "{message}");
+    assert!(
+        message
+            .contains("rows from 16 on share a block of scales with those before; expected a multiple of 12"),
+        "{message}"
+    );
 }
 
 /// FP8 with one scale for a matrix, under the names of static checkpoints: the product of code and scale, and experts
@@ -212,6 +224,38 @@ fn fp8_with_one_scale_per_matrix() {
         }
     }
     assert!(bits(&run(&dir, &tokens()).logits) == bits(&masked(packed.path(), &plan, &tokens())));
+}
+
+/// Gate and up of a shared expert in one FP8 matrix with a scale for each row, as for `compressed-tensors` by channel.
+#[test]
+fn fp8_of_matrices_stored_together() {
+    let (packed, widened) = (Mutant::of("granitemoeshared"), Mutant::of("granitemoeshared"));
+    for l in 0..2 {
+        let stem = format!("model.layers.{l}.shared_mlp.input_linear.weight");
+        let (rows, cols) = (48, 32);
+        let codes: Vec<u8> = (0..rows * cols).map(|i| (i * 37 % 251) as u8 & 0xb7).collect();
+        let scales: Vec<f32> = (0..rows).map(|row| 0.01 + row as f32 / 1024.0).collect();
+        let value = |(i, &code): (usize, &u8)| E4M3[usize::from(code)] * scales[i / cols];
+        let values: Vec<f32> = codes.iter().enumerate().map(value).collect();
+        packed.edit_tensors(|tensors| {
+            let stored = Tensor::owned(stem.as_str(), Dtype::F8_E4M3, vec![rows, cols], codes.clone());
+            tensors.insert(stem.clone(), stored);
+            let name = format!("{stem}_scale");
+            tensors.insert(name.clone(), Tensor::from_f32(name, Dtype::F32, vec![rows, 1], &scales));
+        });
+        widened.edit_tensors(|tensors| {
+            let plain = Tensor::from_f32(stem.as_str(), Dtype::F32, vec![rows, cols], &values);
+            tensors.insert(stem.clone(), plain);
+        });
+    }
+    let groups = json!({"group_0": {"targets": ["Linear"], "input_activations": {"num_bits": 8, "type": "float"},
+        "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": true}}});
+    let quantization =
+        json!({ "quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups });
+    packed.set_config("quantization_config", quantization);
+    let (found, expected) = (run(packed.path(), &tokens()).logits, run(widened.path(), &tokens()).logits);
+    let differences = found.iter().zip(&expected).map(|(a, b)| (a - b).abs());
+    assert!(differences.fold(0.0, f32::max) < 1e-5);
 }
 
 /// The same where all experts are stored together: one scale for each, and one for its inputs.

@@ -111,6 +111,18 @@ pub enum Error {
         /// The types that would do.
         expected: &'static str,
     },
+    /// Matrices that are stored together and share scales.
+    #[error(
+        "{name}: rows from {first} on share a block of scales with those before; expected a multiple of {block}"
+    )]
+    SharedScale {
+        /// The tensor.
+        name: String,
+        /// First row of one of the matrices.
+        first: usize,
+        /// Rows of a block.
+        block: usize,
+    },
     /// A weight that is NaN or infinite.
     #[error("{name} holds {value} at flat index {index}; weights must be finite")]
     NonFinite {

@@ -193,6 +193,38 @@ impl Weight {
         Ok(Weight { name, rows: count, cols, storage: Storage::Mxfp4 { blocks, scales, rows } })
     }
 
+    /// Rows `first .. first + count`, sharing the storage.
+    ///
+    /// # Errors
+    /// Names the FP8 tensor in which they begin within a block that shares a scale, unless all rows share it.
+    ///
+    /// # Panics
+    /// Where the rows do not exist.
+    pub fn part(&self, first: usize, count: usize) -> Result<Self> {
+        assert!(first + count <= self.rows, "rows of {self:?}");
+        let shifted = |rows: &Stride| Stride { first: rows.at(first), ..*rows };
+        let storage = match self.storage.clone() {
+            Storage::Plain(tensor) => Storage::Plain(tensor.rows(first, count)),
+            Storage::InputMajor(tensor, columns) => Storage::InputMajor(tensor, shifted(&columns)),
+            Storage::Fp8 { values, scales, block, input_scale } if self.rows <= block[0] => {
+                Storage::Fp8 { values: values.rows(first, count), scales, block, input_scale }
+            }
+            Storage::Fp8 { block: [block, _], .. } if !first.is_multiple_of(block) => {
+                return Err(Error::SharedScale { name: self.name().into(), first, block });
+            }
+            Storage::Fp8 { values, scales, block, input_scale } => Storage::Fp8 {
+                values: values.rows(first, count),
+                scales: scales.rows(first / block[0], count.div_ceil(block[0])),
+                block,
+                input_scale,
+            },
+            Storage::Mxfp4 { blocks, scales, rows } => {
+                Storage::Mxfp4 { blocks, scales, rows: shifted(&rows) }
+            }
+        };
+        Ok(Weight { rows: count, storage, ..self.clone() })
+    }
+
     /// Name in messages: that of the tensor, unless [`Weight::renamed`].
     pub fn name(&self) -> &str {
         &self.name
@@ -505,6 +537,42 @@ mod tests {
         let stored = Tensor::from_f32("w", Dtype::F32, vec![4, 6], &values);
         let error = Weight::input_major(stored, Stride { first: 1, step: 2 }, 4).unwrap_err().to_string();
         assert_eq!(error, "w has shape [4, 6], expected [4, 8]");
+    }
+
+    /// Some rows of a matrix are those rows, whichever way it is stored, unless they cut a block of scales in two.
+    #[test]
+    fn parts() {
+        let (rows, cols) = (6, 32);
+        let codes: Vec<u8> = (0..rows * cols).map(|i| (i * 37 % 256) as u8 & 0xf7).collect();
+        let values: Vec<f32> = codes.iter().map(|&code| f32::from(code)).collect();
+        let fp8 = |scales: Vec<usize>, block: [usize; 2]| {
+            let factors: Vec<f32> = (1..=scales.iter().product()).map(|i| i as f32).collect();
+            let values = Tensor::owned("w.weight", Dtype::F8_E4M3, vec![rows, cols], codes.clone());
+            Weight::fp8(values, Tensor::from_f32("w.scale", Dtype::F32, scales, &factors), block).unwrap()
+        };
+        let stored = |shape| Tensor::from_f32("w", Dtype::BF16, shape, &values);
+        let two = |rows| Tensor::owned("b", Dtype::U8, vec![rows, 1, 16], codes[..rows * 16].to_vec());
+        let scales = Tensor::owned("s", Dtype::U8, vec![2 * rows, 1], (121..133).collect());
+        let weights = [
+            Weight::plain(stored(vec![rows, cols])).unwrap(),
+            Weight::input_major(stored(vec![cols, rows]), Stride::ALL, rows).unwrap(),
+            Weight::mxfp4(two(2 * rows), scales, Stride { first: 1, step: 2 }, rows).unwrap(),
+            fp8(vec![3, 2], [2, 16]),
+            fp8(vec![rows, 1], [1, cols]),
+            fp8(vec![rows], [1, cols]),
+            fp8(vec![], [rows, cols]),
+            fp8(vec![1, 2], [128, 16]),
+        ];
+        for weight in &weights {
+            let part = weight.part(2, 3).unwrap();
+            assert_eq!((part.rows(), part.cols()), (3, cols));
+            assert_eq!(part.to_f32(), weight.to_f32()[2 * cols..5 * cols], "{weight:?}");
+        }
+        // Unless all rows share a scale: then one of them has it too.
+        assert_eq!(weights[7].part(3, 1).unwrap().to_f32(), weights[7].to_f32()[3 * cols..4 * cols]);
+        let error = weights[3].part(3, 2).unwrap_err().to_string();
+        let expected = "rows from 3 on share a block of scales with those before; expected a multiple of 2";
+        assert_eq!(error, format!("w.weight: {expected}"));
     }
 
     /// Blocks that do not divide the matrix; the product with the scale is what f32 gives.

@@ -235,10 +235,9 @@ impl Finder<'_> {
                 (!a.keys_as_values).then(own).transpose()?,
             ));
         };
-        let name = names.attention(self.l, &format!("{fused}.weight"));
-        let stored = self.numbers(&name, &[query + key + value, d])?;
+        let stored = self.weight(&names.attention(self.l, fused), query + key + value, d)?;
         let rows = |first: usize, count: usize| {
-            let weight = Weight::plain(stored.rows(first, count)).map_err(|e| self.error(e))?;
+            let weight = stored.part(first, count).map_err(|e| self.error(e))?;
             Ok::<_, Error>(LinearSource { weight, bias: None })
         };
         Ok((rows(0, query)?, rows(query, key)?, Some(rows(query + key, value)?)))

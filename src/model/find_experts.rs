@@ -80,9 +80,9 @@ impl Finder<'_> {
                 self.either(&both, ".weight").to_string()
             });
         };
-        let stored = self.numbers(&format!("{gate_up}.weight"), &[2 * width, d])?;
+        let stored = self.weight(&gate_up, 2 * width, d)?;
         let rows = |first: usize| {
-            let weight = Weight::plain(stored.rows(first, width)).map_err(|e| self.error(e))?;
+            let weight = stored.part(first, width).map_err(|e| self.error(e))?;
             Ok::<_, Error>(Linear { weight, bias: None })
         };
         Ok(Mlp {

@@ -107,8 +107,8 @@ impl Finder<'_> {
     fn rewritten(&self, moe: &MoeSpec, gate_up: &str, down: &str) -> Result<Vec<StoredExpert>> {
         let (d, width) = (self.architecture.hidden_size, moe.width);
         let parts = if moe.activation.is_gated() { 2 } else { 1 };
-        let gate_up = self.output_major(gate_up, [moe.experts, parts * width, d], width)?;
-        let down = self.output_major(down, [moe.experts, d, width], d)?;
+        let gate_up = self.output_major(gate_up, [moe.experts, parts * width, d])?;
+        let down = self.output_major(down, [moe.experts, d, width])?;
         let experts = (0..moe.experts).map(|e| {
             let map = |p: Projection| {
                 let weight = match p {
@@ -124,9 +124,9 @@ impl Finder<'_> {
         experts.collect()
     }
 
-    /// The matrices of all experts under one name, `[experts, out, input]`, each made of parts of `part` rows; in FP8 with
-    /// `{name}_scale_inv` `[experts, blocks of rows, blocks of columns]`.
-    fn output_major(&self, name: &str, shape: [usize; 3], part: usize) -> Result<OutputMajor> {
+    /// The matrices of all experts under one name, `[experts, out, input]`; in FP8 with `{name}_scale_inv` `[experts, blocks
+    /// of rows, blocks of columns]`.
+    fn output_major(&self, name: &str, shape: [usize; 3]) -> Result<OutputMajor> {
         let values = self.tensor(name, &shape)?;
         if values.dtype() != Dtype::F8_E4M3 {
             return Ok(OutputMajor { values, scales: None });
@@ -140,13 +140,6 @@ impl Finder<'_> {
             return Ok(OutputMajor { values, scales: Some((scales.clone(), None)) });
         }
         let block = self.fp8_block();
-        if part != out && !part.is_multiple_of(block[0]) {
-            let what = format!(
-                "{name}: gate and up of {part} rows share a block of scales; expected a multiple of {}",
-                block[0]
-            );
-            return Err(Error::Inconsistent { layer: self.l, what });
-        }
         let blocks = [experts, out.div_ceil(block[0]), input.div_ceil(block[1])];
         let scales = self.tensor(&name_of_scales, &blocks)?;
         Ok(OutputMajor { values, scales: Some((scales, Some(block))) })
@@ -219,20 +212,17 @@ struct OutputMajor {
 }
 
 impl OutputMajor {
-    /// `count` rows of expert `e` from `first` on, where a block begins.
+    /// `count` rows of expert `e` from `first` on.
     fn weight(&self, e: usize, first: usize, count: usize) -> crate::checkpoint::Result<Weight> {
-        let values = self.values.entry(e).rows(first, count);
-        match &self.scales {
+        let values = self.values.entry(e);
+        let whole = match &self.scales {
             None => Weight::plain(values),
-            Some((scales, None)) => {
-                let whole = [count, values.shape()[1]];
-                Weight::fp8(values, scales.entry(e), whole)
+            Some((scales, block)) => {
+                let block = block.unwrap_or([values.shape()[0], values.shape()[1]]);
+                Weight::fp8(values, scales.entry(e), block)
             }
-            Some((scales, Some(block))) => {
-                let scales = scales.entry(e).rows(first / block[0], count.div_ceil(block[0]));
-                Weight::fp8(values, scales, *block)
-            }
-        }
+        };
+        whole?.part(first, count)
     }
 }
 
