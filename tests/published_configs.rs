@@ -142,7 +142,10 @@ fn deepseek_moonlight_and_kimi() {
         "num_nextn_predict_layers": 0, "rope_scaling": {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0,
         "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn"},
         "rope_theta": 50000.0, "routed_scaling_factor": 2.827, "topk_group": 1, "vocab_size": 163_840});
-    assert_eq!(sizes(&read(&with(&deepseek_v3(), kimi))), [61, 60, 384, 8, 2048]);
+    let kimi = with(&deepseek_v3(), kimi);
+    assert_eq!(sizes(&read(&kimi)), [61, 60, 384, 8, 2048]);
+    let of_images = json!({"model_type": "kimi_k25", "text_config": kimi, "tie_word_embeddings": false});
+    assert_eq!(sizes(&read(&of_images)), [61, 60, 384, 8, 2048]);
 }
 
 #[test]
@@ -754,7 +757,8 @@ fn other_quantisation_is_named_with_what_would_do() {
     let packed = |config: &Value, section: Value| with(config, json!({"quantization_config": section}));
     for method in ["gptq", "awq", "bitsandbytes", "modelopt", "fbgemm_fp8"] {
         let expected = format!(
-            "quantization_config.quant_method is `{method}`; known: fp8, compressed-tensors with FP8 weights, mxfp4; take"
+            "quantization_config.quant_method is `{method}`; known: fp8, mxfp4, compressed-tensors with FP8 or packed four-bit \
+             weights; take"
         );
         refused(&packed(&mixtral(), json!({"quant_method": method, "bits": 4})), &expected);
     }
@@ -773,11 +777,35 @@ fn other_quantisation_is_named_with_what_would_do() {
     );
     let both = json!({"a": {"weights": float}, "b": {"weights": blocks}});
     refused(&compressed(both), "has groups with scales of different kinds");
-    let whole = json!({"num_bits": 4, "type": "int", "strategy": "group"});
+    let whole = json!({"num_bits": 8, "type": "int", "strategy": "channel"});
     refused(
         &compressed(group(whole)),
-        "config_groups has 4-bit weights of type int by group; known: 8-bit float",
+        "config_groups has 8-bit weights of type int by channel; known: 8-bit float",
     );
+    let four = json!({"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": true,
+        "actorder": null});
+    let packed_as = |weights: &Value, format: &str| {
+        let section = json!({"quant_method": "compressed-tensors", "config_groups": group(weights.clone()),
+            "format": format});
+        packed(&mixtral(), section)
+    };
+    let of = |group| Some(Packing::Int4 { group });
+    assert_eq!(read(&packed_as(&four, "pack-quantized")).packing, of(Some(32)));
+    let rows = with(&four, json!({"strategy": "channel", "actorder": "static"}));
+    assert_eq!(read(&packed_as(&rows, "pack-quantized")).packing, of(None));
+    refused(&packed_as(&four, "int-quantized"), "format is \"int-quantized\", only \"pack-quantized\"");
+    for (change, message) in [
+        (json!({"symmetric": false}), "symmetric is false, only true"),
+        (
+            json!({"actorder": "group"}),
+            "config_groups has weights in another order of columns (actorder); take",
+        ),
+        (json!({"group_size": 33}), "config_groups has a group_size of 33, expected an even number"),
+        (json!({"group_size": 0}), "group_size is 0"),
+        (json!({"group_size": null}), "group_size is missing"),
+    ] {
+        refused(&packed_as(&with(&four, change), "pack-quantized"), message);
+    }
     refused(&compressed(json!({})), "config_groups is empty");
     refused(&compressed(json!({"group": {}})), "config_groups has a group without weights");
     let text = with(&llama4()["text_config"], json!({"quantization_config": {"quant_method": "awq"}}));

@@ -511,6 +511,94 @@ fn mistral_as_transformers_writes_it() {
     assert!(bits(&run(mutant.path(), &tokens()).logits) == bits(&run(&data("mistral3"), &tokens()).logits));
 }
 
+/// Experts in four-bit integers within a model of text and images, as Kimi-K2.5 is published: the products of integers and
+/// scales, and dropping copies what is stored.
+#[test]
+fn four_bit_experts_as_published() {
+    const GROUP: usize = 12;
+    let (packed, widened) = (Mutant::of("deepseek_v3"), Mutant::of("deepseek_v3"));
+    let quantised = |weight: &Tensor| {
+        let &[rows, cols] = weight.shape() else { unreachable!("a matrix") };
+        let (mut codes, mut scales, mut values) =
+            (vec![0u32; rows * cols.div_ceil(8)], Vec::new(), Vec::new());
+        for (r, row) in weight.to_f32().unwrap().chunks(cols).enumerate() {
+            for group in row.chunks(GROUP) {
+                let largest = group.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+                scales.push(f32::from_bits((largest / 7.0).to_bits() & 0xffff_0000));
+            }
+            for (c, value) in row.iter().enumerate() {
+                let scale = scales[r * cols.div_ceil(GROUP) + c / GROUP];
+                let code = (value / scale).round().clamp(-8.0, 7.0);
+                values.push(code * scale);
+                codes[r * cols.div_ceil(8) + c / 8] |= ((code + 8.0) as u32) << (4 * (c % 8));
+            }
+        }
+        let codes = codes.into_iter().flat_map(u32::to_le_bytes).collect();
+        let shape = [rows as i64, cols as i64].into_iter().flat_map(i64::to_le_bytes).collect();
+        let packed = [
+            ("_packed", Tensor::owned("", Dtype::I32, vec![rows, cols.div_ceil(8)], codes)),
+            ("_scale", Tensor::from_f32("", Dtype::BF16, vec![rows, cols.div_ceil(GROUP)], &scales)),
+            ("_shape", Tensor::owned("", Dtype::I64, vec![2], shape)),
+        ];
+        (packed, Tensor::from_f32("", Dtype::F32, vec![rows, cols], &values))
+    };
+    let is_expert = |name: &str| name.contains(".mlp.experts.");
+    widened.edit_tensors(|tensors| {
+        for (_, tensor) in tensors.iter_mut().filter(|(name, _)| is_expert(name)) {
+            *tensor = quantised(tensor).1;
+        }
+    });
+    packed.edit_tensors(|tensors| {
+        for (name, tensor) in std::mem::take(tensors) {
+            let long = format!("language_model.{name}");
+            if is_expert(&name) {
+                tensors.extend(quantised(&tensor).0.map(|(what, part)| (format!("{long}{what}"), part)));
+            } else {
+                tensors.insert(long, tensor);
+            }
+        }
+    });
+    let group = json!({"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group",
+        "group_size": GROUP, "symmetric": true, "actorder": null}});
+    packed.edit_text("config.json", |text| {
+        let mut section: Value = serde_json::from_str(&text).unwrap();
+        section["model_type"] = json!("kimi_k2");
+        section["quantization_config"] = json!({"quant_method": "compressed-tensors", "format": "pack-quantized",
+            "config_groups": {"group_0": group}, "ignore": ["re:.*self_attn.*", "re:.*mlp\\.(gate|up|down)_proj.*"]});
+        json!({"model_type": "kimi_k25", "tie_word_embeddings": false, "text_config": section}).to_string()
+    });
+    let expected = run(widened.path(), &tokens()).logits;
+    assert!(bits(&run(packed.path(), &tokens()).logits) == bits(&expected));
+    let sizes = |mutant: &Mutant| {
+        let checkpoint = Checkpoint::open(mutant.path()).unwrap();
+        profile(&checkpoint, &open_architecture(&checkpoint).unwrap()).unwrap()
+    };
+    assert_eq!(sizes(&packed).parameters, sizes(&widened).parameters);
+    // Codes, scales and the shape: 16 × 32 and 32 × 16.
+    let (input, output) = (16 * 16 + 16 * 3 * 2 + 16, 32 * 8 + 32 * 2 * 2 + 16);
+    assert_eq!(sizes(&packed).moe_layers[0].matrix_bytes, [input, input, output]);
+
+    let out = tempfile::tempdir().unwrap();
+    let plan = plan(packed.path(), "reap", Some(Budget::Experts(4)), &[]);
+    let (stock, own) = (out.path().join("stock"), out.path().join("own"));
+    assert_eq!(apply(packed.path(), &plan, &STOCK, &stock).unwrap().layout, "hf");
+    apply(packed.path(), &plan, &MOEPRESS, &own).unwrap();
+    let expected = bits(&masked(packed.path(), &plan, &tokens()));
+    assert!(bits(&run(&stock, &tokens()).logits) == expected);
+    assert!(bits(&run(&own, &tokens()).logits) == expected);
+    for (l, experts) in kept(&plan) {
+        for (new, old) in experts.iter().enumerate() {
+            for suffix in ["packed", "scale", "shape"] {
+                let name = |e: usize| {
+                    format!("language_model.model.layers.{l}.mlp.experts.{e}.up_proj.weight_{suffix}")
+                };
+                let (found, expected) = (tensor(&stock, &name(new)), tensor(packed.path(), &name(*old)));
+                assert_eq!((found.dtype(), found.bytes()), (expected.dtype(), expected.bytes()), "{suffix}");
+            }
+        }
+    }
+}
+
 /// What is wrong with packed weights, by name.
 #[test]
 fn packed_weights_that_contradict_their_config() {

@@ -5,6 +5,7 @@ mod config;
 mod error;
 mod families;
 mod names;
+mod packing;
 mod profile;
 mod rope;
 mod router;
@@ -13,6 +14,7 @@ mod state_space;
 
 pub use error::Error;
 pub use names::{ExpertStorage, Names, Projection};
+pub use packing::Packing;
 pub use profile::{ExpertSize, MoeProfile, Profile};
 pub use rope::{DynamicRope, LongRope, Pairing, Rope};
 pub use router::{Choice, GroupLimit, GroupScore, RouterSpec, Scoring, WeightRule, WeightTarget};
@@ -75,23 +77,6 @@ pub struct Architecture {
     pub expert_count_keys: Vec<&'static str>,
     /// How packed weights are stored, where the config speaks of any.
     pub packing: Option<Packing>,
-}
-
-/// Packed storage of weights, from `quantization_config`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Packing {
-    /// FP8 e4m3 with scales.
-    Fp8 {
-        /// Rows and columns of the blocks that have a scale each; `None` where matrices or their rows do.
-        block: Option<[usize; 2]>,
-    },
-    /// MXFP4 experts.
-    Mxfp4,
-}
-
-impl Packing {
-    /// The blocks of DeepSeek-V3, and of all who followed.
-    pub const USUAL_FP8_BLOCK: [usize; 2] = [128, 128];
 }
 
 /// Kind of the norms of the residual stream.
@@ -543,11 +528,11 @@ impl Architecture {
         let read = families::FAMILIES.iter().find(|(name, _)| *name == family);
         let (_, read) = read.ok_or_else(|| Error::UnknownFamily { family, known: families() })?;
         let mut architecture = read(&config)?;
-        architecture.packing = packing(&config)?;
+        architecture.packing = Packing::read(&config)?;
         if let Some(section) =
             architecture.config_section.map(|key| config.section(key)).transpose()?.flatten()
         {
-            architecture.packing = architecture.packing.or(packing(&section)?);
+            architecture.packing = architecture.packing.or(Packing::read(&section)?);
         }
         architecture.check()?;
         Ok(architecture)
@@ -689,68 +674,6 @@ fn check_groups(mamba: Mamba2) -> Result<()> {
     }
     let what = format!("is {groups}, expected a divisor of the {heads} heads");
     Err(Error::invalid("n_groups", what))
-}
-
-/// What to do about weights that cannot be read.
-const REMEDY: &str = "take the checkpoint that it was made from, or dequantise it first";
-
-/// How `quantization_config` says that weights are packed.
-fn packing(config: &Config) -> Result<Option<Packing>> {
-    let Some(section) = config.section("quantization_config")? else { return Ok(None) };
-    let key = |name: &str| format!("quantization_config.{name}");
-    match section.string("quant_method")?.as_str() {
-        "mxfp4" => Ok(Some(Packing::Mxfp4)),
-        "fp8" => match section.sizes("weight_block_size")?.as_deref() {
-            Some(&[rows, cols]) if rows > 0 && cols > 0 => {
-                Ok(Some(Packing::Fp8 { block: Some([rows, cols]) }))
-            }
-            None => Ok(Some(Packing::Fp8 { block: None })),
-            _ => Err(Error::invalid(&key("weight_block_size"), "expected two numbers above 0")),
-        },
-        "compressed-tensors" => compressed_tensors(&section).map(Some),
-        other => {
-            let what =
-                format!("is `{other}`; known: fp8, compressed-tensors with FP8 weights, mxfp4; {REMEDY}");
-            Err(Error::invalid(&key("quant_method"), what))
-        }
-    }
-}
-
-/// What `config_groups` of the compressed-tensors format say: FP8 weights alone, in one way for all groups.
-fn compressed_tensors(section: &Config) -> Result<Packing> {
-    let key = "quantization_config.config_groups";
-    let groups = section.section("config_groups")?.ok_or_else(|| Error::invalid(key, "is missing"))?;
-    let mut packing = None;
-    for name in groups.keys() {
-        let weights = groups.section(name)?.map(|group| group.section("weights")).transpose()?.flatten();
-        let weights = weights.ok_or_else(|| Error::invalid(key, "has a group without weights"))?;
-        let [kind, strategy] = ["type", "strategy"].map(|k| weights.string(k));
-        let (kind, strategy, bits) = (kind?, strategy?, weights.size("num_bits")?);
-        let found = match (kind.as_str(), bits, strategy.as_str()) {
-            ("float", 8, "tensor" | "channel") => Packing::Fp8 { block: None },
-            ("float", 8, "block") => match weights.sizes("block_structure")?.as_deref() {
-                Some(&[rows, cols]) if rows > 0 && cols > 0 => Packing::Fp8 { block: Some([rows, cols]) },
-                _ => {
-                    return Err(Error::invalid(key, "has a block_structure that is not two numbers above 0"));
-                }
-            },
-            _ => {
-                let what = format!(
-                    "has {bits}-bit weights of type {kind} by {strategy}; known: 8-bit float by tensor, channel or block; \
-                     {REMEDY}"
-                );
-                return Err(Error::invalid(key, what));
-            }
-        };
-        if packing.is_some_and(|packing| packing != found) {
-            return Err(Error::invalid(
-                key,
-                "has groups with scales of different kinds; only one is supported",
-            ));
-        }
-        packing = Some(found);
-    }
-    packing.ok_or_else(|| Error::invalid(key, "is empty"))
 }
 
 /// The `model_type` values that moepress reads.

@@ -18,7 +18,7 @@ pub use error::Error;
 pub use fault::signals_become_messages;
 pub use manifest::{ExpertEntry, ExpertForm, LayerEntry, Manifest, MatrixRanks};
 pub use packed::{E2M1, E4M3, e8m0};
-pub(crate) use packed::{E2M1_BF16, MX_BLOCK, decode_mxfp4, e4m3};
+pub(crate) use packed::{E2M1_BF16, MX_BLOCK, decode_int4, decode_mxfp4, e4m3};
 pub use safetensors::Dtype;
 pub use shard::Shard;
 pub use tensor::{Tensor, decode_f32, encode_f32, encode_f64};

@@ -1,4 +1,5 @@
-//! The numbers of packed checkpoints: eight-bit and four-bit floats and power-of-two scales, decoded exactly.
+//! The numbers of packed checkpoints: eight-bit and four-bit floats, four-bit integers and power-of-two scales, decoded
+//! exactly.
 
 use super::{Dtype, Tensor};
 
@@ -86,18 +87,33 @@ pub(crate) fn decode_mxfp4(block: &[u8; MX_BLOCK / 2], scale: u8, out: &mut [f32
     }
 }
 
-/// How the scales of FP8 weights, and of their inputs, are called.
+/// Four-bit integers plus 8, two to a byte and the lower half first, times `scale`.
+#[inline(always)]
+pub(crate) fn decode_int4(codes: &[u8], scale: f32, out: &mut [f32]) {
+    let value = |code: u8| (f32::from(code) - 8.0) * scale;
+    let (pairs, last) = out.as_chunks_mut::<2>();
+    for (pair, &byte) in pairs.iter_mut().zip(codes) {
+        *pair = [value(byte & 15), value(byte >> 4)];
+    }
+    for (out, &byte) in last.iter_mut().zip(&codes[codes.len().min(pairs.len())..]) {
+        *out = value(byte & 15);
+    }
+}
+
+/// How the scales of packed weights, and of their inputs, are called.
 const SCALES: [&str; 4] = ["_scale_inv", ".weight_scale", ".input_scale", "activation_scale"];
 
 impl Tensor {
-    /// Number of parameters that the tensor stands for: two per byte of MXFP4 blocks, none in the scales of packed
-    /// weights and in the numbers of dense rows, else its elements. These are told by name and type.
+    /// Number of parameters that the tensor stands for: two per byte of MXFP4 blocks, eight per number of packed integers
+    /// (those that fill the last of a row too), none in the scales and shapes of packed weights and in the numbers of dense
+    /// rows, else its elements. These are told by name and type.
     pub fn parameters(&self) -> u64 {
         let ends = |suffix: &str| self.name().ends_with(suffix);
         match self.dtype() {
             Dtype::U8 if ends("_blocks") => 2 * self.len() as u64,
             Dtype::U8 if ends("_scales") => 0,
-            Dtype::I32 if ends(".rows") => 0,
+            Dtype::I32 if ends(".weight_packed") => 8 * self.len() as u64,
+            Dtype::I32 | Dtype::I64 if ends(".rows") || ends(".weight_shape") => 0,
             Dtype::F8_E8M0 => 0,
             Dtype::F32 | Dtype::BF16 | Dtype::F16 if SCALES.iter().any(|suffix| ends(suffix)) => 0,
             _ => self.len() as u64,

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::packed::{E8M0_LARGEST, E8M0_LARGEST_OF_FP8, MX_BLOCK, decode_mxfp4, e4m3, e8m0};
+use super::packed::{E8M0_LARGEST, E8M0_LARGEST_OF_FP8, MX_BLOCK, decode_int4, decode_mxfp4, e4m3, e8m0};
 use super::{Dtype, Error, Result, Tensor, decode_f32};
 
 /// A weight matrix W `[rows, cols]` = `[out, in]` as stored. Cheap to clone; nothing is read until it is decoded.
@@ -43,6 +43,17 @@ pub enum Storage {
         /// Which stored rows are W's.
         rows: Stride,
     },
+    /// Four-bit integers from −8 to 7, times a scale per group of columns (`pack-quantized` of compressed-tensors).
+    Int4 {
+        /// The integers plus 8, eight to a number and the first in its lowest bits, `[rows, ⌈cols / 8⌉]`.
+        codes: Tensor,
+        /// The scales: f32, f16 or bf16, `[rows, ⌈cols / group⌉]`.
+        scales: Tensor,
+        /// Columns that share a scale.
+        group: usize,
+        /// `[rows, cols]`, where they are stored.
+        shape: Option<Tensor>,
+    },
 }
 
 /// A row of a packed matrix.
@@ -51,9 +62,11 @@ pub(crate) enum PackedRow<'a> {
     Fp8 { codes: &'a [u8], scales: Scales<'a>, block: usize },
     /// Blocks of MXFP4 codes and their scales.
     Mxfp4 { blocks: &'a [[u8; MX_BLOCK / 2]], scales: &'a [u8] },
+    /// Four-bit integers, two to a byte, `group` of which share a scale.
+    Int4 { codes: &'a [u8], scales: Scales<'a>, group: usize },
 }
 
-/// The scales of a row of FP8 codes.
+/// The scales of a row of FP8 codes or integers.
 pub(crate) struct Scales<'a> {
     bytes: &'a [u8],
     dtype: Dtype,
@@ -77,7 +90,7 @@ impl<'a> PackedRow<'a> {
     #[inline]
     pub(crate) fn codes(&self) -> &'a [u8] {
         match *self {
-            PackedRow::Fp8 { codes, .. } => codes,
+            PackedRow::Fp8 { codes, .. } | PackedRow::Int4 { codes, .. } => codes,
             PackedRow::Mxfp4 { blocks, .. } => blocks.as_flattened(),
         }
     }
@@ -193,6 +206,27 @@ impl Weight {
         Ok(Weight { name, rows: count, cols, storage: Storage::Mxfp4 { blocks, scales, rows } })
     }
 
+    /// The matrix `[rows, cols]` of four-bit `codes` `[rows, ⌈cols / 8⌉]` with a scale for each `group` columns, an even
+    /// number or all; `shape` is what is stored with it.
+    ///
+    /// # Errors
+    /// Names the tensor that has another type or shape.
+    pub fn int4(
+        codes: Tensor,
+        scales: Tensor,
+        [rows, cols]: [usize; 2],
+        group: usize,
+        shape: Option<Tensor>,
+    ) -> Result<Self> {
+        check_dtype(&codes, Dtype::I32, "I32")?;
+        codes.check_shape(&[rows, cols.div_ceil(8)])?;
+        scales.check_float()?;
+        let group = group.clamp(1, cols.max(1));
+        scales.check_shape(&[rows, cols.div_ceil(group)])?;
+        let name = codes.name().into();
+        Ok(Weight { name, rows, cols, storage: Storage::Int4 { codes, scales, group, shape } })
+    }
+
     /// Rows `first .. first + count`, sharing the storage.
     ///
     /// # Errors
@@ -220,6 +254,10 @@ impl Weight {
             },
             Storage::Mxfp4 { blocks, scales, rows } => {
                 Storage::Mxfp4 { blocks, scales, rows: shifted(&rows) }
+            }
+            Storage::Int4 { codes, scales, group, .. } => {
+                let [codes, scales] = [codes, scales].map(|tensor| tensor.rows(first, count));
+                Storage::Int4 { codes, scales, group, shape: None }
             }
         };
         Ok(Weight { rows: count, storage, ..self.clone() })
@@ -272,13 +310,17 @@ impl Weight {
                 values.bytes().len() + scales.bytes().len() + input
             }
             Storage::Mxfp4 { .. } => self.len() / 2 + self.len() / MX_BLOCK,
+            Storage::Int4 { codes, scales, shape, .. } => {
+                let shape = shape.as_ref().map_or(0, |shape| shape.bytes().len());
+                codes.bytes().len() + scales.bytes().len() + shape
+            }
         };
         bytes as u64
     }
 
     /// Whether values are stored in fewer than 16 bits, with scales.
     pub fn is_packed(&self) -> bool {
-        matches!(self.storage, Storage::Fp8 { .. } | Storage::Mxfp4 { .. })
+        !matches!(self.storage, Storage::Plain(_) | Storage::InputMajor(..))
     }
 
     /// Whether the values lie in `stored`.
@@ -287,6 +329,7 @@ impl Weight {
             Storage::Plain(tensor) | Storage::InputMajor(tensor, _) => tensor.is_part_of(stored),
             Storage::Fp8 { values, .. } => values.is_part_of(stored),
             Storage::Mxfp4 { blocks, .. } => blocks.is_part_of(stored),
+            Storage::Int4 { codes, .. } => codes.is_part_of(stored),
         }
     }
 
@@ -294,7 +337,7 @@ impl Weight {
     pub fn replacement_dtype(&self) -> Dtype {
         match &self.storage {
             Storage::Plain(tensor) | Storage::InputMajor(tensor, _) => tensor.dtype(),
-            Storage::Fp8 { .. } | Storage::Mxfp4 { .. } => Dtype::BF16,
+            Storage::Fp8 { .. } | Storage::Mxfp4 { .. } | Storage::Int4 { .. } => Dtype::BF16,
         }
     }
 
@@ -326,6 +369,7 @@ impl Weight {
                 first(values, f32::NAN, |code| code & 0x7f == 0x7f)
             }
             Storage::Mxfp4 { scales, .. } => first(scales, f32::INFINITY, |code| code > E8M0_LARGEST),
+            Storage::Int4 { scales, .. } => scales.check_finite(),
         }
     }
 
@@ -333,7 +377,9 @@ impl Weight {
     pub fn release(&self) {
         match &self.storage {
             Storage::Plain(tensor) | Storage::InputMajor(tensor, _) => tensor.release(),
-            Storage::Fp8 { values, scales, .. } => [values, scales].into_iter().for_each(Tensor::release),
+            Storage::Fp8 { values: codes, scales, .. } | Storage::Int4 { codes, scales, .. } => {
+                [codes, scales].into_iter().for_each(Tensor::release);
+            }
             Storage::Mxfp4 { blocks, scales, .. } => [blocks, scales].into_iter().for_each(Tensor::release),
         }
     }
@@ -351,7 +397,7 @@ impl Weight {
                 decode_f32(tensor.dtype(), &tensor.bytes()[start..start + bytes], out);
             }
             Storage::InputMajor(..) => self.decode_transposed(first, 0..self.cols, self.cols, out),
-            Storage::Fp8 { .. } | Storage::Mxfp4 { .. } => {
+            Storage::Fp8 { .. } | Storage::Mxfp4 { .. } | Storage::Int4 { .. } => {
                 for (r, row) in (first..).zip(out.chunks_mut(self.cols)) {
                     match self.packed_row(r) {
                         Some(PackedRow::Fp8 { codes, scales, block }) => {
@@ -365,6 +411,12 @@ impl Weight {
                             let packed = blocks.iter().zip(scales);
                             for (out, (block, &scale)) in row.as_chunks_mut().0.iter_mut().zip(packed) {
                                 decode_mxfp4(block, scale, out);
+                            }
+                        }
+                        Some(PackedRow::Int4 { codes, scales, group }) => {
+                            let groups = row.chunks_mut(group).zip(codes.chunks(group.div_ceil(2)));
+                            for (i, (out, codes)) in groups.enumerate() {
+                                decode_int4(codes, scales.get(i), out);
                             }
                         }
                         None => {}
@@ -410,6 +462,13 @@ impl Weight {
                 let blocks = &blocks.bytes().as_chunks().0[range.clone()];
                 Some(PackedRow::Mxfp4 { blocks, scales: &scales.bytes()[range] })
             }
+            Storage::Int4 { codes, scales, group, .. } => {
+                let row_of = |tensor: &Tensor| row * tensor.bytes().len() / self.rows;
+                let (first, dtype) = (row_of(scales), scales.dtype());
+                let codes = &codes.bytes()[row_of(codes)..row_of(codes) + codes.bytes().len() / self.rows];
+                let scales = Scales { bytes: &scales.bytes()[first..], dtype };
+                Some(PackedRow::Int4 { codes, scales, group: *group })
+            }
         }
     }
 
@@ -421,8 +480,10 @@ impl Weight {
     }
 
     /// The tensors that hold this matrix alone: `{stem}.weight` `[rows, cols]`, with `{stem}.weight_scale_inv` where it
-    /// is FP8 (or `weight_scale`, as its scales were called, and the scale of its inputs, where there is one); `{stem}.weight_blocks` `[rows, cols / 32, 16]` and `{stem}.weight_scales` `[rows, cols / 32]` where it is
-    /// MXFP4. Values and scales are copied as they are.
+    /// is FP8 (or `weight_scale`, as its scales were called, and the scale of its inputs, where there is one);
+    /// `{stem}.weight_blocks` `[rows, cols / 32, 16]` and `{stem}.weight_scales` `[rows, cols / 32]` where it is MXFP4;
+    /// `{stem}.weight_packed`, `{stem}.weight_scale` and `{stem}.weight_shape` where it is of four-bit integers. Values and
+    /// scales are copied as they are.
     pub fn tensors(&self, stem: &str) -> Vec<Tensor> {
         let named = |tensor: Tensor, what: &str| tensor.renamed(format!("{stem}.{what}"));
         let select = |tensor: &Tensor, rows: Stride| {
@@ -456,6 +517,11 @@ impl Weight {
                 named(select(blocks, *rows), "weight_blocks"),
                 named(select(scales, *rows), "weight_scales"),
             ],
+            Storage::Int4 { codes, scales, shape, .. } => {
+                let shape = shape.clone().map(|shape| named(shape, "weight_shape"));
+                let own = [named(codes.clone(), "weight_packed"), named(scales.clone(), "weight_scale")];
+                own.into_iter().chain(shape).collect()
+            }
         }
     }
 }

@@ -36,19 +36,31 @@ impl Finder<'_> {
         Ok(tensor)
     }
 
-    /// The first of two names that the checkpoint has; the first of all where it has neither.
+    /// The first of two names that the checkpoint has, with what is behind the names of packed weights too; the first of all
+    /// where it has neither.
     pub(super) fn either<'n>(&self, names: &'n [String; 2], suffix: &str) -> &'n str {
-        let present = |name: &&String| self.checkpoint.get(&format!("{name}{suffix}")).is_some();
+        let present = |name: &&String| {
+            ["", "_packed"].iter().any(|kind| self.checkpoint.get(&format!("{name}{suffix}{kind}")).is_some())
+        };
         names.iter().find(present).unwrap_or(&names[0])
     }
 
-    /// The matrix `[out, input]` stored as `{stem}.weight`, with `{stem}.weight_scale_inv` or `weight_scale` where it is FP8, or as
-    /// `{stem}.weight_blocks` and `{stem}.weight_scales` where it is MXFP4.
+    /// The matrix `[out, input]` stored as `{stem}.weight`, with `{stem}.weight_scale_inv` or `weight_scale` where it is FP8,
+    /// as `{stem}.weight_blocks` and `{stem}.weight_scales` where it is MXFP4, or as `{stem}.weight_packed` and
+    /// `{stem}.weight_scale` where it is of four-bit integers.
     pub(super) fn weight(&self, stem: &str, out: usize, input: usize) -> Result<Weight> {
         let named = |what: &str| format!("{stem}.weight{what}");
         let weight = if let Some(blocks) = self.checkpoint.get(&named("_blocks")) {
             let scales = self.checkpoint.tensor(&named("_scales")).map_err(|e| self.error(e))?;
             Weight::mxfp4(blocks.clone(), scales, Stride::ALL, out)
+        } else if let Some(codes) = self.checkpoint.get(&named("_packed")) {
+            let scales = self.checkpoint.tensor(&named("_scale")).map_err(|e| self.error(e))?;
+            let group = match self.architecture.packing {
+                Some(Packing::Int4 { group: Some(group) }) => group,
+                _ => input,
+            };
+            let shape = self.checkpoint.get(&named("_shape")).cloned();
+            Weight::int4(codes.clone(), scales, [out, input], group, shape)
         } else {
             let tensor = self.tensor(&named(""), &[out, input])?;
             if tensor.dtype() == Dtype::F8_E4M3 {

@@ -406,6 +406,7 @@ fn idle_parameters(source: &MoeSource) -> u64 {
 fn dtype_name(tensor: &Tensor) -> String {
     match tensor.dtype() {
         Dtype::U8 if tensor.name().ends_with("_blocks") => "MXFP4".into(),
+        Dtype::I32 if tensor.name().ends_with(".weight_packed") => "INT4".into(),
         dtype => format!("{dtype:?}"),
     }
 }

@@ -39,7 +39,7 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 46] = [
+pub(super) const FAMILIES: [(&str, Read); 47] = [
     ("afmoe", afmoe::read),
     ("axk1", deepseek::axk1),
     ("cohere2_moe", cohere2_moe::read),
@@ -65,6 +65,7 @@ pub(super) const FAMILIES: [(&str, Read); 46] = [
     ("hy_v3", hy_v3::read),
     ("jamba", jamba::read),
     ("kimi_k2", deepseek::v3),
+    ("kimi_k25", deepseek::kimi_of_images),
     ("kimi_linear", kimi_linear::read),
     ("lfm2_moe", lfm2_moe::read),
     ("llama4", llama4::published),

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::gemm::{BlockScales, TiledInput};
 use super::gemm::{Columns, Product, Scratch, Source};
 use super::simd::{Isa, Simd, Task};
-use crate::checkpoint::{Dtype, MX_BLOCK, PackedRow, Storage, Weight, e4m3};
+use crate::checkpoint::{Dtype, MX_BLOCK, PackedRow, Storage, Weight, decode_int4, e4m3};
 
 /// A weight matrix `[rows, cols]` = `[out, in]` as stored.
 #[derive(Clone, Debug)]
@@ -24,7 +24,7 @@ impl CpuWeight {
         match self.weight.storage() {
             Storage::InputMajor(tensor, _) => tensor.dtype() == Dtype::BF16,
             Storage::Mxfp4 { .. } => true,
-            Storage::Plain(_) | Storage::Fp8 { .. } => false,
+            Storage::Plain(_) | Storage::Fp8 { .. } | Storage::Int4 { .. } => false,
         }
     }
 
@@ -41,7 +41,11 @@ impl CpuWeight {
     /// a scale.
     fn tile_cols(&self, most: usize) -> usize {
         match self.weight.storage() {
-            Storage::Fp8 { block: [_, block], .. } if !most.is_multiple_of(*block) => self.cols,
+            Storage::Fp8 { block: [_, block], .. } | Storage::Int4 { group: block, .. }
+                if !most.is_multiple_of(*block) =>
+            {
+                self.cols
+            }
             _ => most.min(self.cols),
         }
     }
@@ -210,7 +214,7 @@ impl Task for Narrow<'_> {
                         *out = (e4m3(code).to_bits() >> 16) as u16;
                     }
                 }
-                None => {}
+                Some(PackedRow::Int4 { .. }) | None => {}
             }
             fetch(s, weight, row + count, &cols);
         }
@@ -254,17 +258,27 @@ impl Task for Widen<'_> {
         }
         let count = out.len() / stride;
         for (row, out) in (first..).zip(out.chunks_exact_mut(stride)) {
-            if let Some(PackedRow::Fp8 { codes, scales, block }) = weight.packed_row(row) {
-                let blocks = out[..cols.len()].chunks_mut(block).zip(codes[cols.start..].chunks(block));
-                for (i, (out, codes)) in blocks.enumerate() {
-                    let factor = scales.get(cols.start / block + i);
-                    let (whole, rest) = out.as_chunks_mut();
-                    for (out, codes) in whole.iter_mut().zip(codes.as_chunks().0) {
-                        s.fp8(codes, factor, out);
+            let out = &mut out[..cols.len()];
+            match weight.packed_row(row) {
+                Some(PackedRow::Fp8 { codes, scales, block }) => {
+                    let blocks = out.chunks_mut(block).zip(codes[cols.start..].chunks(block));
+                    for (i, (out, codes)) in blocks.enumerate() {
+                        let factor = scales.get(cols.start / block + i);
+                        let (whole, rest) = out.as_chunks_mut();
+                        for (out, codes) in whole.iter_mut().zip(codes.as_chunks().0) {
+                            s.fp8(codes, factor, out);
+                        }
+                        let codes = &codes[32 * whole.len()..];
+                        rest.iter_mut().zip(codes).for_each(|(out, &code)| *out = e4m3(code) * factor);
                     }
-                    let codes = &codes[32 * whole.len()..];
-                    rest.iter_mut().zip(codes).for_each(|(out, &code)| *out = e4m3(code) * factor);
                 }
+                Some(PackedRow::Int4 { codes, scales, group }) => {
+                    let codes = codes[cols.start / 2..].chunks(group.div_ceil(2));
+                    for (i, (out, codes)) in out.chunks_mut(group).zip(codes).enumerate() {
+                        decode_int4(codes, scales.get(cols.start / group + i), out);
+                    }
+                }
+                Some(PackedRow::Mxfp4 { .. }) | None => {}
             }
             fetch(s, weight, row + count, &cols);
         }
