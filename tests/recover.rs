@@ -120,6 +120,26 @@ fn a_checkpoint_that_lacks_nothing_stays_as_it_is() {
     assert!(desk.kl("out", &model) < 1e-6);
 }
 
+/// What recovering did the first time is not told of the second, nor kept when the checkpoint is made smaller still.
+#[test]
+fn recovering_what_was_recovered() {
+    let desk = Desk::new();
+    let model = data("mixtral");
+    desk.compress(&model, "reap", "0.25", "small");
+    let first = outcome(desk.recover(&model, "small", "once", &SHORT)).json();
+    let second = outcome(desk.recover(&model, "once", "twice", &SHORT)).json();
+    let losses = |report: &Value, key: &str| -> Vec<f64> {
+        report["layers"].as_array().unwrap().iter().map(|l| l[key].as_f64().unwrap()).collect()
+    };
+    assert_ne!(losses(&first, "before"), losses(&second, "before"));
+    let said = std::fs::read_to_string(desk.path("twice/moepress-recover.json")).unwrap();
+    let said: Value = serde_json::from_str(&said).unwrap();
+    let told = said["layers"].as_array().unwrap().iter().filter_map(|l| l["loss"]["before"].as_f64());
+    assert_eq!(told.collect::<Vec<_>>(), losses(&second, "before"));
+    desk.compress(&desk.path("once"), "reap", "0.3", "smaller");
+    assert!(!desk.path("smaller").join("moepress-recover.json").exists());
+}
+
 #[test]
 fn threads_and_kills_change_nothing() {
     let desk = Desk::new();

@@ -30,7 +30,7 @@ pub use factorise::{AlignBy, FactorOptions, Whitening, factorise, factorise_with
 pub(crate) use layout::manifest_entry;
 pub use layout::{Layout, LayoutChoice};
 pub use lockstep::{Lockstep, PlannedLayer, stored_bytes};
-pub(crate) use output::{Output, PLAN_FILE, other_tensors, outside_layers};
+pub(crate) use output::{Output, PLAN_FILE, RECOVERY_FILE, other_tensors, outside_layers};
 pub use run::{Options, Report, compress};
 pub(crate) use run::{origin_mark, take_up_finished};
 pub use spectra::WeightSpectra;

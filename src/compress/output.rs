@@ -20,6 +20,9 @@ const SINGLE_FILE_BYTES: u64 = 2 << 30;
 
 /// The plan that made the folder.
 pub(crate) const PLAN_FILE: &str = "moepress-plan.json";
+
+/// What [`crate::recover`] did to the weights of a folder, beside them.
+pub(crate) const RECOVERY_FILE: &str = "moepress-recover.json";
 /// Names the work that the folder is the result of, so that the same command finds it done.
 const ORIGIN_FILE: &str = "moepress-origin.json";
 
@@ -181,7 +184,8 @@ impl Output {
             let path = entry.map_err(io(source.dir()))?.path();
             let Some(name) = path.file_name().and_then(|n| n.to_str()) else { continue };
             let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-            let replaced = ["config.json", MANIFEST_FILE, PLAN_FILE, ORIGIN_FILE].contains(&name)
+            let replaced = ["config.json", MANIFEST_FILE, PLAN_FILE, RECOVERY_FILE, ORIGIN_FILE]
+                .contains(&name)
                 || WEIGHT_EXTENSIONS.contains(&extension)
                 || name.ends_with(".index.json");
             if path.is_file() && !replaced {

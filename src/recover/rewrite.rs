@@ -10,13 +10,11 @@ use crate::architecture::Architecture;
 use crate::calibrate::Residual;
 use crate::checkpoint::{Checkpoint, LayerEntry, Manifest, read_file, write_atomic};
 use crate::compress::{
-    Layout, Output, PLAN_FILE, manifest_entry, origin_mark, other_tensors, outside_layers, take_up_finished,
+    Layout, Output, PLAN_FILE, RECOVERY_FILE, manifest_entry, origin_mark, other_tensors, outside_layers,
+    take_up_finished,
 };
 use crate::model::{LayerSource, inspect};
 use crate::progress::Progress;
-
-/// What a finished folder says about how it came to be.
-const RECORD_FILE: &str = "moepress-recover.json";
 
 /// Changes the experts of every layer, in order.
 pub(super) trait Pass {
@@ -120,16 +118,17 @@ impl Rewrite<'_> {
         let plan =
             read_file(&checkpoint.dir().join(PLAN_FILE)).ok().and_then(|text| String::from_utf8(text).ok());
         write_atomic(
-            &partial.join(RECORD_FILE),
+            &partial.join(RECOVERY_FILE),
             json!({ "task": task, "layers": records }).to_string().as_bytes(),
         )?;
         sources.iter().try_for_each(|source| source.check_unchanged())?;
         output.finish(checkpoint, checkpoint.config(), manifest.as_deref(), plan.as_deref(), &mark)?;
+        let rewritten = finished(&partial)?;
         work.finish()?;
         Output::place(out, &partial)?;
         work.remove()?;
         progress.end();
-        finished(out)
+        Ok(rewritten)
     }
 }
 
@@ -149,7 +148,7 @@ fn finished(out: &Path) -> Result<Rewritten> {
     }
     let checkpoint = Checkpoint::open(out)?;
     let inspection = inspect(&checkpoint)?;
-    let path = out.join(RECORD_FILE);
+    let path = out.join(RECOVERY_FILE);
     let said = std::fs::read(&path).ok().and_then(|text| serde_json::from_slice::<Said>(&text).ok());
     let said = said.ok_or_else(|| Error::Adapter { path, what: "cannot be read".into() })?;
     Ok(Rewritten {

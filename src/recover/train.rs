@@ -39,7 +39,7 @@ pub struct LayerLoss {
     pub before: f64,
     /// With the least squares alone.
     pub least_squares: f64,
-    /// At the end; never above `before`.
+    /// At the end; never above `before`, unless rows of a sparse matrix went on the way.
     pub after: f64,
 }
 

@@ -89,7 +89,7 @@ pub fn merge_lora(
         Residual::open(out, &key, &[checkpoint], &mut ())?.remove()?;
         return Ok(report(finished()?));
     }
-    let mut work = Residual::open(out, &key, &[checkpoint], &mut ())?;
+    let mut work = Residual::open(out, &key, &[checkpoint], progress)?;
     // Layers do not depend on each other, and all of them are quickly done again.
     work.begin()?;
     Output::check(out)?;
