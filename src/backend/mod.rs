@@ -259,6 +259,11 @@ pub trait Backend: Sync {
 
     /// The device in words, such as `cpu`.
     fn device(&self) -> String;
+    /// What decides about the last bits of results, in words: those of an interrupted run go together only with what has the
+    /// same.
+    fn arithmetic(&self) -> String {
+        self.device()
+    }
 
     /// An empty buffer.
     fn buffer(&self) -> Self::Buffer;

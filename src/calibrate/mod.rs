@@ -8,6 +8,7 @@ mod sample;
 mod statistics;
 
 pub use error::Error;
+pub(crate) use pass::check_finite;
 pub use pass::{Options, calibrate, measure, second_moment_bytes};
 pub use resume::Residual;
 pub use sample::Sample;

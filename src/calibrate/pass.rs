@@ -54,7 +54,7 @@ pub fn calibrate<B: Backend>(
     let backend = model.backend();
     let profile = profile(model.checkpoint(), architecture)?;
     let tokens = token_info(windows, options);
-    let key = key(&profile, &tokens, options, &backend.device());
+    let key = key(&profile, &tokens, options, &backend.arithmetic());
     let mut work = Residual::open(out, &key, &[model.checkpoint()], progress)?;
     if work.is_finished() {
         // Killed while its notes were being removed: what is left of them is of no use.
@@ -177,9 +177,9 @@ fn down_norms(moe: &MoeSource, width: usize) -> Vec<f64> {
 }
 
 /// Everything that the numbers depend on.
-fn key(profile: &Profile, tokens: &TokenInfo, options: &Options, device: &str) -> String {
+fn key(profile: &Profile, tokens: &TokenInfo, options: &Options, arithmetic: &str) -> String {
     let second: Vec<&str> = options.second.iter().map(|m| m.name()).collect();
-    format!("moepress calibrate 1\n{}\n{tokens:?}\n{second:?}\n{device}\n", profile.identity)
+    format!("moepress calibrate 1\n{}\n{tokens:?}\n{second:?}\n{arithmetic}\n", profile.identity)
 }
 
 /// Rows of a chunk that are sampled: never padding.
@@ -193,7 +193,8 @@ fn sampled_rows<B: Backend>(windows: &Windows, sample: Sample, chunk: &crate::mo
     rows.filter(|&row| chunk.batch.is_real(row)).collect()
 }
 
-fn check_finite(layer: usize, moments: &Moments) -> Result<()> {
+/// Errors where a moment of `layer` is not finite.
+pub(crate) fn check_finite(layer: usize, moments: &Moments) -> Result<()> {
     for (moment, values) in moments.iter() {
         if let Some(i) = values.iter().position(|v| !v.is_finite()) {
             let expert = i / (values.len() / moments.dims().experts.max(1)).max(1);

@@ -213,6 +213,10 @@ impl Residual {
         let mut read = |buffer: &mut B::Buffer, rows: usize| -> Result<()> {
             let mut values = vec![0.0f32; rows * hidden_size];
             file.read_exact(bytemuck::must_cast_slice_mut(&mut values)).map_err(io)?;
+            if values.iter().any(|v| !v.is_finite()) {
+                let what = "holds numbers that are not finite; remove the folder that it is in".into();
+                return Err(Error::File { path: path.clone(), what });
+            }
             Ok(backend.upload(&values, rows, hidden_size, buffer)?)
         };
         for chunk in streams.iter_mut().flat_map(|s| &mut s.chunks) {

@@ -3,7 +3,7 @@
 use super::apply::Observed;
 use super::{Inputs, Result};
 use crate::backend::{Backend, Moment, MomentDims, Moments};
-use crate::calibrate::Residual;
+use crate::calibrate::{Residual, check_finite};
 use crate::model::{LayerSource, Model, Observation, Stream};
 use crate::tokens::Windows;
 
@@ -120,7 +120,9 @@ impl<'a, 'm, B: Backend> Follower<'a, 'm, B> {
                 layer.feed(backend, &mut chunk.x, &chunk.batch, scratch, observe)?;
             }
         }
-        Ok(Some(Measurement { moments: backend.moments(observer)?, inputs }))
+        let moments = backend.moments(observer)?;
+        check_finite(source.layer, &moments)?;
+        Ok(Some(Measurement { moments, inputs }))
     }
 
     /// Passes the compressed experts of a layer, where the stream propagates.

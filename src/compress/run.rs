@@ -76,7 +76,7 @@ pub fn compress<B: Backend>(
     if job.follow && options.tokens.is_none() {
         return Err(job.missing_tokens());
     }
-    let key = job.key(&layout);
+    let key = job.key(&layout, &model.backend().arithmetic());
     let mark = origin_mark(&key);
     if Output::is_complete(out, &mark, &[checkpoint]) {
         // Done before; a run that was killed at its very end may have left its notes.
@@ -153,6 +153,7 @@ pub fn compress<B: Backend>(
     };
     checkpoint.check_unchanged()?;
     let bytes_after = output.finish(checkpoint, config, manifest.as_deref(), Some(&plan.to_json()), &mark)?;
+    inspect(&Checkpoint::open(&partial)?)?;
     work.finish()?;
     Output::place(out, &partial)?;
     work.remove()?;
@@ -264,8 +265,9 @@ impl<'a> Job<'a> {
     }
 
     /// Everything that the output depends on.
-    fn key(&self, layout: &Layout) -> String {
-        let tokens = self.options.tokens.filter(|_| self.follow).map(|w| (w.sha256(), w.length));
+    fn key(&self, layout: &Layout, arithmetic: &str) -> String {
+        let tokens = self.options.tokens.filter(|_| self.follow);
+        let tokens = tokens.map(|w| (w.sha256(), w.length, arithmetic));
         let statistics = self
             .options
             .statistics

@@ -101,7 +101,7 @@ pub fn recover<B: Backend>(
         identity(original.checkpoint()),
         identity(compressed.checkpoint()),
         (windows.sha256(), windows.length),
-        original.backend().device()
+        original.backend().arithmetic()
     );
     let layout = match options.decompose {
         None => own_layout(compressed.checkpoint()),

@@ -1,6 +1,7 @@
 //! What a search was told, on disk: a run that was stopped asks the same questions again and hears the same answers.
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 
 use crate::calibrate::Residual;
 use crate::checkpoint::write_atomic;
@@ -11,6 +12,8 @@ pub(super) struct Journal {
     unit: usize,
     /// Units that an earlier run committed.
     known: usize,
+    /// The file of the unit at hand.
+    path: PathBuf,
     /// Answers of the unit at hand: those still to be given again, or those given so far.
     answers: VecDeque<f64>,
 }
@@ -23,7 +26,7 @@ impl Journal {
     /// What is left of an earlier run.
     pub(super) fn open(work: &Residual) -> Self {
         let known = (0..usize::MAX).take_while(|unit| work.path(&name(*unit)).is_file()).count();
-        let mut journal = Journal { unit: 0, known, answers: VecDeque::new() };
+        let mut journal = Journal { unit: 0, known, path: PathBuf::new(), answers: VecDeque::new() };
         journal.load(work);
         journal
     }
@@ -35,8 +38,9 @@ impl Journal {
 
     fn load(&mut self, work: &Residual) {
         self.answers.clear();
+        self.path = work.path(&name(self.unit));
         if self.is_replaying() {
-            match std::fs::read(work.path(&name(self.unit))) {
+            match std::fs::read(&self.path) {
                 Ok(bytes) => self.answers.extend(bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b))),
                 // It was there a moment ago; go on as if it had never been.
                 Err(_) => self.known = self.unit,
@@ -47,9 +51,10 @@ impl Journal {
     /// The next `count` numbers of an earlier run.
     pub(super) fn replay(&mut self, count: usize) -> Result<Vec<f64>, String> {
         if self.answers.len() < count {
-            return Err(
-                "the notes of an earlier run do not fit; remove the folder NAME.partial beside --out".into(),
-            );
+            let path = self.path.display();
+            return Err(format!(
+                "{path}: the notes of an earlier run do not fit; remove the folder that it is in"
+            ));
         }
         Ok(self.answers.drain(..count).collect())
     }

@@ -37,8 +37,9 @@ impl<'a, 'm, B: Backend> Search<'a, 'm, B> {
         progress: &'a mut dyn Progress,
     ) -> calibrate::Result<Self> {
         let identity = profile(model.checkpoint(), model.architecture())?.identity;
-        let (tokens, length, device) = (windows.sha256(), windows.length, model.backend().device());
-        let key = format!("moepress search 1\n{identity}\n{tokens} {length}\n{device}\n{what}\n");
+        let (tokens, length) = (windows.sha256(), windows.length);
+        let arithmetic = model.backend().arithmetic();
+        let key = format!("moepress search 1\n{identity}\n{tokens} {length}\n{arithmetic}\n{what}\n");
         let work = Residual::open(out, &key, &[model.checkpoint()], progress)?;
         let state = State::new(model, windows, progress, work, Self::MEMORY);
         Ok(Search { state: RefCell::new(state) })

@@ -114,6 +114,11 @@ impl Backend for Cpu {
         "cpu".into()
     }
 
+    fn arithmetic(&self) -> String {
+        let isa = Isa::current();
+        if isa.agrees() { self.device() } else { format!("cpu {isa}") }
+    }
+
     fn buffer(&self) -> CpuBuffer {
         CpuBuffer::default()
     }
