@@ -26,6 +26,7 @@ pub(crate) use weight::PackedRow;
 pub use weight::{Storage, Stride, Weight};
 pub use writer::{Entry, SafetensorsWriter, safetensors_bytes, write_safetensors};
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -160,11 +161,16 @@ impl Checkpoint {
         self.shards.iter().map(|s| s.header_bytes() as u64).sum()
     }
 
-    /// SHA-256, in hexadecimal, of the config, the layout file, every tensor's name, type and shape, and of blocks
-    /// that are spread over the data of all shards, 2 MiB in all: equal for two copies of a checkpoint, different for two
-    /// checkpoints of one architecture, unless they differ in few bytes only.
+    /// SHA-256, in hexadecimal, of the config, the layout file, every tensor's name, type and shape, and of blocks that are
+    /// spread over the data: over all shards, and over the tensors of each type and shape, so that routers and norms are
+    /// among them. Equal for two copies of a checkpoint, different for two checkpoints of one architecture, unless they
+    /// differ in few bytes only. Reads 18 MiB at most.
     pub fn identity(&self) -> String {
         const BLOCKS: usize = 512;
+        const BLOCK: usize = 4096;
+        /// Most tensors of one type and shape, and in all.
+        const EACH: usize = 64;
+        const MOST: usize = 4096;
         let mut hash = Sha256::new();
         hash.update(self.config.as_bytes());
         if let Some(manifest) = &self.manifest {
@@ -175,6 +181,22 @@ impl Checkpoint {
         }
         for shard in &self.shards {
             shard.sample(BLOCKS / self.shards.len(), |block| hash.update(block));
+        }
+        let mut alike: BTreeMap<String, Vec<&Tensor>> = BTreeMap::new();
+        for tensor in self.tensors.values() {
+            alike.entry(format!("{:?} {:?}", tensor.dtype(), tensor.shape())).or_default().push(tensor);
+        }
+        // Large groups first: what is in every layer comes before odd ones.
+        let mut groups: Vec<_> = alike.into_values().collect();
+        groups.sort_by_key(|group| Reverse(group.len()));
+        let spread = groups.iter().flat_map(|group| {
+            let count = group.len().min(EACH);
+            (0..count).map(move |i| group[i * group.len() / count])
+        });
+        for tensor in spread.take(MOST) {
+            let middle = tensor.bytes().len().saturating_sub(BLOCK) / 2;
+            hash.update(&tensor.bytes()[middle..tensor.bytes().len().min(middle + BLOCK)]);
+            tensor.release();
         }
         hex(&hash.finalize())
     }
