@@ -173,16 +173,8 @@ impl Statistics {
         let dims = self.dims(layer).ok_or_else(|| invalid(format!("layer {layer} is no MoE layer")))?;
         let mut arrays = BTreeMap::new();
         for &moment in wanted {
-            let name = tensor_name(layer, moment);
-            let tensor = match self.shards[&layer].tensor(&name) {
-                Ok(tensor) => tensor,
-                Err(_) if Moment::SECOND.contains(&moment) => continue,
-                Err(e) => return Err(e.into()),
-            };
-            tensor.check_shape(&moment.shape(dims)).map_err(|e| invalid(e.to_string()))?;
-            if tensor.dtype() != Dtype::F64 {
-                return Err(invalid(format!("{name} has dtype {:?}, expected F64", tensor.dtype())));
-            }
+            let Some(tensor) = self.tensor(layer, moment, dims)? else { continue };
+            let name = tensor.name();
             let values: Vec<f64> =
                 tensor.bytes().as_chunks().0.iter().map(|&b| f64::from_le_bytes(b)).collect();
             tensor.release();
@@ -195,6 +187,23 @@ impl Statistics {
             arrays.insert(moment, values);
         }
         Moments::from_arrays(dims, arrays).ok_or_else(|| invalid(format!("layer {layer}: shapes disagree")))
+    }
+
+    /// A moment of a layer as it is stored, of the type and shape that it has to have; `None` where it is a second moment
+    /// that was not measured.
+    fn tensor(&self, layer: usize, moment: Moment, dims: MomentDims) -> Result<Option<Tensor>> {
+        let invalid = |what: String| Error::File { path: self.path.clone(), what };
+        let name = tensor_name(layer, moment);
+        let tensor = match self.shards[&layer].tensor(&name) {
+            Ok(tensor) => tensor,
+            Err(_) if Moment::SECOND.contains(&moment) => return Ok(None),
+            Err(e) => return Err(e.into()),
+        };
+        tensor.check_shape(&moment.shape(dims)).map_err(|e| invalid(e.to_string()))?;
+        if tensor.dtype() != Dtype::F64 {
+            return Err(invalid(format!("{name} has dtype {:?}, expected F64", tensor.dtype())));
+        }
+        Ok(Some(tensor))
     }
 
     /// How evenly the experts of every MoE layer are used.
@@ -252,7 +261,7 @@ impl Statistics {
     ///
     /// # Errors
     /// Says which two differ, and in what: the model, the window length, the sampling rule, the moments measured, or
-    /// tokens that both contain.
+    /// that they were measured on the same tokens.
     pub fn merge(parts: &[Statistics], path: &Path) -> Result<()> {
         let [first, rest @ ..] = parts else { return Err(Error::Mismatch("there are none".into())) };
         let mut files = first.tokens.files.clone();
@@ -288,6 +297,13 @@ impl Statistics {
         }
         info.files = files;
         let second: Vec<Moment> = Moment::SECOND.into_iter().filter(|m| first.has(*m)).collect();
+        // Sizes come from the metadata; nothing is allocated before all tensors have them.
+        for part in parts {
+            for moe in &part.profile.moe_layers {
+                let dims = part.dims(moe.layer).unwrap_or_else(|| unreachable!());
+                Moments::with(&second).try_for_each(|m| part.tensor(moe.layer, m, dims).map(drop))?;
+            }
+        }
         let dims = |layer: usize| {
             let dims = first.dims(layer).unwrap_or_else(|| unreachable!());
             MomentDims { files: info.files.len(), ..dims }
