@@ -409,6 +409,15 @@ fn statistics_that_cannot_be_used() {
         with_metadata(from, to);
         desk.refuses(1, plan, expected);
     }
+    // Two that lie in the same way are not added up by what they say.
+    with_metadata(r#"\"experts\":5"#, r#"\"experts\":4611686018427387904"#);
+    let lies = std::fs::read(desk.path("bad")).unwrap();
+    let key = br#""tokens_sha256":""#;
+    let digit = lies.windows(key.len()).position(|w| w == key).unwrap() + key.len();
+    let mut others = lies.clone();
+    others[digit] = if lies[digit] == b'0' { b'1' } else { b'0' };
+    std::fs::write(desk.path("worse"), others).unwrap();
+    desk.refuses(1, "merge bad worse --out s", "bad: layers.0.count has shape [5]");
 }
 
 #[test]
@@ -513,6 +522,21 @@ fn compressing_without_what_it_needs() {
         ("compress . --plan low_rank --stats first_moments --out c", "give --tokens, or --stats"),
         ("compress . --plan low_rank --stats stats --layout hf --out c", "use --layout moepress"),
     ]);
+    // Statistics that the plan names but that are not what they were, and text that is given by name.
+    desk.run("plan --method low-rank --remove 0.4 --stats stats --model . --out own").ok();
+    desk.run("compress . --plan own --out from_stats").ok();
+    generate::tokens(&desk.path("more"), 6, 16, 64);
+    desk.run("compress . --plan own --tokens more --out from_tokens").ok();
+    let weights = |folder: &str| std::fs::read(desk.path(folder).join("model.safetensors")).unwrap();
+    assert!(weights("from_stats") != weights("from_tokens"));
+    desk.run("calibrate . --tokens more --moments input,hidden --out stats2").ok();
+    std::fs::rename(desk.path("stats"), desk.path("kept")).unwrap();
+    let absent = "(its own statistics, stats: No such file";
+    desk.refuses(1, "compress . --plan own --out c", absent);
+    std::fs::rename(desk.path("stats2"), desk.path("stats")).unwrap();
+    let others = "(its own statistics, stats: measured on other tokens or another model by now)";
+    desk.refuses(1, "compress . --plan own --out c", others);
+    std::fs::rename(desk.path("kept"), desk.path("stats")).unwrap();
     // Another plan to the same place begins anew.
     desk.edited("low_rank", "other", |plan| plan["layers"][0]["experts"][0]["rank"]["gate"] = json!(3));
     let before = std::fs::read(desk.path("model.safetensors")).unwrap();

@@ -9,6 +9,7 @@ use moepress::checkpoint::Checkpoint;
 use moepress::compress::{Error, LayoutChoice, Options, Report, compress};
 use moepress::model::{Model, open_architecture};
 use moepress::plan::{self, Plan};
+use moepress::tokens::Windows;
 
 use super::common::{Device, DeviceArgs, OutputArgs, TextInput};
 use super::failure::Failure;
@@ -66,11 +67,13 @@ impl Args {
         let checkpoint = Checkpoint::open(&self.model)?;
         let architecture = open_architecture(&checkpoint)?;
         let windows = self.text.is_given().then(|| self.text.load(&self.model, &architecture)).transpose()?;
-        let statistics = match &self.stats {
-            Some(path) => Some(Statistics::open(path)?),
-            None => statistics_of(&plan),
+        // What is asked for by name comes before what the plan remembers.
+        let (statistics, unusable) = match (&self.stats, &windows) {
+            (Some(path), _) => (Some(Statistics::open(path)?), None),
+            (None, Some(_)) => (None, None),
+            (None, None) => statistics_of(&plan),
         };
-        let length = windows.as_ref().map_or(1, |w| w.length);
+        let length = windows.as_ref().map_or(1, Windows::longest);
         let model = Model::new(&checkpoint, backend, length)?;
         let layout = match self.layout {
             Layout::Auto => LayoutChoice::Auto,
@@ -84,14 +87,19 @@ impl Args {
             statistics: statistics.as_ref(),
         };
         let mut report = self.output.report();
-        let done = compress(&model, &plan, &options, &self.out, &mut report).map_err(|e| self.named(e))?;
+        let done = compress(&model, &plan, &options, &self.out, &mut report);
+        let done = done.map_err(|e| self.named(e, unusable))?;
         drop(report);
         if self.output.json { output::json(&done) } else { output::text(&self.page(&done)) }
     }
 
-    /// Says which file is meant, where it is the plan that does not fit.
-    fn named(&self, error: Error) -> Failure {
+    /// Says which file is meant, where it is the plan that does not fit or its statistics that are `unusable`.
+    fn named(&self, error: Error, unusable: Option<String>) -> Failure {
         match error {
+            Error::Missing(what) => {
+                let why = unusable.map_or(String::new(), |why| format!(" (its own statistics, {why})"));
+                Failure::Work(format!("{what}{why}"))
+            }
             Error::Plan(problem) => {
                 plan::Error::File { path: self.plan.clone(), problem: Box::new(problem) }.into()
             }
@@ -128,11 +136,17 @@ impl Args {
     }
 }
 
-/// The statistics that the plan was made from, where they are still in place.
-fn statistics_of(plan: &Plan) -> Option<Statistics> {
-    let source = plan.statistics.as_ref()?;
-    let statistics = Statistics::open(Path::new(&source.file)).ok()?;
-    let same =
-        statistics.tokens().sha256 == source.sha256 && statistics.profile().identity == plan.model.identity;
-    same.then_some(statistics)
+/// The statistics that the plan was made from, where they are still in place; else why they cannot be used.
+fn statistics_of(plan: &Plan) -> (Option<Statistics>, Option<String>) {
+    let Some(source) = &plan.statistics else { return (None, None) };
+    match Statistics::open(Path::new(&source.file)) {
+        Err(error) => (None, Some(error.to_string())),
+        Ok(statistics)
+            if statistics.tokens().sha256 == source.sha256
+                && statistics.profile().identity == plan.model.identity =>
+        {
+            (Some(statistics), None)
+        }
+        Ok(_) => (None, Some(format!("{}: measured on other tokens or another model by now", source.file))),
+    }
 }
