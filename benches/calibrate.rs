@@ -19,7 +19,7 @@ fn pass(c: &mut Criterion) {
     let tokenizer = Tokenizer::open(checkpoint.dir(), Bos::Auto).unwrap();
     let mut windows = tokenizer.windows(&[data.join("text/code.calibration.txt")], 256).unwrap();
     windows.truncate_files(16);
-    let model = Model::new(&checkpoint, &Cpu, windows.length).unwrap();
+    let model = Model::new(&checkpoint, &Cpu, windows.longest()).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let mut group = c.benchmark_group("calibrate");
     group.sample_size(10).throughput(Throughput::Elements(windows.ids.len() as u64));

@@ -18,7 +18,7 @@ use serde_json::Value;
 
 fn measure(model: &Path, windows: &Windows, options: &Options, out: &Path) -> Statistics {
     let checkpoint = Checkpoint::open(model).unwrap();
-    let model = Model::new(&checkpoint, &Cpu, windows.length).unwrap();
+    let model = Model::new(&checkpoint, &Cpu, windows.longest()).unwrap();
     calibrate(&model, windows, options, out, &mut ()).unwrap()
 }
 
@@ -288,6 +288,28 @@ fn the_bytes_do_not_depend_on_the_number_of_threads() {
     let one = bytes(1);
     assert!(one == bytes(2));
     assert!(one == bytes(8));
+}
+
+/// Windows longer than the model was prepared for are an error, as is what comes after them in the same way.
+#[test]
+fn windows_longer_than_the_model_was_prepared_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = Checkpoint::open(data("qwen2_moe")).unwrap();
+    let model = Model::new(&checkpoint, &Cpu, 16).unwrap();
+    let windows = random_windows(2, 24, 7);
+    let error = calibrate(&model, &windows, &Options::default(), &dir.path().join("s"), &mut ()).unwrap_err();
+    let expected = "a text of 24 tokens is longer than the 16 that the model was prepared for";
+    assert_eq!(error.to_string(), expected);
+}
+
+/// Models that differ in a router alone are two models.
+#[test]
+fn identity_tells_routers_apart() {
+    let other = common::Mutant::of("qwen2_moe");
+    let identity = |dir: &Path| Checkpoint::open(dir).unwrap().identity();
+    assert_eq!(identity(other.path()), identity(&data("qwen2_moe")));
+    other.edit_values("model.layers.1.mlp.gate.weight", |values| values.iter_mut().for_each(|v| *v += 0.5));
+    assert_ne!(identity(other.path()), identity(&data("qwen2_moe")));
 }
 
 /// Right padding changes nothing, whatever ids it has.

@@ -45,13 +45,13 @@ impl Progress for Steps {
 
 fn perplexity(dir: &Path, windows: &Windows) -> eval::Result<Evaluation> {
     let checkpoint = Checkpoint::open(dir).unwrap();
-    eval::perplexity(&Model::new(&checkpoint, &Cpu, windows.length).unwrap(), windows, &mut ())
+    eval::perplexity(&Model::new(&checkpoint, &Cpu, windows.longest()).unwrap(), windows, &mut ())
 }
 
 fn against(dir: &Path, original: &Path, windows: &Windows) -> eval::Result<Evaluation> {
     let (checkpoint, original) = (Checkpoint::open(dir).unwrap(), Checkpoint::open(original).unwrap());
-    let model = Model::new(&checkpoint, &Cpu, windows.length).unwrap();
-    eval::against(&model, &Model::new(&original, &Cpu, windows.length).unwrap(), windows, &mut ())
+    let model = Model::new(&checkpoint, &Cpu, windows.longest()).unwrap();
+    eval::against(&model, &Model::new(&original, &Cpu, windows.longest()).unwrap(), windows, &mut ())
 }
 
 /// Pseudo-random ids below 64, and no padding.
@@ -127,7 +127,7 @@ fn reference_layers() {
 /// Compares the routing of every MoE layer with `golden`.
 fn routes(dir: &Path, golden: &Path, windows: &Windows) {
     let checkpoint = Checkpoint::open(dir).unwrap();
-    let model = Model::new(&checkpoint, &Cpu, windows.length).unwrap();
+    let model = Model::new(&checkpoint, &Cpu, windows.longest()).unwrap();
     let mut stream = Stream::new(&model, windows).unwrap();
     for l in 0..model.architecture().layers.len() {
         let layer = model.layer(l).unwrap();

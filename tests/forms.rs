@@ -36,7 +36,7 @@ fn in_memory(model: &Path, plan: &Plan, statistics: &Statistics) -> Vec<f32> {
     let options = ApplyOptions::of(plan, false).unwrap();
     let checkpoint = Checkpoint::open(model).unwrap();
     let windows = tokens();
-    let model = Model::new(&checkpoint, &Cpu, windows.length).unwrap();
+    let model = Model::new(&checkpoint, &Cpu, windows.longest()).unwrap();
     let mut stream = Stream::new(&model, &windows).unwrap();
     for l in 0..model.architecture().layers.len() {
         let mut source = LayerSource::open(&checkpoint, model.architecture(), l).unwrap();

@@ -257,7 +257,7 @@ fn merging_by_activations_while_compressing() {
 
         // Beside a plan that asks for second moments, and one that needs nothing.
         let checkpoint = Checkpoint::open(&model).unwrap();
-        let opened = Model::new(&checkpoint, &Cpu, calibration.length).unwrap();
+        let opened = Model::new(&checkpoint, &Cpu, calibration.longest()).unwrap();
         let profile = profile(&checkpoint, opened.architecture()).unwrap();
         let whitened = plan(&model, "low-rank", Some(Budget::Remove(0.5)), &[]);
         let weights = by("weights");
@@ -302,7 +302,7 @@ fn merging_by_activations_in_both_stacks() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = Checkpoint::open(&model).unwrap();
     let windows = encoder_windows(&model.join("golden.safetensors"));
-    let opened = Model::new(&checkpoint, &Cpu, windows.length).unwrap();
+    let opened = Model::new(&checkpoint, &Cpu, windows.longest()).unwrap();
     let path = dir.path().join("s");
     let statistics = calibrate(&opened, &windows, &CalibrateOptions::default(), &path, &mut ()).unwrap();
     let moments = statistics.first_moments().unwrap();

@@ -110,7 +110,7 @@ fn stored(expert: &StoredExpert) -> Vec<(Dtype, Vec<u8>)> {
 fn run_changed(model: &Path, change: impl Fn(usize, &mut MoeSource)) -> Vec<f32> {
     let windows = tokens();
     let checkpoint = Checkpoint::open(model).unwrap();
-    let model = Model::new(&checkpoint, &Cpu, windows.length).unwrap();
+    let model = Model::new(&checkpoint, &Cpu, windows.longest()).unwrap();
     let mut stream = Stream::new(&model, &windows).unwrap();
     for l in 0..model.architecture().layers.len() {
         let mut source = LayerSource::open(&checkpoint, model.architecture(), l).unwrap();

@@ -44,7 +44,7 @@ impl Reference {
     /// Statistics of the calibration tokens with every expert run on each.
     fn statistics(&self, path: &Path) -> Statistics {
         let checkpoint = Checkpoint::open(&self.model).unwrap();
-        let model = Model::new(&checkpoint, &Cpu, self.calibration.length).unwrap();
+        let model = Model::new(&checkpoint, &Cpu, self.calibration.longest()).unwrap();
         let options = Calibration { sample: Sample::All, ..Default::default() };
         calibrate(&model, &self.calibration, &options, path, &mut ()).unwrap()
     }
@@ -210,7 +210,7 @@ fn merged_models_have_the_reference_errors_and_losses() {
 /// Error of every merged layer on its original inputs, relative to the layer's routed output.
 fn compare_errors(reference: &Reference, plan: &Plan, expected: &Value, which: &str, key: &str) {
     let checkpoint = Checkpoint::open(&reference.model).unwrap();
-    let model = Model::new(&checkpoint, &Cpu, reference.calibration.length).unwrap();
+    let model = Model::new(&checkpoint, &Cpu, reference.calibration.longest()).unwrap();
     let mut stream = moepress::model::Stream::new(&model, &reference.calibration).unwrap();
     let options = FactorOptions {
         align: plan.options["align"].as_bool().unwrap(),
@@ -258,7 +258,7 @@ fn compare_errors(reference: &Reference, plan: &Plan, expected: &Value, which: &
 /// Losses of the first window of every domain.
 fn compare_losses(reference: &Reference, plan: &Plan, key: &str, out: &Path) {
     let checkpoint = Checkpoint::open(&reference.model).unwrap();
-    let model = Model::new(&checkpoint, &Cpu, reference.calibration.length).unwrap();
+    let model = Model::new(&checkpoint, &Cpu, reference.calibration.longest()).unwrap();
     compress(&model, plan, &Options::default(), out, &mut ()).unwrap();
     let tokens = reference.dir.join("tokens.safetensors");
     let ids = read(&tokens, "eval");

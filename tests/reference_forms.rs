@@ -139,7 +139,7 @@ fn channel_layer_error(reference: &Reference) {
     reference.compress(&plan, &out);
     let first = |dir: &Path| -> Vec<f32> {
         let checkpoint = Checkpoint::open(dir).unwrap();
-        let model = Model::new(&checkpoint, &Cpu, reference.calibration.length).unwrap();
+        let model = Model::new(&checkpoint, &Cpu, reference.calibration.longest()).unwrap();
         let mut stream = Stream::new(&model, &reference.calibration).unwrap();
         stream.advance(&model.layer(0).unwrap(), |_, _| Ok(())).unwrap();
         stream.chunks.iter().flat_map(|c| Cpu.download(&c.x).unwrap()).collect()

@@ -32,7 +32,7 @@ const PASS: Pass<'static> = Pass { task: "test", batch: 8, progressive: false, e
 fn on<T>(dir: &Path, windows: &Windows, ask: impl FnOnce(&Search<'_, '_, Cpu>) -> T) -> T {
     let folder = tempfile::tempdir().unwrap();
     let checkpoint = Checkpoint::open(dir).unwrap();
-    let model = Model::new(&checkpoint, &Cpu, windows.length).unwrap();
+    let model = Model::new(&checkpoint, &Cpu, windows.longest()).unwrap();
     let mut progress = ();
     let search = Search::new(&model, windows, &folder.path().join("out"), "test", &mut progress).unwrap();
     let result = ask(&search);
@@ -50,7 +50,7 @@ fn plan_at(
     progress: &mut dyn Progress,
 ) -> Result<Plan, String> {
     let checkpoint = Checkpoint::open(dir).unwrap();
-    let model = Model::new(&checkpoint, &Cpu, windows.length).unwrap();
+    let model = Model::new(&checkpoint, &Cpu, windows.longest()).unwrap();
     let profile = profile(&checkpoint, model.architecture()).unwrap();
     let options = options(set);
     let search = Search::new(&model, windows, out, &format!("{options:?}"), progress).unwrap();
@@ -106,7 +106,7 @@ fn losses_are_those_of_running_the_layer() {
         }
         let name = dir.file_name().unwrap().to_string_lossy().into_owned();
         let checkpoint = Checkpoint::open(&dir).unwrap();
-        let Ok(model) = Model::new(&checkpoint, &Cpu, windows.length) else { continue };
+        let Ok(model) = Model::new(&checkpoint, &Cpu, windows.longest()) else { continue };
         if model.architecture().encoder_layers > 0 {
             continue;
         }

@@ -88,7 +88,7 @@ impl Args {
         let windows = self.text.load(&self.model, &open_architecture(&checkpoint)?)?;
         let texts = self.text.files().map(Path::to_path_buf);
         check_output_file("--out", &self.out, checkpoint.files().chain(texts))?;
-        let model = Model::new(&checkpoint, backend, windows.length)?;
+        let model = Model::new(&checkpoint, backend, windows.longest())?;
         let options = Options { second: self.second(), ..Options::default() };
         let options = Options { sample: self.sample.unwrap_or(options.sample), ..options };
         let mut report = self.output.report();

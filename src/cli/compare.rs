@@ -10,6 +10,7 @@ use moepress::checkpoint::{Checkpoint, write_atomic};
 use moepress::compare::{Candidate, Comparison, Request, compare, plot};
 use moepress::model::{Model, open_architecture};
 use moepress::plan::{Error, method, methods};
+use moepress::tokens::Windows;
 
 use super::common::{Device, DeviceArgs, OutputArgs, TextInput, check_output_file};
 use super::failure::Failure;
@@ -78,7 +79,7 @@ impl Args {
         let calibration = self.text.is_given().then(|| load(&self.text)).transpose()?;
         let evaluation = self.text.with_files(&self.eval_tokens, &self.eval_text, self.eval_windows);
         let evaluation = load(&evaluation)?;
-        let length = calibration.as_ref().map_or(0, |w| w.length).max(evaluation.length);
+        let length = calibration.as_ref().map_or(0, Windows::longest).max(evaluation.longest());
         let model = Model::new(&checkpoint, backend, length)?;
         let mut report = self.output.report();
         let request = Request {

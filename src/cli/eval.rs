@@ -55,12 +55,12 @@ impl Args {
         };
         let evaluation = if self.text.is_given() {
             let windows = self.text.load(&self.model, &architecture)?;
-            let model = Model::new(&checkpoint, backend, windows.length)?;
+            let model = Model::new(&checkpoint, backend, windows.longest())?;
             Some(match &self.against {
                 None => perplexity(&model, &windows, &mut report)?,
                 Some(original) => {
                     let original = Checkpoint::open(original)?;
-                    let original = Model::new(&original, backend, windows.length)?;
+                    let original = Model::new(&original, backend, windows.longest())?;
                     against(&model, &original, &windows, &mut report)?
                 }
             })

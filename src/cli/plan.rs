@@ -169,7 +169,7 @@ impl Args {
         backend: &B,
     ) -> Result<Plan, Failure> {
         let windows = self.text.load(checkpoint.dir(), &open_architecture(checkpoint)?)?;
-        let model = Model::new(checkpoint, backend, windows.length)?;
+        let model = Model::new(checkpoint, backend, windows.longest())?;
         let source = StatisticsRef {
             file: self.text.files().map(|f| f.display().to_string()).collect::<Vec<_>>().join(", "),
             sha256: windows.sha256(),

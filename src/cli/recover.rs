@@ -116,8 +116,8 @@ impl Args {
         let original = Checkpoint::open(original)?;
         let compressed = Checkpoint::open(compressed)?;
         let windows = self.text.load(dir, &open_architecture(&original)?)?;
-        let original = Model::new(&original, backend, windows.length)?;
-        let compressed = Model::new(&compressed, backend, windows.length)?;
+        let original = Model::new(&original, backend, windows.longest())?;
+        let compressed = Model::new(&compressed, backend, windows.longest())?;
         let options = Options {
             training: Training {
                 sweeps: self.sweeps,

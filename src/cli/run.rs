@@ -55,7 +55,7 @@ impl Args {
         let checkpoint = Checkpoint::open(&self.model)?;
         let windows = load_token_file(&self.tokens, &open_architecture(&checkpoint)?)?;
         check_output_file("--out", &self.out, checkpoint.files().chain([self.tokens.clone()]))?;
-        let model = Model::new(&checkpoint, backend, windows.length)?;
+        let model = Model::new(&checkpoint, backend, windows.longest())?;
         let tokens = windows.real_tokens();
         let mut report = self.output.report();
         let size = RunSize::of(&model, &windows);

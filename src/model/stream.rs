@@ -61,10 +61,15 @@ impl<'m, B: Backend> Stream<'m, B> {
     /// Embeds `windows`.
     ///
     /// # Errors
-    /// Ids outside the vocabulary, windows longer than the model's positions, a missing embedding.
+    /// Ids outside the vocabulary, windows longer than the model's positions or than it was prepared for, a missing
+    /// embedding.
     pub fn new(model: &Model<'m, B>, windows: &Windows) -> Result<Self> {
         let architecture = model.architecture();
         windows.check(architecture.vocabulary, architecture.max_positions)?;
+        if windows.longest() > model.length() {
+            let (length, most) = (windows.longest(), model.length());
+            return Err(crate::tokens::Error::TextTooLong { length, most }.into());
+        }
         windows.check_decoder(architecture.family, architecture.encoder_layers > 0)?;
         let backend = model.backend();
         let stored = match &windows.decoder {

@@ -59,7 +59,7 @@ pub fn apply(model: &Path, plan: &Plan, options: &Options<'_>, out: &Path) -> Re
 /// The original with the plan's dropped experts masked to −∞.
 pub fn masked(dir: &Path, plan: &Plan, windows: &Windows) -> Vec<f32> {
     let checkpoint = Checkpoint::open(dir).unwrap();
-    let model = Model::new(&checkpoint, &Cpu, windows.length).unwrap();
+    let model = Model::new(&checkpoint, &Cpu, windows.longest()).unwrap();
     let mut stream = Stream::new(&model, windows).unwrap();
     for l in 0..model.architecture().layers.len() {
         let source = LayerSource::open(&checkpoint, model.architecture(), l).unwrap();

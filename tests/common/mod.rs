@@ -95,7 +95,7 @@ pub fn run(dir: &Path, windows: &Windows) -> Trace {
         name.parse::<Isa>().unwrap().select().unwrap();
     }
     let checkpoint = Checkpoint::open(dir).unwrap();
-    let model = Model::new(&checkpoint, &Cpu, windows.length).unwrap();
+    let model = Model::new(&checkpoint, &Cpu, windows.longest()).unwrap();
     let mut stream = Stream::new(&model, windows).unwrap();
     let collect = |stream: &Stream<'_, Cpu>| -> Vec<f32> {
         stream.chunks.iter().flat_map(|c| Cpu.download(&c.x).unwrap()).collect()

@@ -42,7 +42,7 @@ impl Reference {
         let (calibration, evaluation) = (load("calib"), load("eval"));
         let work = tempfile::tempdir().unwrap();
         let checkpoint = Checkpoint::open(&model).unwrap();
-        let opened = Model::new(&checkpoint, &Cpu, calibration.length).unwrap();
+        let opened = Model::new(&checkpoint, &Cpu, calibration.longest()).unwrap();
         let options = Calibration { second: second.to_vec(), ..Default::default() };
         let statistics = calibrate(&opened, &calibration, &options, &work.path().join("s"), &mut ()).unwrap();
         let evaluations = json("evaluations.json");
@@ -72,7 +72,7 @@ impl Reference {
     /// Carries a plan out, with our own statistics.
     pub fn compress(&self, plan: &Plan, out: &Path) {
         let checkpoint = Checkpoint::open(&self.model).unwrap();
-        let model = Model::new(&checkpoint, &Cpu, self.calibration.length).unwrap();
+        let model = Model::new(&checkpoint, &Cpu, self.calibration.longest()).unwrap();
         let options = Options { statistics: Some(&self.statistics), ..Options::default() };
         compress(&model, plan, &options, out, &mut ()).unwrap();
     }
@@ -96,6 +96,6 @@ pub fn nll(model: &Path, evaluation: &Windows) -> f64 {
 /// A model on the evaluation windows.
 pub fn evaluate(model: &Path, evaluation: &Windows) -> Evaluation {
     let checkpoint = Checkpoint::open(model).unwrap();
-    let model = Model::new(&checkpoint, &Cpu, evaluation.length).unwrap();
+    let model = Model::new(&checkpoint, &Cpu, evaluation.longest()).unwrap();
     perplexity(&model, evaluation, &mut ()).unwrap()
 }
