@@ -104,7 +104,11 @@ pub(super) fn axk1(config: &Config) -> Result<Architecture> {
         Names { feed_forward_output_norm: ["post_mlp_layernorm", "mlp.post_mlp_layernorm"], ..names() };
     let common = Common::read(config, "axk1", names, defaults)?;
     let moe = biased_moe(&common, [8, 4], 2.5)?;
-    let mut architecture = layers(common, &moe, pairing(config)?, 1536, later_layers(config, 1)?)?;
+    let later = later_layers(config, 1)?;
+    let listed =
+        config.get("mlp_layer_types").map(|_| expert_layers(config, common.layers, 0)).transpose()?;
+    let sparse = |l: usize| listed.as_ref().map_or_else(|| later(l), |listed| listed[l]);
+    let mut architecture = layers(common, &moe, pairing(config)?, 1536, sparse)?;
     architecture.norm_placement = NormPlacement::BeforeAndBehindExperts;
     Ok(architecture)
 }

@@ -10,7 +10,7 @@ const YARN: &str = r#"{"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "
     "original_max_position_embeddings": 4096}"#;
 
 /// Slope of the sigmoid in the experts' activation.
-const SLOPE: f32 = 1.702;
+const SLOPE: f64 = 1.702;
 
 /// gpt-oss (arXiv 2508.10925).
 pub(super) fn read(config: &Config) -> Result<Architecture> {
@@ -42,8 +42,9 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
         ..RouterSpec::softmax(common.top_k, WeightRule::RENORMALISED)
     };
     let limit = config.above_zero("swiglu_limit")?.unwrap_or(7.0) as f32;
+    let slope = config.float_or("swiglu_alpha", SLOPE)? as f32;
     let moe = MoeSpec {
-        activation: Activation::ClampedSwiGlu { limit, slope: SLOPE },
+        activation: Activation::ClampedSwiGlu { limit, slope },
         expert_bias: true,
         router,
         ..common.moe(config.positive("intermediate_size")?, WeightRule::RENORMALISED)

@@ -40,10 +40,15 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
         qkv_bias: config.flag_or("attention_bias", false)?,
         ..common.grouped()?
     };
+    // Beside the tokens before a token that the published key counts, a window has the token itself.
+    let window = match config.size_opt("sliding_window_size")? {
+        Some(before) => before + 1,
+        None => config.positive_or("sliding_window", 129)?,
+    };
     let sliding = GroupedAttention {
         kv_heads: 2 * full.kv_heads,
         rope: Some(sliding_rope.of_head(full.head_dim, super::Pairing::Halves)?),
-        span: Span::Window(config.positive_or("sliding_window", 128)?),
+        span: Span::Window(window),
         sinks: true,
         ..full.clone()
     };
