@@ -55,6 +55,9 @@ pub const fn e8m0(code: u8) -> f32 {
 /// Largest E8M0 code whose product with every FP4 value is a finite f32: 6 · 2^125.
 pub(super) const E8M0_LARGEST: u8 = 252;
 
+/// Largest FP8 value.
+pub(super) const E4M3_LARGEST: f32 = 448.0;
+
 /// The same for every FP8 value: 448 · 2^119.
 pub(super) const E8M0_LARGEST_OF_FP8: u8 = 246;
 

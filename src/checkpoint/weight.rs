@@ -3,7 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::packed::{E8M0_LARGEST, E8M0_LARGEST_OF_FP8, MX_BLOCK, decode_int4, decode_mxfp4, e4m3, e8m0};
+use super::packed::{
+    E4M3_LARGEST, E8M0_LARGEST, E8M0_LARGEST_OF_FP8, MX_BLOCK, decode_int4, decode_mxfp4, e4m3, e8m0,
+};
 use super::{Dtype, Error, Result, Tensor, decode_f32};
 
 /// A weight matrix W `[rows, cols]` = `[out, in]` as stored. Cheap to clone; nothing is read until it is decoded.
@@ -362,9 +364,18 @@ impl Weight {
         match &self.storage {
             Storage::Plain(tensor) | Storage::InputMajor(tensor, _) => tensor.check_finite(),
             Storage::Fp8 { values, scales, .. } => {
-                match scales.dtype() {
-                    Dtype::F8_E8M0 => first(scales, f32::INFINITY, |code| code > E8M0_LARGEST_OF_FP8)?,
-                    _ => scales.check_finite()?,
+                if scales.dtype() == Dtype::F8_E8M0 {
+                    first(scales, f32::INFINITY, |code| code > E8M0_LARGEST_OF_FP8)?;
+                } else {
+                    scales.check_finite()?;
+                    let is_too_large = |scale: &f32| !(scale * E4M3_LARGEST).is_finite();
+                    if let Some(index) = scales.to_f32()?.iter().position(is_too_large) {
+                        return Err(Error::NonFinite {
+                            name: scales.name().into(),
+                            index,
+                            value: f32::INFINITY,
+                        });
+                    }
                 }
                 first(values, f32::NAN, |code| code & 0x7f == 0x7f)
             }
@@ -386,10 +397,14 @@ impl Weight {
 
     /// Decodes the rows from `first` on into `out`, as many as it holds. Exact, but for FP8 values, where the product
     /// with the scale is rounded to f32.
+    ///
+    /// # Panics
+    /// Where there are not so many rows.
     pub fn decode_rows(&self, first: usize, out: &mut [f32]) {
         if self.cols == 0 {
             return;
         }
+        assert!(first + out.len().div_ceil(self.cols) <= self.rows, "rows of {}", self.name);
         match &self.storage {
             Storage::Plain(tensor) => {
                 let start = first * self.cols * tensor.dtype().bitsize() / 8;
@@ -703,6 +718,9 @@ mod tests {
         };
         let error = Weight::fp8(values(0xff), scales(vec![1, 1]), [128, 128]).unwrap().check_finite();
         assert_eq!(error.unwrap_err().to_string(), "w holds NaN at flat index 1; weights must be finite");
+        let huge = Tensor::from_f32("s", Dtype::F32, vec![1, 1], &[1e37]);
+        let error = Weight::fp8(values(0x7e), huge, [128, 128]).unwrap().check_finite();
+        assert_eq!(error.unwrap_err().to_string(), "s holds inf at flat index 0; weights must be finite");
         let error = Weight::fp8(values(0), scales(vec![1, 2]), [128, 128]).unwrap_err().to_string();
         assert_eq!(error, "s has shape [1, 2], expected [1, 1]");
         let error = Weight::fp8(scales(vec![1, 1]), scales(vec![1, 1]), [128, 128]).unwrap_err().to_string();

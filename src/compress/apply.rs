@@ -160,7 +160,14 @@ pub fn apply_layer<'a>(
             Action::Keep | Action::Drop | Action::Merge { .. } => Ok(keep(plan, source, slot, &slots)),
             Action::LowRank { rank, rows } => {
                 let expert = &source.experts[slot];
-                low_rank(plan.layer, slot, expert, [*rank, *rows], measured, options.factors, threads)
+                low_rank(
+                    [plan.layer, slot, source.width],
+                    expert,
+                    [*rank, *rows],
+                    measured,
+                    options.factors,
+                    threads,
+                )
             }
             Action::Channels { keep } => {
                 let expert = &source.experts[slot];
@@ -240,12 +247,14 @@ fn novice(slot: usize, moments: Option<&Moments>) -> std::result::Result<StoredE
     let d = sum.len() / count.len();
     let tokens = count[slot].max(1.0);
     let mean: Vec<f32> = sum[slot * d..(slot + 1) * d].iter().map(|s| (s / tokens) as f32).collect();
+    if mean.iter().any(|v| !v.is_finite()) {
+        return Err("its mean output is not finite".into());
+    }
     Ok(Expert::Constant(Tensor::from_f32("constant", Dtype::F32, vec![d], &mean)))
 }
 
 fn low_rank(
-    layer: usize,
-    slot: usize,
+    [layer, slot, width]: [usize; 3],
     expert: &StoredExpert,
     [rank, rows]: [Ranks; 2],
     measured: Measured<'_>,
@@ -263,6 +272,11 @@ fn low_rank(
             return Err(Error::Action { layer, expert: slot, what });
         };
         let moment = if p == Projection::Down { Moment::HiddenGram } else { Moment::InputGram };
+        if options.whiten && p == Projection::Down && weight.cols() != width {
+            let what =
+                format!("has {} of {width} channels; start from the original checkpoint", weight.cols());
+            return Err(Error::Action { layer, expert: slot, what });
+        }
         let gram = if options.whiten { measured.gram(moment, slot, weight.cols()) } else { None };
         let whitening = gram.as_deref().map_or(Whitening::None, Whitening::Gram);
         let factors = match rows.get(p) {

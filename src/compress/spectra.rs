@@ -48,6 +48,9 @@ impl SpectrumSource for WeightSpectra<'_> {
             Some(statistics) => {
                 let moments = statistics.moments(layer, &[moment]).map_err(|e| text(&e))?;
                 let all = moments.get(moment).ok_or("has no second moments")?;
+                if all.len() != moments.dims().experts * cols * cols {
+                    return Err("is not of full width; start from the original checkpoint".into());
+                }
                 let gram = all[expert * cols * cols..(expert + 1) * cols * cols].to_vec();
                 Some(Matrix::new(cols, cols, gram).map_err(|e| text(&e))?)
             }

@@ -72,7 +72,10 @@ pub(super) fn place(
     let weight_stride = hidden.next_multiple_of(4);
     let (mut weight, mut parts) = (0, RouterParts::default());
     if let Some(tensor) = router.weight {
-        check_len("router weight", tensor, experts * hidden)?;
+        if tensor.shape() != [experts, hidden] {
+            let found = format!("{:?}", tensor.shape());
+            return Err(Error::argument("router weight", found, format!("{:?}", [experts, hidden])));
+        }
         if let Some(gate) = gate {
             check_len("gate of the shared expert", gate, hidden)?;
         }
