@@ -71,20 +71,34 @@ impl AtomicFile {
     /// # Errors
     /// Names the file; the target is then as it was before.
     pub fn commit(mut self) -> Result<()> {
-        let finish = |writer: BufWriter<File>, temporary: &Path, target: &Path| -> io::Result<()> {
-            let file = writer.into_inner().map_err(io::IntoInnerError::into_error)?;
-            file.sync_all()?;
-            // The lock goes with `file`, after the renaming: nobody else may take the temporary name before that.
-            fs::rename(temporary, target)
-        };
-        let Some(writer) = self.writer.take() else { return Ok(()) };
+        let Some(mut writer) = self.writer.take() else { return Ok(()) };
         // Once it is renamed, the temporary name may be another process's.
         self.unfinished = Unfinished::none();
-        finish(writer, &self.temporary, &self.target).map_err(|source| {
+        let written = writer.flush().and_then(|()| writer.get_ref().sync_all());
+        let committed = written.and_then(|()| fs::rename(&self.temporary, &self.target));
+        if committed.is_err() {
             let _ = fs::remove_file(&self.temporary);
-            Error::Io { path: self.target.clone(), source }
-        })
+        }
+        // The lock goes with the file, after that: nobody else may take the temporary name before. A buffer that could not be
+        // written is not tried again.
+        let (file, _) = writer.into_parts();
+        drop(file);
+        committed.map_err(|source| Error::Io { path: self.target.clone(), source })?;
+        sync_folder(&self.target);
+        Ok(())
     }
+}
+
+/// Makes the new name of `file` last through a loss of power, where the system can: whoever goes on may remove what it was
+/// made from.
+fn sync_folder(file: &Path) {
+    #[cfg(unix)]
+    if let Some(folder) = file.parent() {
+        let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        let _ = File::open(folder).and_then(|folder| folder.sync_all());
+    }
+    #[cfg(not(unix))]
+    let _ = file;
 }
 
 impl Drop for AtomicFile {
