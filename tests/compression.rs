@@ -18,11 +18,12 @@ use moepress::model::{Model, open_architecture, profile};
 use moepress::plan::{Action, Budget};
 use moepress::progress::Progress;
 
-const MODELS: [&str; 38] = [
+const MODELS: [&str; 39] = [
     "mixtral",
     "qwen2_moe",
     "qwen3_moe_fused",
     "olmoe_clip",
+    "deepseek",
     "deepseek_v2",
     "deepseek_v2_lite_sharded_bf16",
     "deepseek_v3",

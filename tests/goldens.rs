@@ -62,6 +62,7 @@ repository_goldens!(
     qwen3_moe_fused,
     qwen3_moe_dynamic,
     olmoe_clip,
+    deepseek,
     deepseek_v2,
     deepseek_v2_lite_sharded_bf16,
     deepseek_v3,

@@ -5,7 +5,7 @@
 
 use moepress::architecture::{
     Activation, Architecture, AttentionSpec, FeedForwardSpec, GroupedAttention, LayerSpec, Mamba2, Packing,
-    Span,
+    Span, WeightRule,
 };
 use serde_json::{Value, json};
 
@@ -113,6 +113,31 @@ fn mixtral_qwen_and_olmoe() {
         "pad_token_id": 1, "rope_scaling": null, "rope_theta": 10000.0, "tie_word_embeddings": false,
         "vocab_size": 50304});
     assert_eq!(sizes(&read(&olmoe)), [16, 16, 64, 8, 0]);
+}
+
+#[test]
+fn deepseek_moe_16b() {
+    let base = json!({"architectures": ["DeepseekForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 100_000, "eos_token_id": 100_001, "first_k_dense_replace": 1, "hidden_act": "silu",
+        "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 10944, "max_position_embeddings": 4096,
+        "model_type": "deepseek", "moe_intermediate_size": 1408, "moe_layer_freq": 1, "n_routed_experts": 64,
+        "n_shared_experts": 2, "norm_topk_prob": false, "num_attention_heads": 16, "num_experts_per_tok": 6,
+        "num_hidden_layers": 28, "num_key_value_heads": 16, "pretraining_tp": 1, "rms_norm_eps": 1e-6,
+        "rope_scaling": null, "rope_theta": 10000, "scoring_func": "softmax", "tie_word_embeddings": false,
+        "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 102_400});
+    assert_eq!(sizes(&read(&base)), [28, 27, 64, 6, 2816]);
+    let weights = |changes: Value| read(&with(&base, changes)).moe(27).unwrap().router.weights;
+    assert_eq!(weights(json!({"routed_scaling_factor": 16.0})), WeightRule::Scaled(1.0));
+    assert_eq!(weights(json!({"norm_topk_prob": true})), WeightRule::RENORMALISED);
+    let one = json!({"norm_topk_prob": true, "num_experts_per_tok": 1});
+    assert_eq!(weights(one), WeightRule::Scaled(1.0));
+    let alternating = read(&with(&base, json!({"moe_layer_freq": 3, "n_shared_experts": null})));
+    assert_eq!(sizes(&alternating), [28, 9, 64, 6, 0]);
+    refused(
+        &with(&base, json!({"scoring_func": "sigmoid"})),
+        "scoring_func is \"sigmoid\", only \"softmax\"",
+    );
+    refused(&with(&base, json!({"n_routed_experts": null})), "num_experts is missing");
 }
 
 #[test]

@@ -53,7 +53,10 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.integrations.mxfp4 import FP4_VALUES, convert_moe_packed_tensors
+from transformers.models.deepseek_v2 import DeepseekV2Config, DeepseekV2ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 MADE_WITH = "5.17.0"
 CLOSEST_CALL = 2e-5  # least difference between the last expert taken and the first one left out
@@ -142,6 +145,29 @@ OLMOE = COMMON | {
     "clip_qkv": 1.0,
     "attention_bias": False,
     "pad_token_id": 1,
+}
+
+# As published; heads share keys all the same.
+DEEPSEEK = COMMON | {
+    "model_type": "deepseek",
+    "torch_dtype": "bfloat16",
+    "architectures": ["DeepseekForCausalLM"],
+    "intermediate_size": 24,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": False,
+    "scoring_func": "softmax",
+    "aux_loss_alpha": 0.001,
+    "seq_aux": True,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "pretraining_tp": 1,
 }
 
 # Groups, q_lora, a scale other than 1, mscale != mscale_all_dim, and an rms_norm_eps far enough from the
@@ -1118,6 +1144,7 @@ FIXTURES = {
     },
     "qwen3_moe_fused": {"config": QWEN3_MOE, "fused": True, "written_config": True},
     "olmoe_clip": {"config": OLMOE, "embedding": 0.02},
+    "deepseek": {"config": DEEPSEEK, "dtype": torch.bfloat16},
     "deepseek_v2": {"config": DEEPSEEK_V2, "embedding": 0.02},
     "deepseek_v2_lite_sharded_bf16": {
         "config": DEEPSEEK_V2_LITE,
@@ -1267,6 +1294,35 @@ FIXTURES = {
         "dtype": torch.bfloat16,
     },
 }
+
+# ----------------------------------------------------------------------- a model that transformers lacks
+
+
+class DeepseekConfig(DeepseekV2Config):
+    """DeepSeekMoE, whose heads are rotated as a whole."""
+
+    model_type = "deepseek"
+
+    def __post_init__(self, **kwargs):
+        self.qk_rope_head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+
+class DeepseekForCausalLM(DeepseekV2ForCausalLM):
+    """The layers of DeepSeek-V2 with the attention of Llama."""
+
+    config_class = DeepseekConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.rotary_emb = LlamaRotaryEmbedding(config)
+        for l, layer in enumerate(self.model.layers):
+            layer.self_attn = LlamaAttention(config, l)
+
+
+transformers.AutoConfig.register("deepseek", DeepseekConfig)
+transformers.AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM)
+register_checkpoint_conversion_mapping("deepseek", get_checkpoint_conversion_mapping("deepseek_v2"))
 
 # ------------------------------------------------------------------------------------------- weights
 

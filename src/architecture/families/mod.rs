@@ -39,11 +39,12 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 46] = [
+pub(super) const FAMILIES: [(&str, Read); 47] = [
     ("afmoe", afmoe::read),
     ("axk1", deepseek::axk1),
     ("cohere2_moe", cohere2_moe::read),
     ("dbrx", dbrx::read),
+    ("deepseek", deepseek::v1),
     ("deepseek_v2", deepseek::v2),
     ("deepseek_v3", deepseek::v3),
     ("deepseek_v32", deepseek::v32),
