@@ -18,7 +18,7 @@ use moepress::model::{Model, open_architecture, profile};
 use moepress::plan::{Action, Budget};
 use moepress::progress::Progress;
 
-const MODELS: [&str; 39] = [
+const MODELS: [&str; 40] = [
     "mixtral",
     "qwen2_moe",
     "qwen3_moe_fused",
@@ -56,6 +56,7 @@ const MODELS: [&str; 39] = [
     "afmoe",
     "hy_v3",
     "mimo_v2_flash",
+    "qwen3_omni_moe",
     "qwen3_vl_moe",
     "qwen3_vl_moe_fused",
 ];

@@ -113,6 +113,8 @@ repository_goldens!(
     hy_v3_fused,
     mimo_v2_flash,
     mellum,
+    qwen3_omni_moe,
+    qwen3_omni_moe_fused,
     qwen3_vl_moe,
     qwen3_vl_moe_fused,
     glm4v_moe,

@@ -241,6 +241,47 @@ fn qwen3_5() -> Value {
         "model_type": "qwen3_5_moe"}})
 }
 
+/// The keys of transformers' class with the sizes of 30B-A3B; the published file was not at hand.
+fn qwen3_omni() -> Value {
+    let text = with(
+        &qwen3(),
+        json!({"intermediate_size": 768, "max_position_embeddings": 65536, "model_type": "qwen3_omni_moe_text",
+        "rope_scaling": {"interleaved": true, "mrope_interleaved": true, "mrope_section": [24, 20, 20],
+        "rope_type": "default", "type": "default"}, "rope_theta": 1_000_000, "shared_expert_intermediate_size": 0,
+        "use_qk_norm": true, "vocab_size": 152_064}),
+    );
+    json!({"architectures": ["Qwen3OmniMoeForConditionalGeneration"], "assistant_token_id": 77091,
+        "code2wav_config": {"hidden_size": 1024}, "enable_audio_output": true, "model_type": "qwen3_omni_moe",
+        "talker_config": {"text_config": {"hidden_size": 1024, "num_experts": 128, "num_hidden_layers": 20}},
+        "thinker_config": {"audio_config": {"d_model": 1280}, "model_type": "qwen3_omni_moe_thinker",
+        "text_config": text, "vision_config": {"depth": 27}}})
+}
+
+#[test]
+fn qwen3_omni_and_its_thinker() {
+    let omni = read(&qwen3_omni());
+    assert_eq!((sizes(&omni), omni.max_positions), ([48, 48, 128, 8, 0], 65536));
+    assert!(!omni.tied_embeddings);
+    assert_eq!(grouped(&omni, 0).head_dim, 128);
+    let thinker = |changes: Value| json!({"thinker_config": with(&qwen3_omni()["thinker_config"], changes)});
+    let text = |changes: Value| {
+        let text = with(&qwen3_omni()["thinker_config"]["text_config"], changes);
+        with(&qwen3_omni(), thinker(json!({"text_config": text})))
+    };
+    assert!(read(&with(&qwen3_omni(), thinker(json!({"tie_word_embeddings": true})))).tied_embeddings);
+    let plain = read(&text(json!({"norm_topk_prob": false})));
+    assert_eq!(plain.moe(0).unwrap().router.weights, WeightRule::Scaled(1.0));
+    assert_eq!(sizes(&read(&text(json!({"mlp_only_layers": [0, 5]}))))[1], 46);
+    let packed = read(&text(json!({"quantization_config": {"quant_method": "fp8"}})));
+    assert_eq!(packed.packing, Some(Packing::Fp8 { block: None }));
+    refused(&with(&qwen3_omni(), json!({"thinker_config": null})), "thinker_config is missing");
+    refused(&with(&qwen3_omni(), thinker(json!({"text_config": null}))), "text_config is missing");
+    refused(&with(&qwen3_omni(), thinker(json!({"text_config": 3}))), "text_config is 3, expected an object");
+    refused(&text(json!({"num_experts": null})), "num_experts is missing");
+    let scaled = json!({"rope_scaling": {"rope_type": "axial"}});
+    refused(&text(scaled), "rope_type is `axial`; known: default");
+}
+
 fn lfm2() -> Value {
     let types = ["conv", "conv", "full_attention", "conv", "conv", "conv"].repeat(4);
     json!({"architectures": ["Lfm2MoeForCausalLM"], "bos_token_id": 1, "conv_L_cache": 3, "conv_bias": false,

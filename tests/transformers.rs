@@ -14,7 +14,7 @@ use common::{data, generate};
 const SKIPPED: i32 = 77;
 
 /// All without a group limit, which does not let deepseek_v2 keep three experts.
-const MODELS: [&str; 42] = [
+const MODELS: [&str; 43] = [
     "mixtral",
     "mixtral_sliding_window",
     "qwen2_moe",
@@ -48,6 +48,7 @@ const MODELS: [&str; 42] = [
     "hy_v3_fused",
     "mimo_v2_flash",
     "mellum",
+    "qwen3_omni_moe_fused",
     "qwen3_vl_moe",
     "qwen3_vl_moe_fused",
     "llama4_text",

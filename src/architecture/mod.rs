@@ -69,8 +69,9 @@ pub struct Architecture {
     pub logit_cap: Option<f32>,
     /// Tensor names.
     pub names: Names,
-    /// Section of `config.json` that speaks of the language model, or of its experts; `None` where the whole file does.
-    pub config_section: Option<&'static str>,
+    /// Where the section of `config.json` is that speaks of the language model, or of its experts: the keys that lead to
+    /// it, none where the whole file does.
+    pub config_section: &'static [&'static str],
     /// Keys of `config.json` (or its section) that hold the number of routed experts.
     pub expert_count_keys: Vec<&'static str>,
     /// How packed weights are stored, where the config speaks of any.
@@ -544,10 +545,11 @@ impl Architecture {
         let (_, read) = read.ok_or_else(|| Error::UnknownFamily { family, known: families() })?;
         let mut architecture = read(&config)?;
         architecture.packing = packing(&config)?;
-        if let Some(section) =
-            architecture.config_section.map(|key| config.section(key)).transpose()?.flatten()
-        {
-            architecture.packing = architecture.packing.or(packing(&section)?);
+        let mut section = config;
+        for key in architecture.config_section {
+            let Some(inner) = section.section(key)? else { break };
+            architecture.packing = architecture.packing.or(packing(&inner)?);
+            section = inner;
         }
         architecture.check()?;
         Ok(architecture)

@@ -918,6 +918,54 @@ QWEN3_VL_MOE = {
     },
 }
 
+# The thinker alone, as models are published that do not speak.
+QWEN3_OMNI_MOE = {
+    "model_type": "qwen3_omni_moe",
+    "torch_dtype": "bfloat16",
+    "architectures": ["Qwen3OmniMoeForConditionalGeneration"],
+    "enable_audio_output": False,
+    "thinker_config": {
+        "model_type": "qwen3_omni_moe_thinker",
+        "audio_token_id": 59,
+        "image_token_id": 60,
+        "video_token_id": 61,
+        "text_config": {key: value for key, value in QWEN3_MOE.items() if key != "architectures"}
+        | {
+            "model_type": "qwen3_omni_moe_text",
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [1],
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "rope_scaling": {
+                "interleaved": True,
+                "mrope_interleaved": True,
+                "mrope_section": [2, 2, 2],
+                "rope_type": "default",
+                "type": "default",
+            },
+            "shared_expert_intermediate_size": 0,
+        },
+        "vision_config": VISION
+        | {
+            "model_type": "qwen3_omni_moe_vision_encoder",
+            "out_hidden_size": 32,
+            "num_position_embeddings": 4,
+            "deepstack_visual_indexes": [0],
+        },
+        "audio_config": {
+            "model_type": "qwen3_omni_moe_audio_encoder",
+            "d_model": 8,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 8,
+            "num_mel_bins": 8,
+            "downsample_hidden_size": 2,
+            "output_dim": 32,
+            "max_source_positions": 8,
+        },
+    },
+}
+
 GLM4V_MOE = {
     "model_type": "glm4v_moe",
     "torch_dtype": "bfloat16",
@@ -1130,7 +1178,7 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "we
 #   written_config  keep the configuration transformers 5 writes instead of the one given here
 #   length          tokens of a window (default 24)
 #   padded          the first window has padding before its text, the second one behind it
-#   multi_token     add some tensors of a layer for multi-token prediction, which transformers does not load
+#   multi_token     add some tensors of a layer for multi-token prediction, or of a talker, which transformers does not load
 # A configuration with a quantization_config is stored packed, as it says.
 FIXTURES = {
     "mixtral": {"config": MIXTRAL},
@@ -1266,6 +1314,13 @@ FIXTURES = {
     "mellum": {"config": MELLUM, "dtype": torch.bfloat16},
     "qwen3_vl_moe": {"config": QWEN3_VL_MOE, "dtype": torch.bfloat16},
     "qwen3_vl_moe_fused": {"config": QWEN3_VL_MOE, "dtype": torch.bfloat16, "fused": True, "written_config": True},
+    "qwen3_omni_moe": {"config": QWEN3_OMNI_MOE, "dtype": torch.bfloat16, "multi_token": True},
+    "qwen3_omni_moe_fused": {
+        "config": QWEN3_OMNI_MOE,
+        "dtype": torch.bfloat16,
+        "fused": True,
+        "written_config": True,
+    },
     "glm4v_moe": {"config": GLM4V_MOE, "dtype": torch.bfloat16},
     "cohere2_moe": {"config": COHERE2_MOE, "dtype": torch.bfloat16},
     "cohere2_moe_fused": {
@@ -1436,7 +1491,7 @@ def plain(folder, scratch):
     if not (folder / "model.safetensors").exists():
         return folder
     tensors = load_file(folder / "model.safetensors")
-    behind = [n for n in tensors if n.startswith(f"model.layers.{config.get('num_hidden_layers')}.")]
+    behind = [n for n in tensors if n.startswith(("talker.", f"model.layers.{config.get('num_hidden_layers')}."))]
     if not quantization and not behind:
         return folder
     for name in behind:
@@ -1500,6 +1555,8 @@ def has_encoder(config):
 def auto_class(folder):
     config = json.loads((folder / "config.json").read_text())
     # transformers knows Mistral 4 as a part of models of text and images alone.
+    if "thinker_config" in config:
+        return transformers.AutoModelForMultimodalLM
     if "vision_config" in config or config["model_type"] == "mistral4":
         return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForSeq2SeqLM if has_encoder(config) else transformers.AutoModelForCausalLM
@@ -1518,7 +1575,8 @@ def load_plain(folder, dtype):
             raise SystemExit(f"{folder}: {what}: {sorted(map(str, info[what]))[:5]}")
     if not model.config.is_encoder_decoder:
         model.set_experts_implementation("eager")  # expert by expert, not through a grouped kernel
-    return model.eval()
+    # A model that may speak has no forward pass of its own.
+    return getattr(model, "thinker", model).eval()
 
 
 def outputs(folder, ids, mask=None, dtype=torch.float32):
@@ -1636,7 +1694,7 @@ def write_checkpoint(folder, name, recipe, attempt):
     (folder / "config.json").write_text(json.dumps(without))
     config = transformers.AutoConfig.from_pretrained(folder)
     model = auto_class(folder).from_config(config, attn_implementation="eager", dtype=torch.float32)
-    tied = recipe["config"]["tie_word_embeddings"]
+    tied = recipe["config"].get("tie_word_embeddings", False)
     randomise(model, (name, attempt), dtype, recipe.get("embedding", 0.2 if tied else 1.0))
     if dtype != torch.float32:
         kept = {n: b.clone() for n, b in model.named_buffers() if is_choice_bias(n)}
@@ -1660,6 +1718,8 @@ def write_checkpoint(folder, name, recipe, attempt):
     if recipe.get("multi_token"):
         text = config.get_text_config()
         behind = "mtp." if config.model_type.startswith(("qwen3", "nemotron")) else f"model.layers.{text.num_hidden_layers}."
+        if config.model_type == "qwen3_omni_moe":
+            behind = "talker.model.layers.0."
         add_multi_token(folder, name, behind, text.hidden_size)
     if recipe.get("six_digits"):
         index = folder / "model.safetensors.index.json"
@@ -1674,6 +1734,7 @@ def write_checkpoint(folder, name, recipe, attempt):
 
 def language(config):
     """The part of a configuration that speaks of the language model."""
+    config = config.get("thinker_config", config)
     return config.get("text_config", config)
 
 
