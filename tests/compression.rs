@@ -18,7 +18,7 @@ use moepress::model::{Model, open_architecture, profile};
 use moepress::plan::{Action, Budget};
 use moepress::progress::Progress;
 
-const MODELS: [&str; 40] = [
+const MODELS: [&str; 42] = [
     "mixtral",
     "qwen2_moe",
     "qwen3_moe_fused",
@@ -55,6 +55,8 @@ const MODELS: [&str; 40] = [
     "gemma4_text",
     "afmoe",
     "hy_v3",
+    "laguna",
+    "laguna_fused",
     "mimo_v2_flash",
     "qwen3_omni_moe",
     "qwen3_vl_moe",

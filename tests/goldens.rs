@@ -112,6 +112,8 @@ repository_goldens!(
     hy_v3,
     hy_v3_fused,
     mimo_v2_flash,
+    laguna,
+    laguna_fused,
     mellum,
     qwen3_omni_moe,
     qwen3_omni_moe_fused,

@@ -4,8 +4,8 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use moepress::architecture::{
-    Activation, Architecture, AttentionSpec, FeedForwardSpec, GroupedAttention, LayerSpec, Mamba2, Packing,
-    Span, WeightRule,
+    Activation, Architecture, AttentionSpec, FeedForwardSpec, GroupedAttention, LayerSpec, Mamba2,
+    OutputGate, Packing, Span, WeightRule,
 };
 use serde_json::{Value, json};
 
@@ -507,6 +507,58 @@ fn granite_4() {
     odd("mamba_n_groups", json!(2), "mamba_n_groups is 2, only 1 is supported here");
     odd("mamba_d_conv", json!(0), "mamba_d_conv is 0, expected at least 1");
     odd("time_step_limit", json!([1.0, 0.5]), "time_step_limit is [1.0,0.5], expected two numbers");
+}
+
+/// The keys of transformers' class; the published file was not at hand.
+#[test]
+fn laguna() {
+    let types = ["full_attention", "sliding_attention", "sliding_attention", "sliding_attention"].repeat(10);
+    let heads: Vec<_> = (0..40).map(|l| if l % 4 == 0 { 48 } else { 64 }).collect();
+    let laguna = json!({"architectures": ["LagunaForCausalLM"], "attention_bias": false, "gating": true,
+        "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 8192, "layer_types": types,
+        "max_position_embeddings": 131_072, "model_type": "laguna", "moe_intermediate_size": 512,
+        "moe_routed_scaling_factor": 2.5, "num_attention_heads": 48, "num_attention_heads_per_layer": heads,
+        "num_experts": 256, "num_experts_per_tok": 8, "num_hidden_layers": 40, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-6, "rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5, "rope_theta": 5e5,
+        "rope_type": "default"}, "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}},
+        "shared_expert_intermediate_size": 512, "sliding_window": 512, "vocab_size": 100_352});
+    let architecture = read(&laguna);
+    assert_eq!(sizes(&architecture), [40, 39, 256, 8, 512]);
+    let kinds = |a: &Architecture, l: usize| {
+        let attention = grouped(a, l);
+        (attention.heads, attention.span, attention.rope.as_ref().unwrap().dim())
+    };
+    assert_eq!(kinds(&architecture, 0), (48, Span::Full, 64));
+    assert_eq!(kinds(&architecture, 1), (64, Span::Window(512), 128));
+    assert_eq!(grouped(&architecture, 0).output_gate, OutputGate::Softplus { per_head: true });
+    // What absent keys mean is the same.
+    let absent =
+        json!({"rope_parameters": null, "num_attention_heads_per_layer": null, "gating": "per-element"});
+    let absent = read(&with(&laguna, absent));
+    assert_eq!(kinds(&absent, 1), (48, Span::Window(512), 128));
+    assert_eq!(grouped(&absent, 0).rope, grouped(&architecture, 0).rope);
+    assert_eq!(grouped(&absent, 0).output_gate, OutputGate::Softplus { per_head: false });
+    for (change, expected) in [
+        (json!({"gating": false}), "gating is false; known: true, \"per-head\", \"per-element\""),
+        (json!({"moe_router_logit_softcapping": 30.0}), "moe_router_logit_softcapping is 30.0, only 0"),
+        (
+            json!({"moe_apply_router_weight_on_input": true}),
+            "moe_apply_router_weight_on_input is true, only false",
+        ),
+        (
+            json!({"num_attention_heads_per_layer": [48]}),
+            "num_attention_heads_per_layer has 1 entries, expected 40",
+        ),
+        (json!({"num_attention_heads_per_layer": vec![0; 40]}), "num_attention_heads_per_layer has a 0"),
+        (
+            json!({"num_attention_heads_per_layer": vec![12; 40]}),
+            "num_key_value_heads is 8, expected a divisor",
+        ),
+        (json!({"layer_types": vec!["conv"; 40]}), "layer_types is `conv` in layer 0"),
+        (json!({"rope_parameters": {"full_attention": 3}}), "full_attention is 3, expected an object"),
+    ] {
+        refused(&with(&laguna, change), expected);
+    }
 }
 
 fn jamba() -> Value {

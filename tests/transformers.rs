@@ -14,7 +14,7 @@ use common::{data, generate};
 const SKIPPED: i32 = 77;
 
 /// All without a group limit, which does not let deepseek_v2 keep three experts.
-const MODELS: [&str; 43] = [
+const MODELS: [&str; 45] = [
     "mixtral",
     "mixtral_sliding_window",
     "qwen2_moe",
@@ -47,6 +47,8 @@ const MODELS: [&str; 43] = [
     "hy_v3",
     "hy_v3_fused",
     "mimo_v2_flash",
+    "laguna",
+    "laguna_fused",
     "mellum",
     "qwen3_omni_moe_fused",
     "qwen3_vl_moe",

@@ -398,7 +398,7 @@ impl Temperature {
 }
 
 /// The gate of what the heads of an attention give: the sigmoid of a projection of the layer's input, element by element
-/// (Qiu et al., arXiv 2505.06708).
+/// (Qiu et al., arXiv 2505.06708), or another function of one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutputGate {
     /// No gate.
@@ -407,6 +407,11 @@ pub enum OutputGate {
     BehindQuery,
     /// It has a projection of its own (AFMoE).
     Separate,
+    /// It has a projection of its own, of which it is ln(1 + eˣ) (Laguna).
+    Softplus {
+        /// Whether all elements of a head have the same.
+        per_head: bool,
+    },
 }
 
 /// RMS norm of queries and keys.

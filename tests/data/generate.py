@@ -986,6 +986,39 @@ GLM4V_MOE = {
     "vision_config": VISION | {"model_type": "glm4v_moe", "out_hidden_size": 32, "image_size": 4},
 }
 
+# Layers of both kinds, which differ in number of heads and rotation, dense and with experts.
+LAGUNA = COMMON | {
+    "model_type": "laguna",
+    "torch_dtype": "bfloat16",
+    "architectures": ["LagunaForCausalLM"],
+    "num_hidden_layers": 3,
+    "num_attention_heads_per_layer": [4, 6, 4],
+    "head_dim": 12,
+    "attention_bias": False,
+    "gating": True,
+    "intermediate_size": 24,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "moe_apply_router_weight_on_input": False,
+    "moe_intermediate_size": 12,
+    "moe_routed_scaling_factor": 2.5,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": 16,
+    "rms_norm_eps": 1e-06,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "yarn",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+            "partial_rotary_factor": 0.5,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+    },
+    "sliding_window": 8,
+}
+
 # Layers of both kinds, whose heads differ in width and number, and keys that are values. No token stands for an image.
 GEMMA4_TEXT = {k: v for k, v in COMMON.items() if k not in ("hidden_act", "tie_word_embeddings")} | {
     "model_type": "gemma4_text",
@@ -1322,6 +1355,14 @@ FIXTURES = {
         "written_config": True,
     },
     "glm4v_moe": {"config": GLM4V_MOE, "dtype": torch.bfloat16},
+    "laguna": {"config": LAGUNA, "dtype": torch.bfloat16},
+    "laguna_fused": {
+        "config": {key: value for key, value in LAGUNA.items() if key not in ("rope_parameters", "mlp_layer_types")}
+        | {"gating": "per-element", "attention_bias": True, "moe_routed_scaling_factor": 1.0},
+        "dtype": torch.bfloat16,
+        "fused": True,
+        "written_config": True,
+    },
     "cohere2_moe": {"config": COHERE2_MOE, "dtype": torch.bfloat16},
     "cohere2_moe_fused": {
         "config": COHERE2_MOE

@@ -16,6 +16,7 @@ mod hunyuan_v1_moe;
 mod hy_v3;
 mod jamba;
 mod kimi_linear;
+mod laguna;
 mod lfm2_moe;
 mod llama4;
 mod mamba;
@@ -39,7 +40,7 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 48] = [
+pub(super) const FAMILIES: [(&str, Read); 49] = [
     ("afmoe", afmoe::read),
     ("axk1", deepseek::axk1),
     ("cohere2_moe", cohere2_moe::read),
@@ -67,6 +68,7 @@ pub(super) const FAMILIES: [(&str, Read); 48] = [
     ("jamba", jamba::read),
     ("kimi_k2", deepseek::v3),
     ("kimi_linear", kimi_linear::read),
+    ("laguna", laguna::read),
     ("lfm2_moe", lfm2_moe::read),
     ("llama4", llama4::published),
     ("llama4_text", llama4::text),
