@@ -18,7 +18,7 @@ use moepress::model::{Model, open_architecture, profile};
 use moepress::plan::{Action, Budget};
 use moepress::progress::Progress;
 
-const MODELS: [&str; 42] = [
+const MODELS: [&str; 43] = [
     "mixtral",
     "qwen2_moe",
     "qwen3_moe_fused",
@@ -43,6 +43,7 @@ const MODELS: [&str; 42] = [
     "granitemoe",
     "granitemoeshared_fused",
     "granitemoehybrid_mamba",
+    "granitemoe_swa",
     "jamba",
     "nemotron_h",
     "nemotron_h_fused",

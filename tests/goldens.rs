@@ -85,6 +85,7 @@ repository_goldens!(
     granitemoe,
     granitemoeshared,
     granitemoeshared_fused,
+    granitemoe_swa,
     granitemoehybrid,
     granitemoehybrid_mamba,
     granitemoehybrid_mamba_fused,

@@ -511,6 +511,47 @@ fn granite_4() {
 
 /// The keys of transformers' class; the published file was not at hand.
 #[test]
+fn granite_swash() {
+    let types: Vec<_> =
+        (0..8).map(|l| if l % 4 == 0 { "full_attention" } else { "sliding_attention" }).collect();
+    let bases: Vec<_> = (0..8).map(|l| if l % 4 == 0 { 0 } else { 10000 }).collect();
+    let swash = with(
+        &granite(),
+        json!({"architectures": ["GraniteMoeSWAForCausalLM"], "layer_rope_theta": bases, "layer_types": types,
+        "model_type": "granitemoe_swa", "num_hidden_layers": 8, "shared_intermediate_size": 1024,
+        "sliding_window": 256}),
+    );
+    let architecture = read(&swash);
+    assert_eq!(sizes(&architecture), [8, 8, 40, 8, 1024]);
+    let kinds = |a: &Architecture, l: usize| (grouped(a, l).span, grouped(a, l).rope.is_some());
+    assert_eq!(kinds(&architecture, 4), (Span::Full, false));
+    assert_eq!(kinds(&architecture, 5), (Span::Window(256), true));
+    assert!(architecture.layers.iter().enumerate().all(|(l, _)| grouped(&architecture, l).sinks));
+    // Without lists, every fourth layer from the first on attends to everything, and all rotate.
+    let absent = json!({"layer_types": null, "layer_rope_theta": null, "sliding_window": null});
+    let absent = read(&with(&swash, absent));
+    assert_eq!((kinds(&absent, 4), kinds(&absent, 5)), ((Span::Full, true), (Span::Full, true)));
+    let mut unsaid = swash.clone();
+    unsaid
+        .as_object_mut()
+        .unwrap()
+        .retain(|key, _| !["layer_types", "sliding_window"].contains(&key.as_str()));
+    assert_eq!([4, 5].map(|l| kinds(&read(&unsaid), l).0), [Span::Full, Span::Window(128)]);
+    for (change, expected) in [
+        (json!({"layer_rope_theta": [1e4]}), "layer_rope_theta has 1 entries, expected 8"),
+        (
+            json!({"layer_rope_theta": [0, 0, 0, 0, 0, 0, 0, -1]}),
+            "layer_rope_theta is -1, expected more than 1",
+        ),
+        (json!({"layer_types": ["full_attention"]}), "layer_types has 1 entries, expected 8"),
+        (json!({"layer_rope_theta": "none"}), "layer_rope_theta is \"none\", expected a list"),
+    ] {
+        refused(&with(&swash, change), expected);
+    }
+}
+
+/// The keys of transformers' class; the published file was not at hand.
+#[test]
 fn laguna() {
     let types = ["full_attention", "sliding_attention", "sliding_attention", "sliding_attention"].repeat(10);
     let heads: Vec<_> = (0..40).map(|l| if l % 4 == 0 { 48 } else { 64 }).collect();

@@ -14,7 +14,7 @@ use common::{data, generate};
 const SKIPPED: i32 = 77;
 
 /// All without a group limit, which does not let deepseek_v2 keep three experts.
-const MODELS: [&str; 45] = [
+const MODELS: [&str; 46] = [
     "mixtral",
     "mixtral_sliding_window",
     "qwen2_moe",
@@ -27,6 +27,7 @@ const MODELS: [&str; 45] = [
     "granitemoehybrid",
     "granitemoehybrid_mamba",
     "granitemoehybrid_mamba_fused",
+    "granitemoe_swa",
     "jamba",
     "jamba_fused",
     "nemotron_h",

@@ -511,6 +511,17 @@ GRANITEMOESHARED = GRANITEMOE | {
     "tie_word_embeddings": False,
 }
 
+# A layer without positions, and layers with a window and a base of their own.
+GRANITEMOE_SWA = GRANITEMOESHARED | {
+    "model_type": "granitemoe_swa",
+    "architectures": ["GraniteMoeSWAForCausalLM"],
+    "num_hidden_layers": 3,
+    "num_local_experts": 4,
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    "layer_rope_theta": [0, 10000.0, 500000.0],
+    "sliding_window": 8,
+}
+
 # All layers attend, and without positions.
 GRANITEMOEHYBRID = GRANITEMOESHARED | {
     "model_type": "granitemoehybrid",
@@ -1292,6 +1303,7 @@ FIXTURES = {
         "fused": True,
         "written_config": True,
     },
+    "granitemoe_swa": {"config": GRANITEMOE_SWA, "dtype": torch.bfloat16, "embedding": 0.1},
     "granitemoehybrid": {"config": GRANITEMOEHYBRID, "dtype": torch.bfloat16, "embedding": 0.1},
     "granitemoehybrid_mamba": {
         "config": GRANITEMOEHYBRID_MAMBA,

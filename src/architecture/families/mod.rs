@@ -40,7 +40,7 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 49] = [
+pub(super) const FAMILIES: [(&str, Read); 50] = [
     ("afmoe", afmoe::read),
     ("axk1", deepseek::axk1),
     ("cohere2_moe", cohere2_moe::read),
@@ -61,6 +61,7 @@ pub(super) const FAMILIES: [(&str, Read); 49] = [
     ("glm4v_moe", glm4_moe::of_images),
     ("gpt_oss", gpt_oss::read),
     ("granitemoe", granite::plain),
+    ("granitemoe_swa", granite::sliding),
     ("granitemoehybrid", granite::hybrid),
     ("granitemoeshared", granite::shared),
     ("hunyuan_v1_moe", hunyuan_v1_moe::read),
