@@ -18,7 +18,7 @@ use moepress::model::{Model, open_architecture, profile};
 use moepress::plan::{Action, Budget};
 use moepress::progress::Progress;
 
-const MODELS: [&str; 43] = [
+const MODELS: [&str; 44] = [
     "mixtral",
     "qwen2_moe",
     "qwen3_moe_fused",
@@ -50,6 +50,7 @@ const MODELS: [&str; 43] = [
     "mistral3",
     "cohere2_moe",
     "cohere2_moe_fused",
+    "aria",
     "dbrx",
     "flex_olmo",
     "gemma4",

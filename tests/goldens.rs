@@ -103,6 +103,7 @@ repository_goldens!(
     hunyuan_v1_moe,
     cohere2_moe,
     cohere2_moe_fused,
+    aria,
     dbrx,
     flex_olmo,
     gemma4,

@@ -602,6 +602,27 @@ fn laguna() {
     }
 }
 
+/// The keys of transformers' class; the published file was not at hand.
+#[test]
+fn aria() {
+    let text = json!({"hidden_size": 2560, "intermediate_size": 1664, "max_position_embeddings": 65536,
+        "model_type": "aria_text", "moe_num_experts": 64, "moe_num_shared_experts": 2, "moe_topk": 6,
+        "num_attention_heads": 20, "num_hidden_layers": 28, "num_key_value_heads": 20, "rope_theta": 5_000_000,
+        "vocab_size": 100_352});
+    let whole = |changes: Value| {
+        json!({"architectures": ["AriaForConditionalGeneration"], "image_token_index": 9, "model_type": "aria",
+            "text_config": with(&text, changes), "vision_config": {"model_type": "idefics3_vision"}})
+    };
+    let architecture = read(&whole(json!({})));
+    assert_eq!(sizes(&architecture), [28, 28, 64, 6, 3328]);
+    assert!(!architecture.tied_embeddings && !architecture.mlp_bias);
+    assert!(read(&whole(json!({"mlp_bias": true}))).mlp_bias);
+    assert_eq!(sizes(&read(&whole(json!({"moe_num_shared_experts": 0}))))[4], 0);
+    refused(&json!({"model_type": "aria"}), "text_config is missing");
+    refused(&whole(json!({"moe_topk": 65})), "num_experts_per_tok is 65, expected 1 to 64");
+    refused(&whole(json!({"hidden_act": "gelu"})), "hidden_act is \"gelu\"");
+}
+
 fn jamba() -> Value {
     json!({"architectures": ["JambaForCausalLM"], "attention_dropout": 0.0, "attn_layer_offset": 4,
         "attn_layer_period": 8, "bos_token_id": 1, "eos_token_id": [2, 518], "expert_layer_offset": 1,

@@ -14,7 +14,7 @@ use common::{data, generate};
 const SKIPPED: i32 = 77;
 
 /// All without a group limit, which does not let deepseek_v2 keep three experts.
-const MODELS: [&str; 46] = [
+const MODELS: [&str; 47] = [
     "mixtral",
     "mixtral_sliding_window",
     "qwen2_moe",
@@ -38,6 +38,7 @@ const MODELS: [&str; 46] = [
     "hunyuan_v1_moe",
     "cohere2_moe",
     "cohere2_moe_fused",
+    "aria",
     "dbrx",
     "flex_olmo",
     "gemma4",

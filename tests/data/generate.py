@@ -1030,6 +1030,36 @@ LAGUNA = COMMON | {
     "sliding_window": 8,
 }
 
+# intermediate_size is the width of one expert.
+ARIA = {
+    "model_type": "aria",
+    "torch_dtype": "bfloat16",
+    "architectures": ["AriaForConditionalGeneration"],
+    "image_token_index": 60,
+    "projector_patch_to_query_dict": {"4": 2},
+    "tie_word_embeddings": False,
+    "text_config": {k: v for k, v in COMMON.items() if k not in ("torch_dtype", "tie_word_embeddings")}
+    | {
+        "model_type": "aria_text",
+        "intermediate_size": 12,
+        "moe_num_experts": 5,
+        "moe_num_shared_experts": 2,
+        "moe_topk": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 5000000,
+    },
+    "vision_config": {
+        "model_type": "idefics3_vision",
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_channels": 1,
+        "patch_size": 2,
+        "image_size": 4,
+    },
+}
+
 # Layers of both kinds, whose heads differ in width and number, and keys that are values. No token stands for an image.
 GEMMA4_TEXT = {k: v for k, v in COMMON.items() if k not in ("hidden_act", "tie_word_embeddings")} | {
     "model_type": "gemma4_text",
@@ -1375,6 +1405,7 @@ FIXTURES = {
         "fused": True,
         "written_config": True,
     },
+    "aria": {"config": ARIA, "dtype": torch.bfloat16},
     "cohere2_moe": {"config": COHERE2_MOE, "dtype": torch.bfloat16},
     "cohere2_moe_fused": {
         "config": COHERE2_MOE
@@ -1473,7 +1504,7 @@ def randomise(model, words, dtype, embedding):
             value, keep = embedding * noise, dtype
         else:  # a matrix, or a stack of them: [out, in] except the input-major ones
             inputs = tensor.shape[-1]
-            if tensor.dim() == 3 and model.config.model_type in ("gpt_oss", "llama4_text"):
+            if tensor.dim() == 3 and model.config.model_type in ("gpt_oss", "llama4_text", "aria"):
                 inputs = tensor.shape[-2]
             gain = 1.5 if tensor.shape[0] <= 16 and tensor.dim() == 2 else 1.3
             value, keep = gain / max(inputs, 1) ** 0.5 * noise, dtype

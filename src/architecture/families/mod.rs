@@ -1,6 +1,7 @@
 //! The families: one function each, from config keys to [`Architecture`].
 
 mod afmoe;
+mod aria;
 mod cohere2_moe;
 mod dbrx;
 mod deepseek;
@@ -40,8 +41,9 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 50] = [
+pub(super) const FAMILIES: [(&str, Read); 51] = [
     ("afmoe", afmoe::read),
+    ("aria", aria::read),
     ("axk1", deepseek::axk1),
     ("cohere2_moe", cohere2_moe::read),
     ("dbrx", dbrx::read),
