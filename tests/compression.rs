@@ -18,11 +18,12 @@ use moepress::model::{Model, open_architecture, profile};
 use moepress::plan::{Action, Budget};
 use moepress::progress::Progress;
 
-const MODELS: [&str; 38] = [
+const MODELS: [&str; 44] = [
     "mixtral",
     "qwen2_moe",
     "qwen3_moe_fused",
     "olmoe_clip",
+    "deepseek",
     "deepseek_v2",
     "deepseek_v2_lite_sharded_bf16",
     "deepseek_v3",
@@ -42,19 +43,24 @@ const MODELS: [&str; 38] = [
     "granitemoe",
     "granitemoeshared_fused",
     "granitemoehybrid_mamba",
+    "granitemoe_swa",
     "jamba",
     "nemotron_h",
     "nemotron_h_fused",
     "mistral3",
     "cohere2_moe",
     "cohere2_moe_fused",
+    "aria",
     "dbrx",
     "flex_olmo",
     "gemma4",
     "gemma4_text",
     "afmoe",
     "hy_v3",
+    "laguna",
+    "laguna_fused",
     "mimo_v2_flash",
+    "qwen3_omni_moe",
     "qwen3_vl_moe",
     "qwen3_vl_moe_fused",
 ];

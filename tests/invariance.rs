@@ -10,7 +10,7 @@ use common::{data, read, run, shape, windows};
 use moepress::backend::cpu::Isa;
 use moepress::tokens::{Windows, write_token_file};
 
-const MODELS: [&str; 12] = [
+const MODELS: [&str; 13] = [
     "mixtral_sliding_window",
     "qwen2_moe",
     "olmoe_clip",
@@ -23,6 +23,7 @@ const MODELS: [&str; 12] = [
     "granitemoehybrid_mamba",
     "jamba_fused",
     "nemotron_h",
+    "laguna",
 ];
 
 /// Logits of the given windows, `[count, length, vocabulary]`.

@@ -4,8 +4,8 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use moepress::architecture::{
-    Activation, Architecture, AttentionSpec, FeedForwardSpec, GroupedAttention, LayerSpec, Mamba2, Packing,
-    Span,
+    Activation, Architecture, AttentionSpec, FeedForwardSpec, GroupedAttention, LayerSpec, Mamba2,
+    OutputGate, Packing, Span, WeightRule,
 };
 use serde_json::{Value, json};
 
@@ -116,6 +116,31 @@ fn mixtral_qwen_and_olmoe() {
 }
 
 #[test]
+fn deepseek_moe_16b() {
+    let base = json!({"architectures": ["DeepseekForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 100_000, "eos_token_id": 100_001, "first_k_dense_replace": 1, "hidden_act": "silu",
+        "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 10944, "max_position_embeddings": 4096,
+        "model_type": "deepseek", "moe_intermediate_size": 1408, "moe_layer_freq": 1, "n_routed_experts": 64,
+        "n_shared_experts": 2, "norm_topk_prob": false, "num_attention_heads": 16, "num_experts_per_tok": 6,
+        "num_hidden_layers": 28, "num_key_value_heads": 16, "pretraining_tp": 1, "rms_norm_eps": 1e-6,
+        "rope_scaling": null, "rope_theta": 10000, "scoring_func": "softmax", "tie_word_embeddings": false,
+        "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 102_400});
+    assert_eq!(sizes(&read(&base)), [28, 27, 64, 6, 2816]);
+    let weights = |changes: Value| read(&with(&base, changes)).moe(27).unwrap().router.weights;
+    assert_eq!(weights(json!({"routed_scaling_factor": 16.0})), WeightRule::Scaled(1.0));
+    assert_eq!(weights(json!({"norm_topk_prob": true})), WeightRule::RENORMALISED);
+    let one = json!({"norm_topk_prob": true, "num_experts_per_tok": 1});
+    assert_eq!(weights(one), WeightRule::Scaled(1.0));
+    let alternating = read(&with(&base, json!({"moe_layer_freq": 3, "n_shared_experts": null})));
+    assert_eq!(sizes(&alternating), [28, 9, 64, 6, 0]);
+    refused(
+        &with(&base, json!({"scoring_func": "sigmoid"})),
+        "scoring_func is \"sigmoid\", only \"softmax\"",
+    );
+    refused(&with(&base, json!({"n_routed_experts": null})), "num_experts is missing");
+}
+
+#[test]
 fn deepseek_moonlight_and_kimi() {
     let lite = json!({"attention_bias": false, "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 2048,
         "intermediate_size": 10944, "kv_lora_rank": 512, "max_position_embeddings": 163_840,
@@ -217,6 +242,47 @@ fn qwen3_5() -> Value {
         "rope_theta": 10_000_000, "rope_type": "default"}, "shared_expert_intermediate_size": 512,
         "vocab_size": 248_320}, "tie_word_embeddings": false, "vision_config": {"depth": 27,
         "model_type": "qwen3_5_moe"}})
+}
+
+/// The keys of transformers' class with the sizes of 30B-A3B; the published file was not at hand.
+fn qwen3_omni() -> Value {
+    let text = with(
+        &qwen3(),
+        json!({"intermediate_size": 768, "max_position_embeddings": 65536, "model_type": "qwen3_omni_moe_text",
+        "rope_scaling": {"interleaved": true, "mrope_interleaved": true, "mrope_section": [24, 20, 20],
+        "rope_type": "default", "type": "default"}, "rope_theta": 1_000_000, "shared_expert_intermediate_size": 0,
+        "use_qk_norm": true, "vocab_size": 152_064}),
+    );
+    json!({"architectures": ["Qwen3OmniMoeForConditionalGeneration"], "assistant_token_id": 77091,
+        "code2wav_config": {"hidden_size": 1024}, "enable_audio_output": true, "model_type": "qwen3_omni_moe",
+        "talker_config": {"text_config": {"hidden_size": 1024, "num_experts": 128, "num_hidden_layers": 20}},
+        "thinker_config": {"audio_config": {"d_model": 1280}, "model_type": "qwen3_omni_moe_thinker",
+        "text_config": text, "vision_config": {"depth": 27}}})
+}
+
+#[test]
+fn qwen3_omni_and_its_thinker() {
+    let omni = read(&qwen3_omni());
+    assert_eq!((sizes(&omni), omni.max_positions), ([48, 48, 128, 8, 0], 65536));
+    assert!(!omni.tied_embeddings);
+    assert_eq!(grouped(&omni, 0).head_dim, 128);
+    let thinker = |changes: Value| json!({"thinker_config": with(&qwen3_omni()["thinker_config"], changes)});
+    let text = |changes: Value| {
+        let text = with(&qwen3_omni()["thinker_config"]["text_config"], changes);
+        with(&qwen3_omni(), thinker(json!({"text_config": text})))
+    };
+    assert!(read(&with(&qwen3_omni(), thinker(json!({"tie_word_embeddings": true})))).tied_embeddings);
+    let plain = read(&text(json!({"norm_topk_prob": false})));
+    assert_eq!(plain.moe(0).unwrap().router.weights, WeightRule::Scaled(1.0));
+    assert_eq!(sizes(&read(&text(json!({"mlp_only_layers": [0, 5]}))))[1], 46);
+    let packed = read(&text(json!({"quantization_config": {"quant_method": "fp8"}})));
+    assert_eq!(packed.packing, Some(Packing::Fp8 { block: None }));
+    refused(&with(&qwen3_omni(), json!({"thinker_config": null})), "thinker_config is missing");
+    refused(&with(&qwen3_omni(), thinker(json!({"text_config": null}))), "text_config is missing");
+    refused(&with(&qwen3_omni(), thinker(json!({"text_config": 3}))), "text_config is 3, expected an object");
+    refused(&text(json!({"num_experts": null})), "num_experts is missing");
+    let scaled = json!({"rope_scaling": {"rope_type": "axial"}});
+    refused(&text(scaled), "rope_type is `axial`; known: default");
 }
 
 fn lfm2() -> Value {
@@ -444,6 +510,120 @@ fn granite_4() {
     odd("mamba_n_groups", json!(2), "mamba_n_groups is 2, only 1 is supported here");
     odd("mamba_d_conv", json!(0), "mamba_d_conv is 0, expected at least 1");
     odd("time_step_limit", json!([1.0, 0.5]), "time_step_limit is [1.0,0.5], expected two numbers");
+}
+
+/// The keys of transformers' class; the published file was not at hand.
+#[test]
+fn granite_swash() {
+    let types: Vec<_> =
+        (0..8).map(|l| if l % 4 == 0 { "full_attention" } else { "sliding_attention" }).collect();
+    let bases: Vec<_> = (0..8).map(|l| if l % 4 == 0 { 0 } else { 10000 }).collect();
+    let swash = with(
+        &granite(),
+        json!({"architectures": ["GraniteMoeSWAForCausalLM"], "layer_rope_theta": bases, "layer_types": types,
+        "model_type": "granitemoe_swa", "num_hidden_layers": 8, "shared_intermediate_size": 1024,
+        "sliding_window": 256}),
+    );
+    let architecture = read(&swash);
+    assert_eq!(sizes(&architecture), [8, 8, 40, 8, 1024]);
+    let kinds = |a: &Architecture, l: usize| (grouped(a, l).span, grouped(a, l).rope.is_some());
+    assert_eq!(kinds(&architecture, 4), (Span::Full, false));
+    assert_eq!(kinds(&architecture, 5), (Span::Window(256), true));
+    assert!(architecture.layers.iter().enumerate().all(|(l, _)| grouped(&architecture, l).sinks));
+    // Without lists, every fourth layer from the first on attends to everything, and all rotate.
+    let absent = json!({"layer_types": null, "layer_rope_theta": null, "sliding_window": null});
+    let absent = read(&with(&swash, absent));
+    assert_eq!((kinds(&absent, 4), kinds(&absent, 5)), ((Span::Full, true), (Span::Full, true)));
+    let mut unsaid = swash.clone();
+    unsaid
+        .as_object_mut()
+        .unwrap()
+        .retain(|key, _| !["layer_types", "sliding_window"].contains(&key.as_str()));
+    assert_eq!([4, 5].map(|l| kinds(&read(&unsaid), l).0), [Span::Full, Span::Window(128)]);
+    for (change, expected) in [
+        (json!({"layer_rope_theta": [1e4]}), "layer_rope_theta has 1 entries, expected 8"),
+        (
+            json!({"layer_rope_theta": [0, 0, 0, 0, 0, 0, 0, -1]}),
+            "layer_rope_theta is -1, expected more than 1",
+        ),
+        (json!({"layer_types": ["full_attention"]}), "layer_types has 1 entries, expected 8"),
+        (json!({"layer_rope_theta": "none"}), "layer_rope_theta is \"none\", expected a list"),
+    ] {
+        refused(&with(&swash, change), expected);
+    }
+}
+
+/// The keys of transformers' class; the published file was not at hand.
+#[test]
+fn laguna() {
+    let types = ["full_attention", "sliding_attention", "sliding_attention", "sliding_attention"].repeat(10);
+    let heads: Vec<_> = (0..40).map(|l| if l % 4 == 0 { 48 } else { 64 }).collect();
+    let laguna = json!({"architectures": ["LagunaForCausalLM"], "attention_bias": false, "gating": true,
+        "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 8192, "layer_types": types,
+        "max_position_embeddings": 131_072, "model_type": "laguna", "moe_intermediate_size": 512,
+        "moe_routed_scaling_factor": 2.5, "num_attention_heads": 48, "num_attention_heads_per_layer": heads,
+        "num_experts": 256, "num_experts_per_tok": 8, "num_hidden_layers": 40, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-6, "rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5, "rope_theta": 5e5,
+        "rope_type": "default"}, "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}},
+        "shared_expert_intermediate_size": 512, "sliding_window": 512, "vocab_size": 100_352});
+    let architecture = read(&laguna);
+    assert_eq!(sizes(&architecture), [40, 39, 256, 8, 512]);
+    let kinds = |a: &Architecture, l: usize| {
+        let attention = grouped(a, l);
+        (attention.heads, attention.span, attention.rope.as_ref().unwrap().dim())
+    };
+    assert_eq!(kinds(&architecture, 0), (48, Span::Full, 64));
+    assert_eq!(kinds(&architecture, 1), (64, Span::Window(512), 128));
+    assert_eq!(grouped(&architecture, 0).output_gate, OutputGate::Softplus { per_head: true });
+    // What absent keys mean is the same.
+    let absent =
+        json!({"rope_parameters": null, "num_attention_heads_per_layer": null, "gating": "per-element"});
+    let absent = read(&with(&laguna, absent));
+    assert_eq!(kinds(&absent, 1), (48, Span::Window(512), 128));
+    assert_eq!(grouped(&absent, 0).rope, grouped(&architecture, 0).rope);
+    assert_eq!(grouped(&absent, 0).output_gate, OutputGate::Softplus { per_head: false });
+    for (change, expected) in [
+        (json!({"gating": false}), "gating is false; known: true, \"per-head\", \"per-element\""),
+        (json!({"moe_router_logit_softcapping": 30.0}), "moe_router_logit_softcapping is 30.0, only 0"),
+        (
+            json!({"moe_apply_router_weight_on_input": true}),
+            "moe_apply_router_weight_on_input is true, only false",
+        ),
+        (
+            json!({"num_attention_heads_per_layer": [48]}),
+            "num_attention_heads_per_layer has 1 entries, expected 40",
+        ),
+        (json!({"num_attention_heads_per_layer": vec![0; 40]}), "num_attention_heads_per_layer has a 0"),
+        (
+            json!({"num_attention_heads_per_layer": vec![12; 40]}),
+            "num_key_value_heads is 8, expected a divisor",
+        ),
+        (json!({"layer_types": vec!["conv"; 40]}), "layer_types is `conv` in layer 0"),
+        (json!({"rope_parameters": {"full_attention": 3}}), "full_attention is 3, expected an object"),
+    ] {
+        refused(&with(&laguna, change), expected);
+    }
+}
+
+/// The keys of transformers' class; the published file was not at hand.
+#[test]
+fn aria() {
+    let text = json!({"hidden_size": 2560, "intermediate_size": 1664, "max_position_embeddings": 65536,
+        "model_type": "aria_text", "moe_num_experts": 64, "moe_num_shared_experts": 2, "moe_topk": 6,
+        "num_attention_heads": 20, "num_hidden_layers": 28, "num_key_value_heads": 20, "rope_theta": 5_000_000,
+        "vocab_size": 100_352});
+    let whole = |changes: Value| {
+        json!({"architectures": ["AriaForConditionalGeneration"], "image_token_index": 9, "model_type": "aria",
+            "text_config": with(&text, changes), "vision_config": {"model_type": "idefics3_vision"}})
+    };
+    let architecture = read(&whole(json!({})));
+    assert_eq!(sizes(&architecture), [28, 28, 64, 6, 3328]);
+    assert!(!architecture.tied_embeddings && !architecture.mlp_bias);
+    assert!(read(&whole(json!({"mlp_bias": true}))).mlp_bias);
+    assert_eq!(sizes(&read(&whole(json!({"moe_num_shared_experts": 0}))))[4], 0);
+    refused(&json!({"model_type": "aria"}), "text_config is missing");
+    refused(&whole(json!({"moe_topk": 65})), "num_experts_per_tok is 65, expected 1 to 64");
+    refused(&whole(json!({"hidden_act": "gelu"})), "hidden_act is \"gelu\"");
 }
 
 fn jamba() -> Value {

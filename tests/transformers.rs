@@ -14,7 +14,7 @@ use common::{data, generate};
 const SKIPPED: i32 = 77;
 
 /// All without a group limit, which does not let deepseek_v2 keep three experts.
-const MODELS: [&str; 42] = [
+const MODELS: [&str; 47] = [
     "mixtral",
     "mixtral_sliding_window",
     "qwen2_moe",
@@ -27,6 +27,7 @@ const MODELS: [&str; 42] = [
     "granitemoehybrid",
     "granitemoehybrid_mamba",
     "granitemoehybrid_mamba_fused",
+    "granitemoe_swa",
     "jamba",
     "jamba_fused",
     "nemotron_h",
@@ -37,6 +38,7 @@ const MODELS: [&str; 42] = [
     "hunyuan_v1_moe",
     "cohere2_moe",
     "cohere2_moe_fused",
+    "aria",
     "dbrx",
     "flex_olmo",
     "gemma4",
@@ -47,7 +49,10 @@ const MODELS: [&str; 42] = [
     "hy_v3",
     "hy_v3_fused",
     "mimo_v2_flash",
+    "laguna",
+    "laguna_fused",
     "mellum",
+    "qwen3_omni_moe_fused",
     "qwen3_vl_moe",
     "qwen3_vl_moe_fused",
     "llama4_text",

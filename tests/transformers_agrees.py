@@ -43,6 +43,8 @@ def load(torch, transformers, folder):
         config.rope_parameters = {"rope_type": "default", "rope_theta": config.attn_config.rope_theta}
     of_images = hasattr(config, "vision_config")
     kind = transformers.AutoModelForImageTextToText if of_images else transformers.AutoModelForCausalLM
+    if hasattr(config, "thinker_config"):
+        kind = transformers.AutoModelForMultimodalLM
     model, info = kind.from_pretrained(
         folder,
         config=config,
@@ -62,7 +64,8 @@ def load(torch, transformers, folder):
         raise Disagreement("; ".join(wrong))
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # expert by expert, not through a grouped kernel
-    return model.eval()
+    # A model that may speak has no forward pass of its own.
+    return getattr(model, "thinker", model).eval()
 
 
 def tensor(load_file, file, name):

@@ -9,6 +9,7 @@ const LARGEST: u64 = 1 << 24;
 /// Upper bound of the number of layers, of which each has an entry in memory.
 const MOST_LAYERS: u64 = 1 << 12;
 
+#[derive(Clone)]
 pub(super) struct Config(Map<String, Value>);
 
 impl Config {

@@ -71,8 +71,9 @@ pub struct Architecture {
     pub logit_cap: Option<f32>,
     /// Tensor names.
     pub names: Names,
-    /// Section of `config.json` that speaks of the language model, or of its experts; `None` where the whole file does.
-    pub config_section: Option<&'static str>,
+    /// Where the section of `config.json` is that speaks of the language model, or of its experts: the keys that lead to
+    /// it, none where the whole file does.
+    pub config_section: &'static [&'static str],
     /// Keys of `config.json` (or its section) that hold the number of routed experts.
     pub expert_count_keys: Vec<&'static str>,
     /// How packed weights are stored, where the config speaks of any.
@@ -382,7 +383,7 @@ impl Temperature {
 }
 
 /// The gate of what the heads of an attention give: the sigmoid of a projection of the layer's input, element by element
-/// (Qiu et al., arXiv 2505.06708).
+/// (Qiu et al., arXiv 2505.06708), or another function of one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutputGate {
     /// No gate.
@@ -391,6 +392,11 @@ pub enum OutputGate {
     BehindQuery,
     /// It has a projection of its own (AFMoE).
     Separate,
+    /// It has a projection of its own, of which it is ln(1 + eˣ) (Laguna).
+    Softplus {
+        /// Whether all elements of a head have the same.
+        per_head: bool,
+    },
 }
 
 /// RMS norm of queries and keys.
@@ -529,10 +535,11 @@ impl Architecture {
         let (_, read) = read.ok_or_else(|| Error::UnknownFamily { family, known: families() })?;
         let mut architecture = read(&config)?;
         architecture.packing = Packing::read(&config)?;
-        if let Some(section) =
-            architecture.config_section.map(|key| config.section(key)).transpose()?.flatten()
-        {
-            architecture.packing = architecture.packing.or(Packing::read(&section)?);
+        let mut section = config;
+        for key in architecture.config_section {
+            let Some(inner) = section.section(key)? else { break };
+            architecture.packing = architecture.packing.or(Packing::read(&inner)?);
+            section = inner;
         }
         architecture.check()?;
         Ok(architecture)

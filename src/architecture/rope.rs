@@ -82,6 +82,7 @@ impl Rope {
 }
 
 /// The keys of a rotary embedding, wherever the config has them.
+#[derive(Clone)]
 pub(super) struct RopeConfig {
     section: Option<Config>,
     kind: String,
@@ -127,9 +128,7 @@ impl RopeConfig {
             Some(theta) => theta,
             None => config.float_or("rope_theta", defaults.theta)?,
         };
-        if theta <= 1.0 {
-            return Err(Error::invalid("rope_theta", format!("is {theta}, expected more than 1")));
-        }
+        check_theta("rope_theta", theta)?;
         let kind = match &section {
             Some(s) => match s.first(&["rope_type", "type"]) {
                 Some(key) => s.string(key)?,
@@ -193,6 +192,12 @@ impl RopeConfig {
         };
         let inverse_frequencies = inverse.into_iter().map(|f| f as f32).collect();
         Ok(Rope { pairing, inverse_frequencies, magnitude: magnitude as f32, long: None, dynamic: None })
+    }
+
+    /// The same with another base, which `key` says.
+    pub(super) fn with_theta(&self, key: &str, theta: f64) -> Result<Self> {
+        check_theta(key, theta)?;
+        Ok(RopeConfig { theta, ..self.clone() })
     }
 
     /// Longest window that the embedding is made for; there is no bound where it follows the length.
@@ -354,6 +359,14 @@ impl RopeConfig {
         });
         Ok(scaled.collect())
     }
+}
+
+/// Errors where the base gives no falling frequencies.
+fn check_theta(key: &str, theta: f64) -> Result<()> {
+    if theta <= 1.0 {
+        return Err(Error::invalid(key, format!("is {theta}, expected more than 1")));
+    }
+    Ok(())
 }
 
 /// Errors where `dim` elements cannot be rotated.

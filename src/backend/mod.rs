@@ -453,6 +453,8 @@ pub trait Backend: Sync {
     fn multiply(&self, x: &mut Self::Buffer, y: &Self::Buffer) -> Result<()>;
     /// Multiplies `x` by the sigmoid of `gate`: element by element, or each row by its entry where `gate` has one column.
     fn sigmoid_gate(&self, x: &mut Self::Buffer, gate: &Self::Buffer) -> Result<()>;
+    /// Multiplies `x` by ln(1 + eᵍ) of `gate`, each entry of which is that of as many neighbours in a row as there are for it.
+    fn softplus_gate(&self, x: &mut Self::Buffer, gate: &Self::Buffer) -> Result<()>;
 
     /// Router logits, chosen experts and combine weights for every row of `x`.
     fn route(&self, x: &Self::Buffer, router: &Self::Router, routing: &mut Self::Routing) -> Result<()>;

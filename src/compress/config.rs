@@ -1,13 +1,10 @@
 //! Edits numbers of a `config.json` in place. Everything else stays byte for byte: tools disagree about configs that
 //! were parsed and written anew.
 
-/// Replaces the number at top-level key `key`, or at that key of the object at top-level key `section`, by `value`.
-/// `None` where the key is absent or holds no number.
-pub(super) fn set_number(text: &str, section: Option<&str>, key: &str, value: usize) -> Option<String> {
-    let object = match section {
-        None => 0,
-        Some(section) => value_start(text, 0, section)?,
-    };
+/// Replaces the number at key `key` of the object that the keys `section` lead to, of the whole text where there are none,
+/// by `value`. `None` where the key is absent or holds no number.
+pub(super) fn set_number(text: &str, section: &[&str], key: &str, value: usize) -> Option<String> {
+    let object = section.iter().try_fold(0, |object, key| value_start(text, object, key))?;
     let start = value_start(text, object, key)?;
     let digits = text.as_bytes()[start..].iter().take_while(|b| matches!(b, b'0'..=b'9' | b'.')).count();
     (digits > 0).then(|| format!("{}{value}{}", &text[..start], &text[start + digits..]))
@@ -71,13 +68,13 @@ mod tests {
     fn only_the_number_at_the_top_level_changes() {
         let text = "{\"a\": {\"n\": 1}, \"s\": \"\\\"n\\\": 5\",\n  \"n\" : 64,\t\"b\": [\"n\", 3], \"eps\": 1e-05}\n";
         let expected = text.replace("64", "48");
-        assert_eq!(set_number(text, None, "n", 48).as_deref(), Some(expected.as_str()));
+        assert_eq!(set_number(text, &[], "n", 48).as_deref(), Some(expected.as_str()));
     }
 
     #[test]
     fn absent_keys_and_other_types_are_refused() {
         for text in ["{}", "{\"n\": null}", "{\"n\": \"8\"}", "{\"m\": {\"n\": 8}}", "", "{\"n"] {
-            assert_eq!(set_number(text, None, "n", 4), None, "{text}");
+            assert_eq!(set_number(text, &[], "n", 4), None, "{text}");
         }
     }
 
@@ -85,9 +82,11 @@ mod tests {
     fn numbers_of_a_section() {
         let text = r#"{"n": 1, "vision": {"n": 2}, "text": {"m": {"n": 3}, "n": 4, "k": [5]}, "after": 6}"#;
         let expected = text.replace('4', "48");
-        assert_eq!(set_number(text, Some("text"), "n", 48).as_deref(), Some(expected.as_str()));
+        assert_eq!(set_number(text, &["text"], "n", 48).as_deref(), Some(expected.as_str()));
+        let expected = text.replace('3', "48");
+        assert_eq!(set_number(text, &["text", "m"], "n", 48).as_deref(), Some(expected.as_str()));
         for (section, key) in [("text", "after"), ("text", "k"), ("n", "n"), ("none", "n"), ("vision", "k")] {
-            assert_eq!(set_number(text, Some(section), key, 4), None, "{section} {key}");
+            assert_eq!(set_number(text, &[section], key, 4), None, "{section} {key}");
         }
     }
 }

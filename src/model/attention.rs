@@ -307,8 +307,12 @@ impl<B: Backend> Grouped<B> {
         if let Some(gate) = gate {
             gate.apply(backend, &s.normed, &mut s.gate)?;
         }
-        if spec.output_gate != OutputGate::None {
-            backend.sigmoid_gate(&mut s.attended, &s.gate)?;
+        match spec.output_gate {
+            OutputGate::None => {}
+            OutputGate::BehindQuery | OutputGate::Separate => {
+                backend.sigmoid_gate(&mut s.attended, &s.gate)?;
+            }
+            OutputGate::Softplus { .. } => backend.softplus_gate(&mut s.attended, &s.gate)?,
         }
         output.apply(backend, &s.attended, &mut s.out)
     }

@@ -193,7 +193,12 @@ impl Finder<'_> {
                     let stored = names.sinks.map(|sinks| names.attention(self.l, sinks));
                     self.numbers(self.either(&stored, ""), &[a.heads])
                 };
-                let gate = || self.attention_linear("gate_proj", a.heads * values, d, false);
+                let gate = match a.output_gate {
+                    OutputGate::None | OutputGate::BehindQuery => None,
+                    OutputGate::Separate => Some(("gate_proj", a.heads * values)),
+                    OutputGate::Softplus { per_head: true } => Some(("g_proj", a.heads)),
+                    OutputGate::Softplus { per_head: false } => Some(("g_proj", a.heads * values)),
+                };
                 let gated_q = if a.output_gate == OutputGate::BehindQuery { 2 * q } else { q };
                 let (query, key, value) = self.qkv(a, [gated_q, kv, a.kv_heads * values])?;
                 Ok(AttentionSource::Grouped {
@@ -214,7 +219,7 @@ impl Finder<'_> {
                             Some(self.numbers(&name, &[bias.buckets, a.heads])?)
                         }
                     },
-                    gate: (a.output_gate == OutputGate::Separate).then(gate).transpose()?,
+                    gate: gate.map(|(name, out)| self.attention_linear(name, out, d, false)).transpose()?,
                     output: self.attention_linear(
                         names.attention_output,
                         d,

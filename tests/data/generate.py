@@ -53,7 +53,10 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.integrations.mxfp4 import FP4_VALUES, convert_moe_packed_tensors
+from transformers.models.deepseek_v2 import DeepseekV2Config, DeepseekV2ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 MADE_WITH = "5.17.0"
 CLOSEST_CALL = 2e-5  # least difference between the last expert taken and the first one left out
@@ -142,6 +145,29 @@ OLMOE = COMMON | {
     "clip_qkv": 1.0,
     "attention_bias": False,
     "pad_token_id": 1,
+}
+
+# As published; heads share keys all the same.
+DEEPSEEK = COMMON | {
+    "model_type": "deepseek",
+    "torch_dtype": "bfloat16",
+    "architectures": ["DeepseekForCausalLM"],
+    "intermediate_size": 24,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": False,
+    "scoring_func": "softmax",
+    "aux_loss_alpha": 0.001,
+    "seq_aux": True,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "pretraining_tp": 1,
 }
 
 # Groups, q_lora, a scale other than 1, mscale != mscale_all_dim, and an rms_norm_eps far enough from the
@@ -483,6 +509,17 @@ GRANITEMOESHARED = GRANITEMOE | {
     "architectures": ["GraniteMoeSharedForCausalLM"],
     "shared_intermediate_size": 24,
     "tie_word_embeddings": False,
+}
+
+# A layer without positions, and layers with a window and a base of their own.
+GRANITEMOE_SWA = GRANITEMOESHARED | {
+    "model_type": "granitemoe_swa",
+    "architectures": ["GraniteMoeSWAForCausalLM"],
+    "num_hidden_layers": 3,
+    "num_local_experts": 4,
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    "layer_rope_theta": [0, 10000.0, 500000.0],
+    "sliding_window": 8,
 }
 
 # All layers attend, and without positions.
@@ -892,6 +929,54 @@ QWEN3_VL_MOE = {
     },
 }
 
+# The thinker alone, as models are published that do not speak.
+QWEN3_OMNI_MOE = {
+    "model_type": "qwen3_omni_moe",
+    "torch_dtype": "bfloat16",
+    "architectures": ["Qwen3OmniMoeForConditionalGeneration"],
+    "enable_audio_output": False,
+    "thinker_config": {
+        "model_type": "qwen3_omni_moe_thinker",
+        "audio_token_id": 59,
+        "image_token_id": 60,
+        "video_token_id": 61,
+        "text_config": {key: value for key, value in QWEN3_MOE.items() if key != "architectures"}
+        | {
+            "model_type": "qwen3_omni_moe_text",
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [1],
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "rope_scaling": {
+                "interleaved": True,
+                "mrope_interleaved": True,
+                "mrope_section": [2, 2, 2],
+                "rope_type": "default",
+                "type": "default",
+            },
+            "shared_expert_intermediate_size": 0,
+        },
+        "vision_config": VISION
+        | {
+            "model_type": "qwen3_omni_moe_vision_encoder",
+            "out_hidden_size": 32,
+            "num_position_embeddings": 4,
+            "deepstack_visual_indexes": [0],
+        },
+        "audio_config": {
+            "model_type": "qwen3_omni_moe_audio_encoder",
+            "d_model": 8,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 8,
+            "num_mel_bins": 8,
+            "downsample_hidden_size": 2,
+            "output_dim": 32,
+            "max_source_positions": 8,
+        },
+    },
+}
+
 GLM4V_MOE = {
     "model_type": "glm4v_moe",
     "torch_dtype": "bfloat16",
@@ -910,6 +995,69 @@ GLM4V_MOE = {
         "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 1]},
     },
     "vision_config": VISION | {"model_type": "glm4v_moe", "out_hidden_size": 32, "image_size": 4},
+}
+
+# Layers of both kinds, which differ in number of heads and rotation, dense and with experts.
+LAGUNA = COMMON | {
+    "model_type": "laguna",
+    "torch_dtype": "bfloat16",
+    "architectures": ["LagunaForCausalLM"],
+    "num_hidden_layers": 3,
+    "num_attention_heads_per_layer": [4, 6, 4],
+    "head_dim": 12,
+    "attention_bias": False,
+    "gating": True,
+    "intermediate_size": 24,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "moe_apply_router_weight_on_input": False,
+    "moe_intermediate_size": 12,
+    "moe_routed_scaling_factor": 2.5,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": 16,
+    "rms_norm_eps": 1e-06,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "yarn",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+            "partial_rotary_factor": 0.5,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+    },
+    "sliding_window": 8,
+}
+
+# intermediate_size is the width of one expert.
+ARIA = {
+    "model_type": "aria",
+    "torch_dtype": "bfloat16",
+    "architectures": ["AriaForConditionalGeneration"],
+    "image_token_index": 60,
+    "projector_patch_to_query_dict": {"4": 2},
+    "tie_word_embeddings": False,
+    "text_config": {k: v for k, v in COMMON.items() if k not in ("torch_dtype", "tie_word_embeddings")}
+    | {
+        "model_type": "aria_text",
+        "intermediate_size": 12,
+        "moe_num_experts": 5,
+        "moe_num_shared_experts": 2,
+        "moe_topk": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 5000000,
+    },
+    "vision_config": {
+        "model_type": "idefics3_vision",
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_channels": 1,
+        "patch_size": 2,
+        "image_size": 4,
+    },
 }
 
 # Layers of both kinds, whose heads differ in width and number, and keys that are values. No token stands for an image.
@@ -1104,7 +1252,7 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "we
 #   written_config  keep the configuration transformers 5 writes instead of the one given here
 #   length          tokens of a window (default 24)
 #   padded          the first window has padding before its text, the second one behind it
-#   multi_token     add some tensors of a layer for multi-token prediction, which transformers does not load
+#   multi_token     add some tensors of a layer for multi-token prediction, or of a talker, which transformers does not load
 # A configuration with a quantization_config is stored packed, as it says.
 FIXTURES = {
     "mixtral": {"config": MIXTRAL},
@@ -1118,6 +1266,7 @@ FIXTURES = {
     },
     "qwen3_moe_fused": {"config": QWEN3_MOE, "fused": True, "written_config": True},
     "olmoe_clip": {"config": OLMOE, "embedding": 0.02},
+    "deepseek": {"config": DEEPSEEK, "dtype": torch.bfloat16},
     "deepseek_v2": {"config": DEEPSEEK_V2, "embedding": 0.02},
     "deepseek_v2_lite_sharded_bf16": {
         "config": DEEPSEEK_V2_LITE,
@@ -1184,6 +1333,7 @@ FIXTURES = {
         "fused": True,
         "written_config": True,
     },
+    "granitemoe_swa": {"config": GRANITEMOE_SWA, "dtype": torch.bfloat16, "embedding": 0.1},
     "granitemoehybrid": {"config": GRANITEMOEHYBRID, "dtype": torch.bfloat16, "embedding": 0.1},
     "granitemoehybrid_mamba": {
         "config": GRANITEMOEHYBRID_MAMBA,
@@ -1239,7 +1389,23 @@ FIXTURES = {
     "mellum": {"config": MELLUM, "dtype": torch.bfloat16},
     "qwen3_vl_moe": {"config": QWEN3_VL_MOE, "dtype": torch.bfloat16},
     "qwen3_vl_moe_fused": {"config": QWEN3_VL_MOE, "dtype": torch.bfloat16, "fused": True, "written_config": True},
+    "qwen3_omni_moe": {"config": QWEN3_OMNI_MOE, "dtype": torch.bfloat16, "multi_token": True},
+    "qwen3_omni_moe_fused": {
+        "config": QWEN3_OMNI_MOE,
+        "dtype": torch.bfloat16,
+        "fused": True,
+        "written_config": True,
+    },
     "glm4v_moe": {"config": GLM4V_MOE, "dtype": torch.bfloat16},
+    "laguna": {"config": LAGUNA, "dtype": torch.bfloat16},
+    "laguna_fused": {
+        "config": {key: value for key, value in LAGUNA.items() if key not in ("rope_parameters", "mlp_layer_types")}
+        | {"gating": "per-element", "attention_bias": True, "moe_routed_scaling_factor": 1.0},
+        "dtype": torch.bfloat16,
+        "fused": True,
+        "written_config": True,
+    },
+    "aria": {"config": ARIA, "dtype": torch.bfloat16},
     "cohere2_moe": {"config": COHERE2_MOE, "dtype": torch.bfloat16},
     "cohere2_moe_fused": {
         "config": COHERE2_MOE
@@ -1267,6 +1433,35 @@ FIXTURES = {
         "dtype": torch.bfloat16,
     },
 }
+
+# ----------------------------------------------------------------------- a model that transformers lacks
+
+
+class DeepseekConfig(DeepseekV2Config):
+    """DeepSeekMoE, whose heads are rotated as a whole."""
+
+    model_type = "deepseek"
+
+    def __post_init__(self, **kwargs):
+        self.qk_rope_head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+
+class DeepseekForCausalLM(DeepseekV2ForCausalLM):
+    """The layers of DeepSeek-V2 with the attention of Llama."""
+
+    config_class = DeepseekConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.rotary_emb = LlamaRotaryEmbedding(config)
+        for l, layer in enumerate(self.model.layers):
+            layer.self_attn = LlamaAttention(config, l)
+
+
+transformers.AutoConfig.register("deepseek", DeepseekConfig)
+transformers.AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM)
+register_checkpoint_conversion_mapping("deepseek", get_checkpoint_conversion_mapping("deepseek_v2"))
 
 # ------------------------------------------------------------------------------------------- weights
 
@@ -1309,7 +1504,7 @@ def randomise(model, words, dtype, embedding):
             value, keep = embedding * noise, dtype
         else:  # a matrix, or a stack of them: [out, in] except the input-major ones
             inputs = tensor.shape[-1]
-            if tensor.dim() == 3 and model.config.model_type in ("gpt_oss", "llama4_text"):
+            if tensor.dim() == 3 and model.config.model_type in ("gpt_oss", "llama4_text", "aria"):
                 inputs = tensor.shape[-2]
             gain = 1.5 if tensor.shape[0] <= 16 and tensor.dim() == 2 else 1.3
             value, keep = gain / max(inputs, 1) ** 0.5 * noise, dtype
@@ -1380,7 +1575,7 @@ def plain(folder, scratch):
     if not (folder / "model.safetensors").exists():
         return folder
     tensors = load_file(folder / "model.safetensors")
-    behind = [n for n in tensors if n.startswith(f"model.layers.{config.get('num_hidden_layers')}.")]
+    behind = [n for n in tensors if n.startswith(("talker.", f"model.layers.{config.get('num_hidden_layers')}."))]
     if not quantization and not behind:
         return folder
     for name in behind:
@@ -1444,6 +1639,8 @@ def has_encoder(config):
 def auto_class(folder):
     config = json.loads((folder / "config.json").read_text())
     # transformers knows Mistral 4 as a part of models of text and images alone.
+    if "thinker_config" in config:
+        return transformers.AutoModelForMultimodalLM
     if "vision_config" in config or config["model_type"] == "mistral4":
         return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForSeq2SeqLM if has_encoder(config) else transformers.AutoModelForCausalLM
@@ -1462,7 +1659,8 @@ def load_plain(folder, dtype):
             raise SystemExit(f"{folder}: {what}: {sorted(map(str, info[what]))[:5]}")
     if not model.config.is_encoder_decoder:
         model.set_experts_implementation("eager")  # expert by expert, not through a grouped kernel
-    return model.eval()
+    # A model that may speak has no forward pass of its own.
+    return getattr(model, "thinker", model).eval()
 
 
 def outputs(folder, ids, mask=None, dtype=torch.float32):
@@ -1580,7 +1778,7 @@ def write_checkpoint(folder, name, recipe, attempt):
     (folder / "config.json").write_text(json.dumps(without))
     config = transformers.AutoConfig.from_pretrained(folder)
     model = auto_class(folder).from_config(config, attn_implementation="eager", dtype=torch.float32)
-    tied = recipe["config"]["tie_word_embeddings"]
+    tied = recipe["config"].get("tie_word_embeddings", False)
     randomise(model, (name, attempt), dtype, recipe.get("embedding", 0.2 if tied else 1.0))
     if dtype != torch.float32:
         kept = {n: b.clone() for n, b in model.named_buffers() if is_choice_bias(n)}
@@ -1604,6 +1802,8 @@ def write_checkpoint(folder, name, recipe, attempt):
     if recipe.get("multi_token"):
         text = config.get_text_config()
         behind = "mtp." if config.model_type.startswith(("qwen3", "nemotron")) else f"model.layers.{text.num_hidden_layers}."
+        if config.model_type == "qwen3_omni_moe":
+            behind = "talker.model.layers.0."
         add_multi_token(folder, name, behind, text.hidden_size)
     if recipe.get("six_digits"):
         index = folder / "model.safetensors.index.json"
@@ -1618,6 +1818,7 @@ def write_checkpoint(folder, name, recipe, attempt):
 
 def language(config):
     """The part of a configuration that speaks of the language model."""
+    config = config.get("thinker_config", config)
     return config.get("text_config", config)
 
 

@@ -1,17 +1,15 @@
 use super::super::ExpertStorage;
-use super::{
-    Architecture, Common, Config, Defaults, Error, GroupedAttention, Names, NormKind, Result, WeightRule,
-};
-use super::{moe_layer, rope_of};
+use super::{Architecture, Common, Config, Defaults, GroupedAttention, Names, NormKind, Result, WeightRule};
+use super::{moe_layer, required_section, rope_of};
 
 /// Section of the config with the keys of the experts.
-const EXPERTS: &str = "ffn_config";
+const EXPERTS: &[&str] = &["ffn_config"];
 
 /// DBRX (Databricks, 2024): one clamped projection to queries, keys and values, layer norms without biases, and experts one
 /// below the other.
 pub(super) fn read(config: &Config) -> Result<Architecture> {
-    let section = |key: &str| config.section(key)?.ok_or_else(|| Error::invalid(key, "is missing"));
-    let (attention, experts) = (section("attn_config")?, section(EXPERTS)?);
+    let attention = required_section(config, "attn_config")?;
+    let experts = required_section(config, EXPERTS[0])?;
     if let Some(activation) = experts.section("ffn_act_fn")? {
         activation.require("name", "silu")?;
     }
@@ -49,7 +47,7 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
     let moe = common.moe(experts.positive("ffn_hidden_size")?, weights);
     let mut architecture = common.architecture(|_| moe_layer(&attention, &moe))?;
     architecture.norm = NormKind::Layer { bias: false };
-    architecture.config_section = Some(EXPERTS);
+    architecture.config_section = EXPERTS;
     Ok(architecture)
 }
 

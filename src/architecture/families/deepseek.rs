@@ -1,7 +1,7 @@
 use super::super::{ExpertStorage, LatentAttention, Temperature};
 use super::{
-    Architecture, AttentionSpec, Common, Config, Defaults, Error, GroupLimit, GroupScore, LayerSpec, MoeSpec,
-    Names, NormPlacement, Pairing, Result, WeightRule,
+    Architecture, AttentionSpec, Common, Config, Defaults, Error, GroupLimit, GroupScore, GroupedAttention,
+    LayerSpec, MoeSpec, Names, NormPlacement, Pairing, Result, WeightRule,
 };
 use super::{expert_layers, feed_forward, group_limit, scaled_rule, within_images};
 
@@ -9,6 +9,26 @@ const DEFAULTS: Defaults = Defaults { norm_eps: 1e-6, ..Defaults::USUAL };
 
 fn names() -> Names {
     Names { shared: ["shared_experts"; 2], ..Names::default() }
+}
+
+/// DeepSeekMoE (arXiv 2401.06066), which transformers does not have: the attention of Llama, and weights without a factor.
+pub(super) fn v1(config: &Config) -> Result<Architecture> {
+    let defaults = Defaults { max_positions: 2048, ..DEFAULTS };
+    let common = Common::read(config, "deepseek", names(), defaults)?;
+    config.require("scoring_func", "softmax")?;
+    let bias = config.flag_or("attention_bias", false)?;
+    let attention = GroupedAttention { qkv_bias: bias, output_bias: bias, ..common.grouped()? };
+    // A single weight is never renormalised.
+    let renormalise = config.flag_or("norm_topk_prob", false)? && common.top_k > 1;
+    let weights = if renormalise { WeightRule::RENORMALISED } else { WeightRule::Scaled(1.0) };
+    let width = config.positive("moe_intermediate_size")?;
+    let moe = MoeSpec { shared: common.shared("n_shared_experts", 0, width)?, ..common.moe(width, weights) };
+    let sparse = later_layers(config, 0)?;
+    let dense_width = config.positive("intermediate_size")?;
+    common.architecture(|l| LayerSpec {
+        attention: AttentionSpec::Grouped(attention.clone()),
+        feed_forward: feed_forward(sparse(l), &moe, dense_width),
+    })
 }
 
 /// DeepSeek-V2 (arXiv 2405.04434).

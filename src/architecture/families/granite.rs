@@ -2,11 +2,13 @@
 
 use super::super::{ExpertStorage, Mamba2};
 use super::mamba::{UNLIMITED_STEPS, check_count, kinds};
-use super::moe_layer;
 use super::{
     Architecture, AttentionSpec, Choice, Common, Config, Defaults, Error, GroupedAttention, LayerSpec,
-    MoeSpec, Names, Result, RouterSpec, SharedSpec, WeightRule,
+    MoeSpec, Names, Pairing, Result, RouterSpec, SharedSpec, Span, WeightRule,
 };
+use super::{attending_layers, moe_layer, rope_of, window};
+
+const DEFAULTS: Defaults = Defaults { norm_eps: 1e-6, max_positions: 2048, ..Defaults::USUAL };
 
 /// Granite 3.0 and 3.1 with experts.
 pub(super) fn plain(config: &Config) -> Result<Architecture> {
@@ -70,6 +72,37 @@ fn mamba(config: &Config) -> Result<Mamba2> {
     })
 }
 
+/// Granite Swash (2026): attention sinks, layers that attend within a window, and a rotation of its own for each layer, or
+/// none.
+pub(super) fn sliding(config: &Config) -> Result<Architecture> {
+    const BASES: &str = "layer_rope_theta";
+    let mut architecture =
+        attending(config, "granitemoe_swa", config.size_or("shared_intermediate_size", 0)?)?;
+    let count = architecture.layers.len();
+    let attends = attending_layers(config, count, "sliding_attention", Some(&|l| l.is_multiple_of(4)))?;
+    let window = if config.mentions("sliding_window") { window(config)? } else { Span::Window(128) };
+    let bases = config.floats(BASES)?;
+    check_count(BASES, bases.as_ref().map_or(count, Vec::len), count)?;
+    let rope = rope_of(config, DEFAULTS, config.section("rope_parameters")?)?;
+    for (l, layer) in architecture.layers.iter_mut().enumerate() {
+        let AttentionSpec::Grouped(attention) = &mut layer.attention else { continue };
+        attention.sinks = true;
+        attention.span = if attends[l] { Span::Full } else { window };
+        attention.rope = match &bases {
+            None => continue,
+            Some(bases) if bases[l] == 0.0 => None,
+            Some(bases) => {
+                Some(rope.with_theta(BASES, bases[l])?.of_head(attention.head_dim, Pairing::Halves)?)
+            }
+        };
+    }
+    // Published as transformers 5 names them.
+    let names = &mut architecture.names;
+    names.router = [names.router[1]; 2];
+    names.fused = names.fused.map(|[_, own]| [own; 2]);
+    Ok(architecture)
+}
+
 /// A model of which all layers attend.
 fn attending(config: &Config, family: &'static str, shared_width: usize) -> Result<Architecture> {
     read(config, family, shared_width, |_, attention, moe| moe_layer(attention, moe))
@@ -93,8 +126,7 @@ fn read(
         storage: ExpertStorage::OutputMajor,
         ..Names::default()
     };
-    let defaults = Defaults { norm_eps: 1e-6, max_positions: 2048, ..Defaults::USUAL };
-    let common = Common::read(config, family, names, defaults)?;
+    let common = Common::read(config, family, names, DEFAULTS)?;
     let factor = |key: &str| config.float_or(key, 1.0);
     let bias = config.flag_or("attention_bias", false)?;
     let attention = GroupedAttention {

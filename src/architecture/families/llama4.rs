@@ -1,19 +1,16 @@
 use super::super::{ExpertStorage, Temperature, WeightTarget};
-use super::feed_forward;
 use super::{
     Architecture, AttentionSpec, Choice, Common, Config, Defaults, Error, GroupedAttention, KvHeads,
     LayerSpec, MoeSpec, Names, Pairing, QkNorm, Result, RouterSpec, Scoring, SharedSpec, Span, WeightRule,
 };
-
-/// Section of a published config that speaks of the language model.
-const SECTION: &str = "text_config";
+use super::{TEXT_SECTION, feed_forward, required_section};
 
 /// Llama 4 as published: the language model within a model of text and images.
 pub(super) fn published(config: &Config) -> Result<Architecture> {
-    let text = config.section(SECTION)?.ok_or_else(|| Error::invalid(SECTION, "is missing"))?;
+    let text = required_section(config, TEXT_SECTION[0])?;
     let names = Names { model: "language_model.model.", head: "language_model.lm_head", ..names() };
     let mut architecture = read(&text, "llama4", names)?;
-    architecture.config_section = Some(SECTION);
+    architecture.config_section = TEXT_SECTION;
     Ok(architecture)
 }
 

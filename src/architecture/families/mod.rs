@@ -1,6 +1,7 @@
 //! The families: one function each, from config keys to [`Architecture`].
 
 mod afmoe;
+mod aria;
 mod cohere2_moe;
 mod dbrx;
 mod deepseek;
@@ -16,6 +17,7 @@ mod hunyuan_v1_moe;
 mod hy_v3;
 mod jamba;
 mod kimi_linear;
+mod laguna;
 mod lfm2_moe;
 mod llama4;
 mod mamba;
@@ -39,11 +41,13 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 47] = [
+pub(super) const FAMILIES: [(&str, Read); 52] = [
     ("afmoe", afmoe::read),
+    ("aria", aria::read),
     ("axk1", deepseek::axk1),
     ("cohere2_moe", cohere2_moe::read),
     ("dbrx", dbrx::read),
+    ("deepseek", deepseek::v1),
     ("deepseek_v2", deepseek::v2),
     ("deepseek_v3", deepseek::v3),
     ("deepseek_v32", deepseek::v32),
@@ -59,6 +63,7 @@ pub(super) const FAMILIES: [(&str, Read); 47] = [
     ("glm4v_moe", glm4_moe::of_images),
     ("gpt_oss", gpt_oss::read),
     ("granitemoe", granite::plain),
+    ("granitemoe_swa", granite::sliding),
     ("granitemoehybrid", granite::hybrid),
     ("granitemoeshared", granite::shared),
     ("hunyuan_v1_moe", hunyuan_v1_moe::read),
@@ -67,6 +72,7 @@ pub(super) const FAMILIES: [(&str, Read); 47] = [
     ("kimi_k2", deepseek::v3),
     ("kimi_k25", deepseek::kimi_of_images),
     ("kimi_linear", kimi_linear::read),
+    ("laguna", laguna::read),
     ("lfm2_moe", lfm2_moe::read),
     ("llama4", llama4::published),
     ("llama4_text", llama4::text),
@@ -84,6 +90,7 @@ pub(super) const FAMILIES: [(&str, Read); 47] = [
     ("qwen3_5_moe", qwen3_next::published),
     ("qwen3_5_moe_text", qwen3_next::text),
     ("qwen3_next", qwen3_next::read),
+    ("qwen3_omni_moe", qwen::qwen3_omni),
     ("qwen3_vl_moe", qwen::qwen3_vl),
     ("solar_open", glm4_moe::solar),
     ("switch_transformers", switch_transformers::read),
@@ -283,7 +290,7 @@ impl<'c> Common<'c> {
             head_scale: 1.0,
             logit_cap: None,
             names: self.names,
-            config_section: None,
+            config_section: &[],
             expert_count_keys: self.expert_count_keys,
             packing: None,
         })
@@ -372,8 +379,13 @@ fn layers_of_kind(
     kinds.iter().enumerate().map(is).collect()
 }
 
+/// The section `key`, without which there is no model.
+fn required_section(config: &Config, key: &str) -> Result<Config> {
+    config.section(key)?.ok_or_else(|| Error::invalid(key, "is missing"))
+}
+
 /// Section of the config of a model of text and images that speaks of its language model.
-const TEXT_SECTION: &str = "text_config";
+const TEXT_SECTION: &[&str] = &["text_config"];
 
 /// The language model within a model of text and images, as `read` reads it from its section of the config; whether the
 /// head is the embedding table where the config does not say.
@@ -382,9 +394,8 @@ fn within_images(
     tied: bool,
     read: impl Fn(&Config) -> Result<Architecture>,
 ) -> Result<Architecture> {
-    let text = config.section(TEXT_SECTION)?.ok_or_else(|| Error::invalid(TEXT_SECTION, "is missing"))?;
-    let mut architecture = read(&text)?;
-    architecture.config_section = Some(TEXT_SECTION);
+    let mut architecture = read(&required_section(config, TEXT_SECTION[0])?)?;
+    architecture.config_section = TEXT_SECTION;
     // transformers ties as the whole model says, of which not every config does.
     architecture.tied_embeddings = config.flag_or("tie_word_embeddings", tied)?;
     Ok(architecture)

@@ -3,7 +3,10 @@ use super::{
     Architecture, AttentionSpec, Common, Config, Defaults, GroupedAttention, KvHeads, LayerSpec, MoeSpec,
     Names, Pairing, QkNorm, Result, SharedSpec, Span, WeightRule,
 };
-use super::{attending_layers, expert_layers, feed_forward, rope_of, weight_rule, window, within_images};
+use super::{
+    attending_layers, expert_layers, feed_forward, required_section, rope_of, weight_rule, window,
+    within_images,
+};
 
 const DEFAULTS: Defaults = Defaults { norm_eps: 1e-6, max_positions: 32768, ..Defaults::USUAL };
 
@@ -65,23 +68,31 @@ pub(super) fn qwen3_vl(config: &Config) -> Result<Architecture> {
             kv_heads: KvHeads::Fixed(16),
             ..DEFAULTS
         };
-        let common = Common::read(text, "qwen3_vl_moe", names, defaults)?;
         text.require("norm_topk_prob", true)?;
-        let bias = text.flag_or("attention_bias", false)?;
-        let attention = GroupedAttention {
-            qkv_bias: bias,
-            output_bias: bias,
-            qk_norm: QkNorm::PerHead,
-            ..common.grouped()?
-        };
-        let moe = common.moe(text.positive("moe_intermediate_size")?, WeightRule::RENORMALISED);
-        let sparse = sparse_layers(text)?;
-        let width = text.positive("intermediate_size")?;
-        common.architecture(|l| LayerSpec {
-            attention: AttentionSpec::Grouped(attention.clone()),
-            feed_forward: feed_forward(sparse(l), &moe, width),
-        })
+        let common = Common::read(text, "qwen3_vl_moe", names, defaults)?;
+        qwen3_layers(common, Span::Full, WeightRule::RENORMALISED)
     })
+}
+
+/// Qwen3-Omni: the language model of the thinker, within a model that hears, sees and speaks. Text alone has the same
+/// positions on every axis of its rotation.
+pub(super) fn qwen3_omni(config: &Config) -> Result<Architecture> {
+    const SECTION: &[&str] = &["thinker_config", "text_config"];
+    let mut architecture = within_images(&required_section(config, SECTION[0])?, false, |text| {
+        let names = Names {
+            model: "thinker.model.",
+            head: "thinker.lm_head",
+            other_model: Some(["thinker.model.language_model.", "thinker.lm_head"]),
+            ..Names::default()
+        };
+        let defaults = Defaults { rope_theta: 1e6, kv_heads: KvHeads::Fixed(4), ..DEFAULTS };
+        let common = Common::read(text, "qwen3_omni_moe", names, defaults)?;
+        let renormalise = text.flag_or("norm_topk_prob", true)?;
+        let weights = if renormalise { WeightRule::RENORMALISED } else { WeightRule::Scaled(1.0) };
+        qwen3_layers(common, Span::Full, weights)
+    })?;
+    architecture.config_section = SECTION;
+    Ok(architecture)
 }
 
 /// Mellum 2 (JetBrains, 2026): Qwen3 MoE with a rotation for each kind of attention.
@@ -125,15 +136,21 @@ pub(super) fn mellum(config: &Config) -> Result<Architecture> {
 pub(super) fn qwen3(config: &Config) -> Result<Architecture> {
     let defaults = Defaults { kv_heads: KvHeads::Fixed(4), ..DEFAULTS };
     let common = Common::read(config, "qwen3_moe", Names::default(), defaults)?;
+    qwen3_layers(common, sliding_window(config)?, weight_rule(config)?)
+}
+
+/// Attention with a norm of each query and key head, and experts where the config says.
+fn qwen3_layers(common: Common<'_>, span: Span, weights: WeightRule) -> Result<Architecture> {
+    let config = common.config;
     let bias = config.flag_or("attention_bias", false)?;
     let attention = GroupedAttention {
         qkv_bias: bias,
         output_bias: bias,
         qk_norm: QkNorm::PerHead,
-        span: sliding_window(config)?,
+        span,
         ..common.grouped()?
     };
-    let moe = common.moe(config.positive("moe_intermediate_size")?, weight_rule(config)?);
+    let moe = common.moe(config.positive("moe_intermediate_size")?, weights);
     let sparse = sparse_layers(config)?;
     let width = config.positive("intermediate_size")?;
     common.architecture(|l| LayerSpec {

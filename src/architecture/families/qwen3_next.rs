@@ -1,10 +1,10 @@
 use super::super::{DeltaProjections, ExpertStorage, GatedDelta};
 use super::qwen::sparse_layers;
 use super::{
-    Architecture, AttentionSpec, Common, Config, Defaults, Error, FeedForwardSpec, GroupedAttention, KvHeads,
+    Architecture, AttentionSpec, Common, Config, Defaults, FeedForwardSpec, GroupedAttention, KvHeads,
     LayerSpec, MoeSpec, Names, OutputGate, QkNorm, Result, SharedSpec, WeightRule,
 };
-use super::{attending_layers, feed_forward};
+use super::{TEXT_SECTION, attending_layers, feed_forward, required_section};
 
 const DEFAULTS: Defaults = Defaults {
     rotated: 0.25,
@@ -14,9 +14,6 @@ const DEFAULTS: Defaults = Defaults {
     head_dim: Some(256),
     ..Defaults::USUAL
 };
-
-/// Section of a published Qwen3.5 config that speaks of the language model.
-const SECTION: &str = "text_config";
 
 /// Qwen3-Next: three layers of gated delta networks, then one of gated attention, and so on.
 pub(super) fn read(config: &Config) -> Result<Architecture> {
@@ -31,11 +28,11 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
 
 /// Qwen3.5 as published: the language model within a model of text and images.
 pub(super) fn published(config: &Config) -> Result<Architecture> {
-    let text = config.section(SECTION)?.ok_or_else(|| Error::invalid(SECTION, "is missing"))?;
+    let text = required_section(config, TEXT_SECTION[0])?;
     let names =
         Names { model: "model.language_model.", other_model: Some(["model.", "lm_head"]), ..text_names() };
     let mut architecture = read_text(&text, "qwen3_5_moe", names)?;
-    architecture.config_section = Some(SECTION);
+    architecture.config_section = TEXT_SECTION;
     architecture.tied_embeddings = config.flag_or("tie_word_embeddings", false)?;
     Ok(architecture)
 }

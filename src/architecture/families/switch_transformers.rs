@@ -125,7 +125,7 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
             t5: Some(encoder_layers),
             ..Names::default()
         },
-        config_section: None,
+        config_section: &[],
         expert_count_keys: vec!["num_experts"],
         packing: None,
     })

@@ -393,6 +393,11 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn softplus_gate(&self, x: &mut CpuBuffer, gate: &CpuBuffer) -> Result<()> {
+        pointwise::softplus_gate(x, gate);
+        Ok(())
+    }
+
     fn route(&self, x: &CpuBuffer, router: &CpuRouter, routing: &mut CpuRouting) -> Result<()> {
         router.route(x, routing);
         Ok(())

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::CpuBuffer;
-use super::math::sigmoid;
+use super::math::{sigmoid, softplus};
 use super::simd::exp::silu;
 use super::simd::{Isa, MAX_LANES, Simd, Task};
 use crate::architecture::Activation;
@@ -192,6 +192,19 @@ pub(super) fn sigmoid_gate(x: &mut CpuBuffer, gate: &CpuBuffer) {
     );
 }
 
+pub(super) fn softplus_gate(x: &mut CpuBuffer, gate: &CpuBuffer) {
+    let width = x.cols / gate.cols;
+    let rows = x.data.par_chunks_exact_mut(x.cols).zip(gate.data.par_chunks_exact(gate.cols));
+    rows.with_min_len(16).for_each(|(row, gate)| {
+        for (part, &gate) in row.chunks_exact_mut(width).zip(gate) {
+            let factor = softplus(gate);
+            for v in part {
+                *v *= factor;
+            }
+        }
+    });
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -209,6 +222,16 @@ mod tests {
         assert!(out.data.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6), "{out:?}");
         norm(&x, &[1.0, 2.0], Some(&[0.5, -0.5]), 0.0, &mut out);
         assert_eq!(out.data, [-0.5, 1.5, -0.5, 1.5]);
+    }
+
+    #[test]
+    fn softplus_gates_of_heads_and_of_elements() {
+        let mut x = buffer(&[1.0, 2.0, 3.0, 4.0], 4);
+        softplus_gate(&mut x, &buffer(&[0.0, 50.0], 2));
+        let ln2 = 2f32.ln();
+        assert_eq!(x.data, [ln2, 2.0 * ln2, 150.0, 200.0]);
+        softplus_gate(&mut x, &buffer(&[50.0, 0.0, -200.0, 0.0], 4));
+        assert_eq!(x.data, [50.0 * ln2, 2.0 * ln2 * ln2, 0.0, 200.0 * ln2]);
     }
 
     #[test]
