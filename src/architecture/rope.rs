@@ -75,6 +75,12 @@ pub struct LongRope {
 }
 
 impl Rope {
+    /// Whether texts of `a` and of `b` tokens are rotated by the same frequencies.
+    pub(crate) fn is_same_for(&self, a: usize, b: usize) -> bool {
+        let long = self.long.as_ref().is_none_or(|l| (a > l.positions) == (b > l.positions));
+        long && self.dynamic.is_none_or(|d| a == b || a.max(b) <= d.positions)
+    }
+
     /// Number of rotated elements.
     pub fn dim(&self) -> usize {
         2 * self.inverse_frequencies.len()

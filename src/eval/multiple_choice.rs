@@ -76,7 +76,7 @@ pub fn multiple_choice<B: Backend>(
     let (vocabulary, max_positions) = (architecture.vocabulary, architecture.max_positions);
     let sequences = sequences::encode(questions, tokenizer, vocabulary, max_positions, start)?;
     let lengths: Vec<usize> = sequences.iter().map(Sequence::length).collect();
-    let waves = sequences::group(&lengths);
+    let waves = sequences::group(&lengths, |a, b| model.rotates_alike(a, b));
     progress.begin("evaluate: layer", architecture.layers.len() * waves.len());
     let truncated = sequences.iter().filter(|s| s.truncated).count();
     if truncated > 0 {

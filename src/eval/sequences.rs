@@ -126,8 +126,9 @@ type Part = Vec<usize>;
 
 /// Groups sequences, given the lengths of their inputs, into waves of at most [`TOKENS_PER_WAVE`] tokens (but at least
 /// one sequence), and each wave into parts of about one length: from the longest sequence to the shortest, a new part
-/// begins where the last one fills a chunk and more than an eighth of the sequence's window would be padding.
-pub(super) fn group(lengths: &[usize]) -> Vec<Vec<Part>> {
+/// begins where the last one fills a chunk and more than an eighth of the sequence's window would be padding, and where the
+/// sequence is not `alike` the longest of the part: a window counts as as long as it is padded.
+pub(super) fn group(lengths: &[usize], alike: impl Fn(usize, usize) -> bool) -> Vec<Vec<Part>> {
     let mut order: Part = (0..lengths.len()).collect();
     order.sort_by_key(|&s| (std::cmp::Reverse(lengths[s]), s));
     let mut waves: Vec<Vec<Part>> = Vec::new();
@@ -135,7 +136,8 @@ pub(super) fn group(lengths: &[usize]) -> Vec<Vec<Part>> {
     for s in order {
         let length = lengths[s];
         let part = waves.last().and_then(|wave| wave.last());
-        let joins = part.is_some_and(|p| p.len() * longest < TOKENS_PER_CHUNK || length * 8 >= longest * 7);
+        let fits = |p: &Part| p.len() * longest < TOKENS_PER_CHUNK || length * 8 >= longest * 7;
+        let joins = part.is_some_and(|p| fits(p) && alike(length, longest));
         let width = if joins { longest } else { length };
         match waves.last_mut().filter(|_| tokens + width <= TOKENS_PER_WAVE) {
             None => {
@@ -211,7 +213,7 @@ mod tests {
     #[test]
     fn groups_hold_every_sequence_once_within_bounds() {
         let lengths: Vec<usize> = (0..5000).map(|i| 1 + (i * 7919) % 300).collect();
-        let waves = group(&lengths);
+        let waves = group(&lengths, |_, _| true);
         let mut seen: Vec<usize> = waves.iter().flatten().flatten().copied().collect();
         seen.sort_unstable();
         assert_eq!(seen, (0..lengths.len()).collect::<Vec<_>>());
@@ -226,9 +228,19 @@ mod tests {
 
     #[test]
     fn a_sequence_longer_than_a_wave_stands_alone() {
-        let waves = group(&[3, TOKENS_PER_WAVE + 1, 2]);
+        let waves = group(&[3, TOKENS_PER_WAVE + 1, 2], |_, _| true);
         assert_eq!(waves, [vec![vec![1]], vec![vec![0, 2]]]);
-        assert!(group(&[]).is_empty());
+        assert!(group(&[], |_, _| true).is_empty());
+    }
+
+    /// A rotation that changes beyond 10 tokens, and one that follows the length from there on.
+    #[test]
+    fn sequences_that_are_rotated_differently_are_kept_apart() {
+        let lengths = [9, 11, 12, 12, 10];
+        let waves = group(&lengths, |a, b| (a > 10) == (b > 10));
+        assert_eq!(waves, [vec![vec![2, 3, 1], vec![4, 0]]]);
+        let waves = group(&lengths, |a, b| a == b || a.max(b) <= 10);
+        assert_eq!(waves, [vec![vec![2, 3], vec![1], vec![4, 0]]]);
     }
 
     #[test]

@@ -126,6 +126,12 @@ impl<'a, B: Backend> Model<'a, B> {
         })
     }
 
+    /// Whether all layers rotate texts of `a` and of `b` tokens by the same frequencies.
+    pub(crate) fn rotates_alike(&self, a: usize, b: usize) -> bool {
+        let mut ropes = self.architecture.layers.iter().filter_map(|layer| layer.attention.rope());
+        ropes.all(|rope| rope.is_same_for(a, b))
+    }
+
     /// The embedding table `[vocabulary, hidden]`.
     pub fn embedding(&self) -> Result<Weight> {
         self.table(&self.architecture.names.embedding())

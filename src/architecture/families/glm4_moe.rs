@@ -15,13 +15,18 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
 /// GLM-4.5V: the language model within a model of text and images. Text alone has the same positions on every axis of its
 /// rotation.
 pub(super) fn of_images(config: &Config) -> Result<Architecture> {
-    within_images(config, false, |text| {
+    let mut tied = false;
+    let mut architecture = within_images(config, false, |text| {
+        tied = text.flag_or("tie_word_embeddings", false)?;
         let defaults = Defaults { max_positions: 65536, ..DEFAULTS };
         let names = Names { model: "model.language_model.", ..names() };
         let common = Common::read(text, "glm4v_moe", names, defaults)?;
         let first = text.size_or("first_k_dense_replace", 1)?;
         layers(common, QkNorm::None, first)
-    })
+    })?;
+    // Older files say it of the language model alone.
+    architecture.tied_embeddings |= tied;
+    Ok(architecture)
 }
 
 /// Solar Open (Upstage, 2026): GLM-4.5 rotated as a whole, with experts in every layer.

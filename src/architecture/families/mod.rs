@@ -392,7 +392,7 @@ const TEXT_SECTION: &[&str] = &["text_config"];
 fn within_images(
     config: &Config,
     tied: bool,
-    read: impl Fn(&Config) -> Result<Architecture>,
+    read: impl FnOnce(&Config) -> Result<Architecture>,
 ) -> Result<Architecture> {
     let mut architecture = read(&required_section(config, TEXT_SECTION[0])?)?;
     architecture.config_section = TEXT_SECTION;
