@@ -9,8 +9,7 @@ use super::Projection;
 pub struct Profile {
     /// Family name, as in [`crate::architecture::Architecture::family`].
     pub family: String,
-    /// SHA-256 of `config.json` and the tensor index, in hexadecimal: two checkpoints with the same
-    /// identity have the same tensors in the same places.
+    /// [`crate::checkpoint::Checkpoint::identity`] of the checkpoint.
     pub identity: String,
     /// Decoder layers, dense ones included.
     pub layers: usize,
