@@ -1006,3 +1006,35 @@ fn what_would_change_the_forward_pass_is_refused() {
     refused(&with(&deepseek_v3(), json!({"scoring_func": "softmax"})), "scoring_func is \"softmax\"");
     refused(&with(&mixtral(), json!({"model_type": "mamba"})), "`mamba` is not supported; known: ");
 }
+
+/// Keys of newer files that say what others said before, in the configs of the small models.
+#[test]
+fn keys_that_say_the_same_in_another_way() {
+    let config = |name: &str| -> Value {
+        let path = format!("{}/tests/data/{name}/config.json", env!("CARGO_MANIFEST_DIR"));
+        serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+    };
+    // A window that is counted without the token itself.
+    let mimo = config("mimo_v2_flash");
+    let window = |changes: Value| grouped(&read(&with(&mimo, changes)), 1).span;
+    assert_eq!(window(json!({})), Span::Window(8));
+    assert_eq!(window(json!({"sliding_window_size": 8})), Span::Window(9));
+    assert_eq!(window(json!({"sliding_window": null})), Span::Window(129));
+    let sparse = |config: &Value| read(config).moe_layers().map(|(l, _)| l).collect::<Vec<_>>();
+    let axk1 = config("axk1");
+    assert_eq!(sparse(&axk1), [1]);
+    assert_eq!(sparse(&with(&axk1, json!({"mlp_layer_types": ["sparse", "sparse"]}))), [0, 1]);
+    let slope = |config: &Value| match &read(config).layers[0].feed_forward {
+        FeedForwardSpec::Moe(moe) => moe.activation,
+        _ => unreachable!("a layer with experts"),
+    };
+    let clamped = |slope| Activation::ClampedSwiGlu { limit: 7.0, slope };
+    let gpt_oss = with(&config("gpt_oss"), json!({"swiglu_limit": 7.0}));
+    assert_eq!(slope(&gpt_oss), clamped(1.702));
+    assert_eq!(slope(&with(&gpt_oss, json!({"swiglu_alpha": 1.0}))), clamped(1.0));
+    let mut glm = config("glm4v_moe");
+    glm["tie_word_embeddings"] = Value::Null;
+    assert!(!read(&glm).tied_embeddings);
+    glm["text_config"]["tie_word_embeddings"] = json!(true);
+    assert!(read(&glm).tied_embeddings);
+}
