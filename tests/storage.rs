@@ -599,6 +599,30 @@ fn four_bit_experts_as_published() {
     }
 }
 
+/// What is beside the weights comes along, other weights and other folders do not.
+#[test]
+fn companions_come_along() {
+    let model = Mutant::of("mixtral");
+    for folder in ["additional_chat_templates", "original"] {
+        std::fs::create_dir(model.file(folder)).unwrap();
+    }
+    let files = ["generation_config.json", "LICENSE", "additional_chat_templates/rag.jinja"];
+    let others = ["pytorch_model.bin", "original/params.json"];
+    for name in files.iter().chain(&others) {
+        std::fs::write(model.file(name), name).unwrap();
+    }
+    let out = tempfile::tempdir().unwrap();
+    let plan = plan(model.path(), "reap", Some(Budget::Experts(3)), &[]);
+    for (folder, options) in [("stock", STOCK), ("own", MOEPRESS)] {
+        let dir = out.path().join(folder);
+        apply(model.path(), &plan, &options, &dir).unwrap();
+        for name in files {
+            assert_eq!(std::fs::read_to_string(dir.join(name)).unwrap(), name);
+        }
+        assert!(others.iter().all(|name| !dir.join(name).exists()));
+    }
+}
+
 /// What is wrong with packed weights, by name.
 #[test]
 fn packed_weights_that_contradict_their_config() {

@@ -21,6 +21,9 @@ const SINGLE_FILE_BYTES: u64 = 2 << 30;
 /// The plan that made the folder.
 pub(crate) const PLAN_FILE: &str = "moepress-plan.json";
 
+/// Folder of the chat templates beside the usual one, as transformers names it.
+const TEMPLATES_FOLDER: &str = "additional_chat_templates";
+
 /// What [`crate::recover`] did to the weights of a folder, beside them.
 pub(crate) const RECOVERY_FILE: &str = "moepress-recover.json";
 /// Names the work that the folder is the result of, so that the same command finds it done.
@@ -174,26 +177,35 @@ impl Output {
         Ok(bytes)
     }
 
-    /// Copies tokeniser, generation config, licence and the like.
+    /// Copies tokeniser, chat templates, generation config, licence and the like.
     fn copy_companions(&self, source: &Checkpoint) -> Result<()> {
-        let io = |path: &Path| {
-            let path = path.to_path_buf();
-            move |source| Error::from(FileError::Io { path, source })
-        };
-        for entry in fs::read_dir(source.dir()).map_err(io(source.dir()))? {
-            let path = entry.map_err(io(source.dir()))?.path();
-            let Some(name) = path.file_name().and_then(|n| n.to_str()) else { continue };
+        copy_files(source.dir(), &self.partial, |path, name| {
             let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-            let replaced = ["config.json", MANIFEST_FILE, PLAN_FILE, RECOVERY_FILE, ORIGIN_FILE]
-                .contains(&name)
-                || WEIGHT_EXTENSIONS.contains(&extension)
-                || name.ends_with(".index.json");
-            if path.is_file() && !replaced {
-                copy_atomic(&path, &self.partial.join(name))?;
-            }
+            let replaced =
+                ["config.json", MANIFEST_FILE, PLAN_FILE, RECOVERY_FILE, ORIGIN_FILE].contains(&name);
+            !replaced && !WEIGHT_EXTENSIONS.contains(&extension) && !name.ends_with(".index.json")
+        })?;
+        let templates = source.dir().join(TEMPLATES_FOLDER);
+        if !templates.is_dir() {
+            return Ok(());
         }
-        Ok(())
+        let to = self.partial.join(TEMPLATES_FOLDER);
+        fs::create_dir_all(&to).map_err(|source| FileError::Io { path: to.clone(), source })?;
+        copy_files(&templates, &to, |_, _| true)
     }
+}
+
+/// Copies the files in folder `from` that are wanted, by path and name, to folder `to`.
+fn copy_files(from: &Path, to: &Path, is_wanted: impl Fn(&Path, &str) -> bool) -> Result<()> {
+    let io = |source| Error::from(FileError::Io { path: from.into(), source });
+    for entry in fs::read_dir(from).map_err(io)? {
+        let path = entry.map_err(io)?.path();
+        let Some(name) = path.file_name().and_then(|n| n.to_str()) else { continue };
+        if path.is_file() && is_wanted(&path, name) {
+            copy_atomic(&path, &to.join(name))?;
+        }
+    }
+    Ok(())
 }
 
 /// The tensors of a layer that are neither router nor routed experts, as stored.
