@@ -300,6 +300,19 @@ fn windows_longer_than_the_model_was_prepared_for() {
     let error = calibrate(&model, &windows, &Options::default(), &dir.path().join("s"), &mut ()).unwrap_err();
     let expected = "a text of 24 tokens is longer than the 16 that the model was prepared for";
     assert_eq!(error.to_string(), expected);
+    for odd in [
+        Windows { count: 3, ..windows.clone() },
+        Windows { length: 0, ..windows.clone() },
+        Windows { mask: Some(vec![true; 5]), ..windows.clone() },
+        Windows { files: Vec::new(), ..windows.clone() },
+        Windows { count: usize::MAX, length: 2, ..windows.clone() },
+    ] {
+        let error = calibrate(&model, &odd, &Options::default(), &dir.path().join("s"), &mut ()).unwrap_err();
+        assert!(
+            error.to_string().starts_with("ids, mask, decoder and files do not all belong to"),
+            "{error}"
+        );
+    }
 }
 
 /// Models that differ in a router alone are two models.

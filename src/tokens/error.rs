@@ -44,6 +44,14 @@ pub enum Error {
         /// Family of the model.
         family: &'static str,
     },
+    /// Fields of windows that contradict each other.
+    #[error("ids, mask, decoder and files do not all belong to {count} windows of {length} tokens")]
+    Inconsistent {
+        /// Windows.
+        count: usize,
+        /// Tokens per window.
+        length: usize,
+    },
     /// A text without tokens.
     #[error("there are no tokens to begin with")]
     NoTokens,

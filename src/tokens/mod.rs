@@ -196,8 +196,18 @@ impl Windows {
         crate::checkpoint::hex(&hash.finalize())
     }
 
-    /// Errors unless every id is below `vocabulary` and windows fit `max_positions`.
+    /// Errors unless every id is below `vocabulary`, windows fit `max_positions`, and the fields agree.
     pub fn check(&self, vocabulary: usize, max_positions: usize) -> Result<()> {
+        let holds = |found: usize| self.count.checked_mul(self.length) == Some(found);
+        let of_files = self.files.iter().map(|file| file.windows).sum::<usize>();
+        if self.length == 0
+            || !holds(self.ids.len())
+            || self.mask.as_ref().is_some_and(|mask| !holds(mask.len()))
+            || self.decoder.as_ref().is_some_and(|decoder| decoder.count != self.count)
+            || of_files != self.count
+        {
+            return Err(Error::Inconsistent { count: self.count, length: self.length });
+        }
         if self.length > max_positions {
             return Err(Error::TooLong { length: self.length, max_positions });
         }
