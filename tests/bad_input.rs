@@ -162,7 +162,29 @@ fn numbers_that_make_no_sense() {
         ("plan --method reap --stats stats --out p --remove 0.4 --set scope=all", "one of layer, global"),
         ("plan --method reap --stats stats --out p --remove 0.4 --set depth=3", "reap has no option `depth`"),
         ("plan --method best --stats stats --out p --remove 0.4", "unknown method `best`; known methods: "),
+        (
+            "plan --method reap --stats stats --out p --bytes 5.5",
+            "size `5.5`: there are no fractions of a byte",
+        ),
         ("plan --method reap --model . --out p --remove 0.4", "--stats is needed"),
+        (
+            "plan --method reap --out p --remove 0.4",
+            "--stats is needed: reap plans from what moepress calibrate",
+        ),
+        ("plan --method random --out p --remove 0.4", "one of --stats and --model is needed"),
+        ("plan --method low-rank --stats stats --out p", "low-rank: no budget; give --remove, --bytes, or"),
+        (
+            "plan --method naee --model . --tokens tokens --out p",
+            "naee: no budget; give --remove, --experts or",
+        ),
+        (
+            "plan --method low-rank --stats stats --out p --set energy=0.9",
+            "energy needs the spectra of the weights",
+        ),
+        (
+            "plan --method reap --stats stats --out p --remove 0.4 --set layer_ratio=owl",
+            "layer_ratio=owl looks at the weights; give the checkpoint with --model",
+        ),
         ("methods best", "unknown method `best`; known methods: "),
     ] {
         desk.refuses(2, arguments, expected);

@@ -416,7 +416,10 @@ fn wrong_usage_is_one_line_and_status_2() {
         ("plan --method reap --out p --experts 0", "expected a whole number, 1 or more"),
         ("plan --method reap --out p --bytes 3parsec", "unknown unit `parsec`"),
         ("plan --method reap --out p --remove 0.5 --set key", "expected KEY=VALUE"),
-        ("plan --method reap --out p --remove 0.5", "one of --stats and --model is needed"),
+        (
+            "plan --method reap --out p --remove 0.5",
+            "--stats is needed: reap plans from what moepress calibrate wrote",
+        ),
         ("plan --method best --out p --remove 0.5", "known methods: random, frequency"),
         ("plan --method reap --out p --remove 0.5 --tokens t", "--model <MODEL>"),
         ("compress m --out o", "--plan <P.json>"),

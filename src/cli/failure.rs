@@ -19,9 +19,9 @@ impl<E: std::error::Error + 'static> From<E> for Failure {
         use moepress::plan::Error;
         let any: &dyn std::error::Error = &error;
         match any.downcast_ref() {
-            Some(Error::Method { .. } | Error::UnknownOption { .. } | Error::Option { .. }) => {
-                Failure::Usage(error.to_string())
-            }
+            Some(
+                Error::Method { .. } | Error::UnknownOption { .. } | Error::Option { .. } | Error::Missing(_),
+            ) => Failure::Usage(error.to_string()),
             _ => Failure::Work(error.to_string()),
         }
     }
