@@ -133,11 +133,53 @@ fn text_that_cannot_be_used() {
         ("eval . --tokens padded --windows 1", "all tokens of these windows are padding"),
         ("eval . --tokens single", "single: no token is predicted"),
         ("eval . --text empty", "empty: gives 0 tokens"),
+        (
+            "eval . --text text",
+            "text: gives 80 tokens, too few for one window of 512; choose --window-length 80 or less",
+        ),
     ]);
     std::fs::remove_file(desk.path("tokenizer.json")).unwrap();
     desk.refuses(1, "eval . --text text", "tokenizer.json: missing; text needs the checkpoint's tokenizer");
     std::fs::write(desk.path("tokenizer.json"), &TOKENIZER[..100]).unwrap();
     desk.refuses(1, "eval . --text text", "tokenizer.json: cannot be read: EOF");
+}
+
+/// The tokenizers library panics at some files that are valid JSON.
+#[test]
+fn tokenizers_that_make_no_sense() {
+    let desk = Desk::new();
+    std::fs::write(desk.path("questions"), r#"{"context": "a", "choices": [" a", " b"], "answer": 0}"#)
+        .unwrap();
+    let template = |first: &str| {
+        let template = r#""post_processor": {"type": "TemplateProcessing", "single": [FIRST], "special_tokens": {},
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]}"#;
+        ("\"post_processor\": null", template.replace("FIRST", first))
+    };
+    let decoder = r#""decoder": {"type": "Replace", "pattern": {"String": "a"}, "content": "\ud800"}"#;
+    let prefixed = r#""type": "BPE", "vocab": {"a": 3, "b": 4, "ab": 5}, "merges": [["a", "b"]],
+        "continuing_subword_prefix": "longer than any token", "unk_token": null"#;
+    let words = r#""type": "WordLevel", "vocab": {"a": 3, "b": 4, "?": 5}, "unk_token": "?""#;
+    for (from, to) in [
+        template(r#"{"Sequence": {"id": "B", "type_id": 0}}"#),
+        template(r#"{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}"#),
+        ("\"decoder\": null", decoder.into()),
+        (words, prefixed.into()),
+    ] {
+        assert!(TOKENIZER.contains(from), "{from}");
+        std::fs::write(desk.path("tokenizer.json"), TOKENIZER.replace(from, &to)).unwrap();
+        for command in [
+            "eval . --text text --window-length 16",
+            "eval . --multiple-choice questions",
+            "generate . --prompt a --max-tokens 2",
+        ] {
+            let message = desk.run(command).error(1);
+            assert!(message.starts_with("./tokenizer.json: cannot "), "{message}");
+            assert!(
+                message.contains("something in it makes no sense to the tokenizers library ("),
+                "{message}"
+            );
+        }
+    }
 }
 
 #[test]

@@ -17,11 +17,20 @@ pub(crate) enum Failure {
 impl<E: std::error::Error + 'static> From<E> for Failure {
     fn from(error: E) -> Self {
         use moepress::plan::Error;
+        use moepress::tokens::Error as TokensError;
         let any: &dyn std::error::Error = &error;
-        match any.downcast_ref() {
+        let usage = matches!(
+            any.downcast_ref(),
             Some(
-                Error::Method { .. } | Error::UnknownOption { .. } | Error::Option { .. } | Error::Missing(_),
-            ) => Failure::Usage(error.to_string()),
+                Error::Method { .. } | Error::UnknownOption { .. } | Error::Option { .. } | Error::Missing(_)
+            )
+        );
+        match any.downcast_ref() {
+            _ if usage => Failure::Usage(error.to_string()),
+            // Windows have at least two tokens.
+            Some(TokensError::TooShort { tokens: tokens @ 2.., .. }) => {
+                Failure::Work(format!("{error}; choose --window-length {tokens} or less"))
+            }
             _ => Failure::Work(error.to_string()),
         }
     }
