@@ -190,6 +190,10 @@ fn numbers_that_make_no_sense() {
         ("generate . --prompt a --seed -1", "invalid value '-1' for '--seed <S>'"),
         ("recover . low --tokens tokens --out r --steps -1", "invalid value '-1' for '--steps <N>'"),
         ("compare . --tokens tokens --eval-tokens tokens --methods reap:rank=1", "reap has no option `rank`"),
+        (
+            "compare . --tokens tokens --eval-tokens tokens --methods reap:scope=foo",
+            "option scope=foo: expected one of",
+        ),
         ("calibrate . --text text --out s --windows -1", "expected a whole number, 1 or more"),
         ("calibrate . --text text --out s --window-length 1", "expected a whole number, 2 or more"),
         ("calibrate . --text text --out s --window-length 99999999999999999999", "expected a whole number"),
