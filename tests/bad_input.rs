@@ -405,7 +405,7 @@ fn failed_work_leaves_nothing_or_what_it_can_go_on_from() {
     // In the second layer: the first is kept, but not used once the weights are others.
     spoil(&bad(1));
     let message = desk.run(commands[0]).error(1);
-    assert!(message.starts_with(&format!("layer 1: {} holds NaN", bad(1))), "{message}");
+    assert!(message.starts_with(&format!(".: layer 1: {} holds NaN", bad(1))), "{message}");
     assert!(desk.path("s.partial/layer-00000.safetensors").exists() && !desk.path("s").exists());
     std::fs::write(desk.path("model.safetensors"), &before).unwrap();
     let report = command(commands[0].split(' ')).current_dir(desk.model.path()).output().unwrap();
@@ -504,6 +504,43 @@ fn things_of_another_model() {
         "compress . --plan plan --out c",
         "plan: model.identity: the plan is for the checkpoint ",
     );
+/// Where there are two checkpoints, it is said which is meant.
+#[test]
+fn the_worse_of_two_checkpoints_is_named() {
+    let desk = Desk::new();
+    let other = Mutant::of("mixtral");
+    let dir = other.path().display();
+    let original = std::fs::read(other.file("model.safetensors")).unwrap();
+    let commands = [
+        format!("eval . --tokens tokens --against {dir}"),
+        format!("eval {dir} --tokens tokens --against ."),
+        format!("recover {dir} . --tokens tokens --out r"),
+    ];
+    for (name, place) in [("model.layers.0.input_layernorm.weight", "layer 0: "), ("lm_head.weight", "")] {
+        other.edit_values(name, |values| values[0] = f32::NAN);
+        for command in &commands {
+            if place.is_empty() && command.starts_with("recover") {
+                continue;
+            }
+            let message = desk.run(command).error(1);
+            assert!(message.starts_with(&format!("{dir}: {place}{name} holds NaN")), "{message}");
+        }
+        std::fs::write(other.file("model.safetensors"), &original).unwrap();
+    }
+    other.edit_tensors(|tensors| {
+        let name = "model.layers.0.self_attn.q_proj.weight";
+        let half = tensors[name].rows(0, 16);
+        tensors.insert(name.into(), half);
+    });
+    let message = desk.run(&commands[0]).error(1);
+    assert!(message.starts_with(&format!("{dir}: layer 0: model.layers.0.self_attn.q_proj")), "{message}");
+    // A path is said once.
+    other.edit_tensors(|tensors| drop(tensors.remove("model.layers.0.self_attn.q_proj.weight")));
+    let message = desk.run(&commands[0]).error(1);
+    let path = dir.to_string();
+    assert!(message.contains(" is missing") && message.matches(&path).count() == 1, "{message}");
+}
+
 }
 
 #[test]

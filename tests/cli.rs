@@ -608,7 +608,8 @@ fn a_weight_that_is_not_finite_is_named() {
     ] {
         let model = Mutant::of("mixtral");
         model.edit_values(name, |values| values[17] = value);
-        let expected = format!("{layer}{name} holds {value} at flat index 17; weights must be finite");
+        let dir = model.path().display();
+        let expected = format!("{dir}: {layer}{name} holds {value} at flat index 17; weights must be finite");
         assert_eq!(run_error(model.path()), expected);
         // Sizes are told without reading the weights.
         inspect(model.path()).ok();
