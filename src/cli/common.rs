@@ -109,25 +109,10 @@ impl DeviceArgs {
             Some(DeviceName::Cuda(None)) => "cuda".into(),
             Some(DeviceName::Cuda(Some(n))) => format!("cuda:{n}"),
         };
-        let reason = format!("{}; use --device cpu", no_gpu());
-        Err(moepress::backend::Error::Device { device, reason }.into())
+        let reason =
+            "whole models do not run on a GPU yet, only MoE layers, through the library; use --device cpu";
+        Err(moepress::backend::Error::Device { device, reason: reason.into() }.into())
     }
-}
-
-/// Why commands do not compute on a GPU.
-#[cfg(feature = "cuda")]
-fn no_gpu() -> String {
-    use moepress::backend::cuda::availability;
-    match availability() {
-        Ok(_) => "whole models do not run on a GPU yet, only MoE layers, through the library".into(),
-        Err(unavailable) => unavailable.to_string(),
-    }
-}
-
-/// Why commands do not compute on a GPU.
-#[cfg(not(feature = "cuda"))]
-fn no_gpu() -> String {
-    "this build is without the feature cuda".into()
 }
 
 /// Restricts the CPU backend to the instructions that MOEPRESS_CPU_ISA names, where it is set.
