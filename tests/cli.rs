@@ -339,6 +339,24 @@ fn run_without_trace_writes_logits_alone() {
 }
 
 #[test]
+fn logits_that_are_not_finite_are_warned_of() {
+    let model = Mutant::of("mixtral");
+    model.edit_values("lm_head.weight", |values| values.fill(3e38));
+    let desk = Desk::new(&golden_windows("mixtral", 1));
+    let out = desk.path("out");
+    let mut command = command(["run", "--device", "cpu"]);
+    command.arg(model.path()).arg("--tokens").arg(desk.tokens()).arg("--out").arg(&out);
+    let Outcome { status, stderr, .. } = outcome(command);
+    let dir = model.path().display();
+    let warning = format!("warning: {dir}: window 0, position 0: the logits are not finite");
+    assert_eq!((status, stderr.lines().filter(|line| **line == warning).count()), (0, 1), "{stderr}");
+    assert!(read(&out, "logits").iter().any(|logit| !logit.is_finite()));
+    // A model that is well says nothing.
+    let mut command = run_command(&data("mixtral"), &desk.tokens(), &out, &[]);
+    command.args(["--json"]);
+    assert_eq!(outcome(command).stderr, "");
+}
+
 #[test]
 fn padding_is_not_counted() {
     let mut windows = golden_windows("mixtral", 1);
