@@ -541,6 +541,27 @@ fn the_worse_of_two_checkpoints_is_named() {
     assert!(message.contains(" is missing") && message.matches(&path).count() == 1, "{message}");
 }
 
+/// What was asked for is done, though nobody could be told.
+#[cfg(target_os = "linux")]
+#[test]
+fn results_that_cannot_be_shown_are_there() {
+    let desk = Desk::new();
+    for (arguments, out) in [
+        ("calibrate . --tokens tokens --out c/s", "c/s"),
+        ("plan --method reap --remove 0.4 --stats stats --out c/p --json", "c/p"),
+        ("compress . --plan plan --out c/small", "c/small"),
+        ("recover . c/small --tokens tokens --steps 0 --out c/r", "c/r"),
+    ] {
+        let _ = std::fs::create_dir(desk.path("c"));
+        let mut command = desk.command(arguments);
+        command.stdout(std::fs::File::options().write(true).open("/dev/full").unwrap());
+        let message = outcome(command).error(1);
+        assert!(message.starts_with("standard output: No space left"), "{message}");
+        assert!(message.ends_with(&format!("; the result is complete, in {out}")), "{message}");
+        assert!(desk.path(out).exists(), "{arguments}");
+    }
+}
+
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! How a command can end badly, and what is then said.
 
 use std::io::{ErrorKind, Write as _};
+use std::path::Path;
 use std::process::ExitCode;
 
 /// Why a command did not succeed.
@@ -43,6 +44,16 @@ impl Failure {
         match error.kind() {
             ErrorKind::BrokenPipe => Failure::Closed,
             _ => Failure::Work(format!("standard output: {error}")),
+        }
+    }
+
+    /// The same, where what was asked for is complete in `out` and only could not be shown.
+    pub(crate) fn but_wrote(self, out: &Path) -> Failure {
+        match self {
+            Failure::Work(message) => {
+                Failure::Work(format!("{message}; the result is complete, in {}", out.display()))
+            }
+            other => other,
         }
     }
 

@@ -239,7 +239,7 @@ impl Args {
                 coverage,
                 seconds: elapsed,
             };
-            return output::json(&summary);
+            return output::json(&summary).map_err(|e| e.but_wrote(&self.out));
         }
         let expected = &plan.expected;
         let mut table = Table::new([
@@ -271,6 +271,7 @@ impl Args {
             text += &format!("{table}\n");
         }
         output::text(&format!("{text}wrote {} in {}\n", self.out.display(), seconds(elapsed)))
+            .map_err(|e| e.but_wrote(&self.out))
     }
 }
 

@@ -137,7 +137,8 @@ impl Args {
         let mut progress = self.output.report();
         let done = recover(&original, &compressed, &windows, &options, &self.out, &mut progress)?;
         drop(progress);
-        if self.output.json { output::json(&done) } else { output::text(&self.page(&done)) }
+        let shown = if self.output.json { output::json(&done) } else { output::text(&self.page(&done)) };
+        shown.map_err(|e| e.but_wrote(&self.out))
     }
 
     fn merge(&self, model: &Path, adapter: &Path) -> Result<(), Failure> {
@@ -147,7 +148,7 @@ impl Args {
         let done = merge_lora(&checkpoint, adapter, rank, &self.out, &mut progress)?;
         drop(progress);
         if self.output.json {
-            return output::json(&done);
+            return output::json(&done).map_err(|e| e.but_wrote(&self.out));
         }
         let LoraReport { matrices, skipped, .. } = done;
         let skipped = match skipped {
@@ -160,6 +161,7 @@ impl Args {
             "updated {matrices}{skipped}; wrote {size} to {out} in {}\n",
             seconds(done.seconds)
         ))
+        .map_err(|e| e.but_wrote(&self.out))
     }
 
     fn page(&self, done: &Report) -> String {
