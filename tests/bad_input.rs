@@ -137,6 +137,11 @@ fn text_that_cannot_be_used() {
             "eval . --text text",
             "text: gives 80 tokens, too few for one window of 512; choose --window-length 80 or less",
         ),
+        (
+            "generate . --prompt= --bos never",
+            "--prompt: gives no tokens, and --bos never leaves out the beginning-",
+        ),
+        ("generate . --prompt=", "--prompt: gives no tokens, and the tokenizer adds none of its own; write"),
     ]);
     std::fs::remove_file(desk.path("tokenizer.json")).unwrap();
     desk.refuses(1, "eval . --text text", "tokenizer.json: missing; text needs the checkpoint's tokenizer");
@@ -187,13 +192,20 @@ fn numbers_that_make_no_sense() {
     let desk = Desk::new();
     for (arguments, expected) in [
         ("calibrate . --text text --out s --windows 0", "expected a whole number, 1 or more"),
-        ("generate . --prompt a --seed -1", "invalid value '-1' for '--seed <S>'"),
-        ("recover . low --tokens tokens --out r --steps -1", "invalid value '-1' for '--steps <N>'"),
+        (
+            "generate . --prompt a --seed -1",
+            "'--seed <S>': expected a whole number from 0 to 18446744073709551615",
+        ),
+        (
+            "recover . low --tokens tokens --out r --steps -1",
+            "'--steps <N>': expected a whole number, 0 or more",
+        ),
         ("compare . --tokens tokens --eval-tokens tokens --methods reap:rank=1", "reap has no option `rank`"),
         (
             "compare . --tokens tokens --eval-tokens tokens --methods reap:scope=foo",
             "option scope=foo: expected one of",
         ),
+        ("eval . --multiple-choice questions --against .", "--against needs --text or --tokens"),
         ("calibrate . --text text --out s --windows -1", "expected a whole number, 1 or more"),
         ("calibrate . --text text --out s --window-length 1", "expected a whole number, 2 or more"),
         ("calibrate . --text text --out s --window-length 99999999999999999999", "expected a whole number"),
@@ -431,6 +443,8 @@ fn statistics_that_cannot_be_used() {
         ("plan --method reap --remove 0.4 --stats model.safetensors --out p", "it is no statistics file"),
         ("merge stats stats --out s", "were measured on the same tokens"),
     ]);
+    desk.run("calibrate . --text text --window-length 8 --moments input,hidden --out short").ok();
+    desk.refuses(1, "merge stats short --out s", "have windows of different length, 16 and 8 tokens");
     // Values: the first of a tensor.
     let with_value = |name: &str, value: f64| {
         let shard = std::sync::Arc::new(Shard::open(&desk.path("stats")).unwrap());
@@ -504,6 +518,8 @@ fn things_of_another_model() {
         "compress . --plan plan --out c",
         "plan: model.identity: the plan is for the checkpoint ",
     );
+}
+
 /// Where there are two checkpoints, it is said which is meant.
 #[test]
 fn the_worse_of_two_checkpoints_is_named() {
@@ -562,6 +578,34 @@ fn results_that_cannot_be_shown_are_there() {
     }
 }
 
+/// What `git clone` leaves where Git LFS is not installed.
+#[test]
+fn a_pointer_in_place_of_the_weights() {
+    let desk = Desk::new();
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 4241003\n";
+    std::fs::write(desk.path("model.safetensors"), pointer).unwrap();
+    let expected =
+        "./model.safetensors: is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`";
+    desk.refuses(1, "eval . --tokens tokens", expected);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_folder_that_may_not_be_read() {
+    use std::os::unix::fs::PermissionsExt;
+    let desk = Desk::new();
+    let model = Mutant::of("mixtral");
+    let allow = |mode| std::fs::set_permissions(model.path(), PermissionsExt::from_mode(mode)).unwrap();
+    allow(0);
+    if std::fs::read_dir(model.path()).is_ok() {
+        eprintln!("skipped: this user may read everything");
+    } else {
+        let command = format!("eval {} --tokens tokens", model.path().display());
+        desk.refuses(1, &command, "config.json: Permission denied");
+    }
+    allow(0o700);
+    // Another reason than that it is not there.
+    desk.refuses(1, &format!("inspect {}", "long".repeat(100)), ": File name too long");
 }
 
 #[test]
@@ -747,6 +791,7 @@ fn questions_that_cannot_be_asked() {
         (r#"{"context": "a", "choices": ["a", "b"], "answer": -1}"#, "is -1, expected an index from 0 to 1"),
         (r#"{"context": "a", "choices": ["a", "b"], "answer": "c"}"#, "which is none of the choices"),
         (r#"{"context": "", "choices": ["a", "b"], "answer": 0}"#, "follows an empty context"),
+        (r#"{"context": "a", "choices": ["a", "b"], "answer": 0}"#, "a choice should begin with a space"),
     ] {
         std::fs::write(desk.path("questions"), line).unwrap();
         desk.refuses(1, eval, expected);
