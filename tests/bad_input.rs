@@ -133,6 +133,15 @@ fn text_that_cannot_be_used() {
         ("eval . --tokens padded --windows 1", "all tokens of these windows are padding"),
         ("eval . --tokens single", "single: no token is predicted"),
         ("eval . --text empty", "empty: gives 0 tokens"),
+        (
+            "eval . --text text",
+            "text: gives 80 tokens, too few for one window of 512; choose --window-length 80 or less",
+        ),
+        (
+            "generate . --prompt= --bos never",
+            "--prompt: gives no tokens, and --bos never leaves out the beginning-",
+        ),
+        ("generate . --prompt=", "--prompt: gives no tokens, and the tokenizer adds none of its own; write"),
     ]);
     std::fs::remove_file(desk.path("tokenizer.json")).unwrap();
     desk.refuses(1, "eval . --text text", "tokenizer.json: missing; text needs the checkpoint's tokenizer");
@@ -140,14 +149,63 @@ fn text_that_cannot_be_used() {
     desk.refuses(1, "eval . --text text", "tokenizer.json: cannot be read: EOF");
 }
 
+/// The tokenizers library panics at some files that are valid JSON.
+#[test]
+fn tokenizers_that_make_no_sense() {
+    let desk = Desk::new();
+    std::fs::write(desk.path("questions"), r#"{"context": "a", "choices": [" a", " b"], "answer": 0}"#)
+        .unwrap();
+    let template = |first: &str| {
+        let template = r#""post_processor": {"type": "TemplateProcessing", "single": [FIRST], "special_tokens": {},
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]}"#;
+        ("\"post_processor\": null", template.replace("FIRST", first))
+    };
+    let decoder = r#""decoder": {"type": "Replace", "pattern": {"String": "a"}, "content": "\ud800"}"#;
+    let prefixed = r#""type": "BPE", "vocab": {"a": 3, "b": 4, "ab": 5}, "merges": [["a", "b"]],
+        "continuing_subword_prefix": "longer than any token", "unk_token": null"#;
+    let words = r#""type": "WordLevel", "vocab": {"a": 3, "b": 4, "?": 5}, "unk_token": "?""#;
+    for (from, to) in [
+        template(r#"{"Sequence": {"id": "B", "type_id": 0}}"#),
+        template(r#"{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}"#),
+        ("\"decoder\": null", decoder.into()),
+        (words, prefixed.into()),
+    ] {
+        assert!(TOKENIZER.contains(from), "{from}");
+        std::fs::write(desk.path("tokenizer.json"), TOKENIZER.replace(from, &to)).unwrap();
+        for command in [
+            "eval . --text text --window-length 16",
+            "eval . --multiple-choice questions",
+            "generate . --prompt a --max-tokens 2",
+        ] {
+            let message = desk.run(command).error(1);
+            assert!(message.starts_with("./tokenizer.json: cannot "), "{message}");
+            assert!(
+                message.contains("something in it makes no sense to the tokenizers library ("),
+                "{message}"
+            );
+        }
+    }
+}
+
 #[test]
 fn numbers_that_make_no_sense() {
     let desk = Desk::new();
     for (arguments, expected) in [
         ("calibrate . --text text --out s --windows 0", "expected a whole number, 1 or more"),
-        ("generate . --prompt a --seed -1", "invalid value '-1' for '--seed <S>'"),
-        ("recover . low --tokens tokens --out r --steps -1", "invalid value '-1' for '--steps <N>'"),
+        (
+            "generate . --prompt a --seed -1",
+            "'--seed <S>': expected a whole number from 0 to 18446744073709551615",
+        ),
+        (
+            "recover . low --tokens tokens --out r --steps -1",
+            "'--steps <N>': expected a whole number, 0 or more",
+        ),
         ("compare . --tokens tokens --eval-tokens tokens --methods reap:rank=1", "reap has no option `rank`"),
+        (
+            "compare . --tokens tokens --eval-tokens tokens --methods reap:scope=foo",
+            "option scope=foo: expected one of",
+        ),
+        ("eval . --multiple-choice questions --against .", "--against needs --text or --tokens"),
         ("calibrate . --text text --out s --windows -1", "expected a whole number, 1 or more"),
         ("calibrate . --text text --out s --window-length 1", "expected a whole number, 2 or more"),
         ("calibrate . --text text --out s --window-length 99999999999999999999", "expected a whole number"),
@@ -162,7 +220,29 @@ fn numbers_that_make_no_sense() {
         ("plan --method reap --stats stats --out p --remove 0.4 --set scope=all", "one of layer, global"),
         ("plan --method reap --stats stats --out p --remove 0.4 --set depth=3", "reap has no option `depth`"),
         ("plan --method best --stats stats --out p --remove 0.4", "unknown method `best`; known methods: "),
+        (
+            "plan --method reap --stats stats --out p --bytes 5.5",
+            "size `5.5`: there are no fractions of a byte",
+        ),
         ("plan --method reap --model . --out p --remove 0.4", "--stats is needed"),
+        (
+            "plan --method reap --out p --remove 0.4",
+            "--stats is needed: reap plans from what moepress calibrate",
+        ),
+        ("plan --method random --out p --remove 0.4", "one of --stats and --model is needed"),
+        ("plan --method low-rank --stats stats --out p", "low-rank: no budget; give --remove, --bytes, or"),
+        (
+            "plan --method naee --model . --tokens tokens --out p",
+            "naee: no budget; give --remove, --experts or",
+        ),
+        (
+            "plan --method low-rank --stats stats --out p --set energy=0.9",
+            "energy needs the spectra of the weights",
+        ),
+        (
+            "plan --method reap --stats stats --out p --remove 0.4 --set layer_ratio=owl",
+            "layer_ratio=owl looks at the weights; give the checkpoint with --model",
+        ),
         ("methods best", "unknown method `best`; known methods: "),
     ] {
         desk.refuses(2, arguments, expected);
@@ -337,7 +417,7 @@ fn failed_work_leaves_nothing_or_what_it_can_go_on_from() {
     // In the second layer: the first is kept, but not used once the weights are others.
     spoil(&bad(1));
     let message = desk.run(commands[0]).error(1);
-    assert!(message.starts_with(&format!("layer 1: {} holds NaN", bad(1))), "{message}");
+    assert!(message.starts_with(&format!(".: layer 1: {} holds NaN", bad(1))), "{message}");
     assert!(desk.path("s.partial/layer-00000.safetensors").exists() && !desk.path("s").exists());
     std::fs::write(desk.path("model.safetensors"), &before).unwrap();
     let report = command(commands[0].split(' ')).current_dir(desk.model.path()).output().unwrap();
@@ -363,6 +443,8 @@ fn statistics_that_cannot_be_used() {
         ("plan --method reap --remove 0.4 --stats model.safetensors --out p", "it is no statistics file"),
         ("merge stats stats --out s", "were measured on the same tokens"),
     ]);
+    desk.run("calibrate . --text text --window-length 8 --moments input,hidden --out short").ok();
+    desk.refuses(1, "merge stats short --out s", "have windows of different length, 16 and 8 tokens");
     // Values: the first of a tensor.
     let with_value = |name: &str, value: f64| {
         let shard = std::sync::Arc::new(Shard::open(&desk.path("stats")).unwrap());
@@ -445,6 +527,94 @@ fn things_of_another_model() {
         "compress . --plan plan --out c",
         "plan: model.identity: the plan is for the checkpoint ",
     );
+}
+
+/// Where there are two checkpoints, it is said which is meant.
+#[test]
+fn the_worse_of_two_checkpoints_is_named() {
+    let desk = Desk::new();
+    let other = Mutant::of("mixtral");
+    let dir = other.path().display();
+    let original = std::fs::read(other.file("model.safetensors")).unwrap();
+    let commands = [
+        format!("eval . --tokens tokens --against {dir}"),
+        format!("eval {dir} --tokens tokens --against ."),
+        format!("recover {dir} . --tokens tokens --out r"),
+    ];
+    for (name, place) in [("model.layers.0.input_layernorm.weight", "layer 0: "), ("lm_head.weight", "")] {
+        other.edit_values(name, |values| values[0] = f32::NAN);
+        for command in &commands {
+            if place.is_empty() && command.starts_with("recover") {
+                continue;
+            }
+            let message = desk.run(command).error(1);
+            assert!(message.starts_with(&format!("{dir}: {place}{name} holds NaN")), "{message}");
+        }
+        std::fs::write(other.file("model.safetensors"), &original).unwrap();
+    }
+    other.edit_tensors(|tensors| {
+        let name = "model.layers.0.self_attn.q_proj.weight";
+        let half = tensors[name].rows(0, 16);
+        tensors.insert(name.into(), half);
+    });
+    let message = desk.run(&commands[0]).error(1);
+    assert!(message.starts_with(&format!("{dir}: layer 0: model.layers.0.self_attn.q_proj")), "{message}");
+    // A path is said once.
+    other.edit_tensors(|tensors| drop(tensors.remove("model.layers.0.self_attn.q_proj.weight")));
+    let message = desk.run(&commands[0]).error(1);
+    let path = dir.to_string();
+    assert!(message.contains(" is missing") && message.matches(&path).count() == 1, "{message}");
+}
+
+/// What was asked for is done, though nobody could be told.
+#[cfg(target_os = "linux")]
+#[test]
+fn results_that_cannot_be_shown_are_there() {
+    let desk = Desk::new();
+    for (arguments, out) in [
+        ("calibrate . --tokens tokens --out c/s", "c/s"),
+        ("plan --method reap --remove 0.4 --stats stats --out c/p --json", "c/p"),
+        ("compress . --plan plan --out c/small", "c/small"),
+        ("recover . c/small --tokens tokens --steps 0 --out c/r", "c/r"),
+    ] {
+        let _ = std::fs::create_dir(desk.path("c"));
+        let mut command = desk.command(arguments);
+        command.stdout(std::fs::File::options().write(true).open("/dev/full").unwrap());
+        let message = outcome(command).error(1);
+        assert!(message.starts_with("standard output: No space left"), "{message}");
+        assert!(message.ends_with(&format!("; the result is complete, in {out}")), "{message}");
+        assert!(desk.path(out).exists(), "{arguments}");
+    }
+}
+
+/// What `git clone` leaves where Git LFS is not installed.
+#[test]
+fn a_pointer_in_place_of_the_weights() {
+    let desk = Desk::new();
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 4241003\n";
+    std::fs::write(desk.path("model.safetensors"), pointer).unwrap();
+    let expected =
+        "./model.safetensors: is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`";
+    desk.refuses(1, "eval . --tokens tokens", expected);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_folder_that_may_not_be_read() {
+    use std::os::unix::fs::PermissionsExt;
+    let desk = Desk::new();
+    let model = Mutant::of("mixtral");
+    let allow = |mode| std::fs::set_permissions(model.path(), PermissionsExt::from_mode(mode)).unwrap();
+    allow(0);
+    if std::fs::read_dir(model.path()).is_ok() {
+        eprintln!("skipped: this user may read everything");
+    } else {
+        let command = format!("eval {} --tokens tokens", model.path().display());
+        desk.refuses(1, &command, "config.json: Permission denied");
+    }
+    allow(0o700);
+    // Another reason than that it is not there.
+    desk.refuses(1, &format!("inspect {}", "long".repeat(100)), ": File name too long");
 }
 
 #[test]
@@ -645,6 +815,7 @@ fn questions_that_cannot_be_asked() {
         (r#"{"context": "a", "choices": ["a", "b"], "answer": -1}"#, "is -1, expected an index from 0 to 1"),
         (r#"{"context": "a", "choices": ["a", "b"], "answer": "c"}"#, "which is none of the choices"),
         (r#"{"context": "", "choices": ["a", "b"], "answer": 0}"#, "follows an empty context"),
+        (r#"{"context": "a", "choices": ["a", "b"], "answer": 0}"#, "a choice should begin with a space"),
     ] {
         std::fs::write(desk.path("questions"), line).unwrap();
         desk.refuses(1, eval, expected);

@@ -339,6 +339,25 @@ fn run_without_trace_writes_logits_alone() {
 }
 
 #[test]
+fn logits_that_are_not_finite_are_warned_of() {
+    let model = Mutant::of("mixtral");
+    model.edit_values("lm_head.weight", |values| values.fill(3e38));
+    let desk = Desk::new(&golden_windows("mixtral", 1));
+    let out = desk.path("out");
+    let mut command = command(["run", "--device", "cpu"]);
+    command.arg(model.path()).arg("--tokens").arg(desk.tokens()).arg("--out").arg(&out);
+    let Outcome { status, stderr, .. } = outcome(command);
+    let dir = model.path().display();
+    let warning = format!("warning: {dir}: window 0, position 0: the logits are not finite");
+    assert_eq!((status, stderr.lines().filter(|line| **line == warning).count()), (0, 1), "{stderr}");
+    assert!(read(&out, "logits").iter().any(|logit| !logit.is_finite()));
+    // A model that is well says nothing.
+    let mut command = run_command(&data("mixtral"), &desk.tokens(), &out, &[]);
+    command.args(["--json"]);
+    assert_eq!(outcome(command).stderr, "");
+}
+
+#[test]
 fn padding_is_not_counted() {
     let mut windows = golden_windows("mixtral", 1);
     let mask = (0..48).map(|t| t >= 5).collect();
@@ -416,7 +435,10 @@ fn wrong_usage_is_one_line_and_status_2() {
         ("plan --method reap --out p --experts 0", "expected a whole number, 1 or more"),
         ("plan --method reap --out p --bytes 3parsec", "unknown unit `parsec`"),
         ("plan --method reap --out p --remove 0.5 --set key", "expected KEY=VALUE"),
-        ("plan --method reap --out p --remove 0.5", "one of --stats and --model is needed"),
+        (
+            "plan --method reap --out p --remove 0.5",
+            "--stats is needed: reap plans from what moepress calibrate wrote",
+        ),
         ("plan --method best --out p --remove 0.5", "known methods: random, frequency"),
         ("plan --method reap --out p --remove 0.5 --tokens t", "--model <MODEL>"),
         ("compress m --out o", "--plan <P.json>"),
@@ -462,7 +484,10 @@ fn a_missing_gpu_is_said() {
     let mut command = command(["run", "--quiet", "--device", "cuda:7"]);
     command.arg(data("mixtral")).arg("--tokens").arg(desk.tokens()).arg("--out").arg(&out);
     let outcome = outcome(command);
-    assert!(outcome.error(1).starts_with("--device cuda:7: "));
+    assert_eq!(
+        outcome.error(1),
+        "--device cuda:7: whole models do not run on a GPU yet, only MoE layers, through the library; use --device cpu"
+    );
     assert!(!out.exists());
 }
 
@@ -605,7 +630,8 @@ fn a_weight_that_is_not_finite_is_named() {
     ] {
         let model = Mutant::of("mixtral");
         model.edit_values(name, |values| values[17] = value);
-        let expected = format!("{layer}{name} holds {value} at flat index 17; weights must be finite");
+        let dir = model.path().display();
+        let expected = format!("{dir}: {layer}{name} holds {value} at flat index 17; weights must be finite");
         assert_eq!(run_error(model.path()), expected);
         // Sizes are told without reading the weights.
         inspect(model.path()).ok();

@@ -174,6 +174,17 @@ fn what_a_method_cannot_do_is_a_row_that_says_why() {
 }
 
 #[test]
+fn no_result_at_all_is_a_failure() {
+    let desk = Desk::new();
+    let failed = desk.compare(&data("mixtral"), &["--methods", "low-rank:rank=1", "--json"]);
+    assert_eq!(failed.status, 1);
+    let rows = &serde_json::from_str::<Value>(&failed.stdout).unwrap()["rows"];
+    assert!(rows.as_array().unwrap().iter().all(|row| row["error"].is_string()), "{rows}");
+    let expected = "error: no method has a result; low-rank:rank=1: option rank=1: cannot be combined with";
+    assert!(failed.stderr.starts_with(expected) && failed.stderr.lines().count() == 1, "{}", failed.stderr);
+}
+
+#[test]
 fn bad_input_is_refused_in_one_line_before_any_work() {
     let desk = Desk::new();
     let model = data("mixtral");
@@ -182,6 +193,8 @@ fn bad_input_is_refused_in_one_line_before_any_work() {
     assert!(message.contains("unknown method `best`") && message.contains("low-rank"), "{message}");
     let message = error(&["--methods", "reap:scope"], 2);
     assert!(message.contains("`scope` is no option, expected KEY=VALUE"), "{message}");
+    let message = error(&["--methods", "low-rank,reap:scope=foo"], 2);
+    assert!(message.starts_with("option scope=foo: expected one of layer, global"), "{message}");
     for remove in ["0", "1", "1.5", "-0.5", "0.25,x", "nan"] {
         let message = error(&["--remove", remove], 2);
         assert!(message.contains("expected a number between 0 and 1"), "{message}");

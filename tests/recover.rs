@@ -248,6 +248,10 @@ fn merged_experts_become_low_rank_with_sparse_rows() {
         let message = outcome(desk.recover(&model, "merged", "other", &["--losparse", value])).error(2);
         assert!(message.contains(flag) && message.contains("32:0.1"), "{message}");
     }
+    let message = outcome(desk.recover(&model, "merged", "other", &["--losparse", "1000:0.1"])).error(1);
+    assert!(message.contains("layer 1: rank 1000 with a share of 0.1 of the rows"), "{message}");
+    assert!(message.contains("the largest rank that saves something is "), "{message}");
+    assert!(!desk.path("other.partial").exists());
     let message =
         outcome(desk.recover(&model, "merged", "other", &["--losparse", "4:0.1", "--steps", "0"])).error(1);
     assert!(message.contains("expected at least 1 step"), "{message}");

@@ -537,8 +537,9 @@ fn bad_input_is_named() {
         moepress(fixed.iter().chain(arguments))
     };
     let (model, file) = (model.to_str().unwrap(), file.to_str().unwrap());
-    // A wrong option is wrong usage.
-    let status = |message: &str| if message.starts_with("option ") { 2 } else { 1 };
+    // A wrong option and a missing budget are wrong usage.
+    let usage = |message: &str| message.starts_with("option ") || message.contains(": no budget; ");
+    let status = |message: &str| if usage(message) { 2 } else { 1 };
     let given = ["--model", model, "--tokens", file];
     assert_eq!(
         run(&["--remove", "0.25", "--model", model]).error(2),

@@ -274,8 +274,9 @@ impl Statistics {
             if part.profile != first.profile {
                 return Err(differ("come from different models"));
             }
-            if part.tokens.window_length != first.tokens.window_length {
-                return Err(differ("have windows of different length"));
+            let [ours, theirs] = [first, part].map(|s| s.tokens.window_length);
+            if theirs != ours {
+                return Err(differ(&format!("have windows of different length, {ours} and {theirs} tokens")));
             }
             if part.tokens.sample != first.tokens.sample {
                 return Err(differ("sample tokens differently"));

@@ -134,3 +134,13 @@ pub enum Error {
         value: f32,
     },
 }
+
+impl Error {
+    /// Whether the message says which file or folder is meant, not the tensor alone.
+    pub(crate) fn names_path(&self) -> bool {
+        !matches!(
+            self,
+            Error::Shape { .. } | Error::Dtype { .. } | Error::SharedScale { .. } | Error::NonFinite { .. }
+        )
+    }
+}

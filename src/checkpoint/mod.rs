@@ -28,6 +28,7 @@ pub use writer::{Entry, SafetensorsWriter, safetensors_bytes, write_safetensors}
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -61,24 +62,24 @@ impl Checkpoint {
     /// Names the file that is missing, unreadable, truncated or inconsistent with the index.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref().to_path_buf();
-        if !is_listed(&dir) {
+        if !is_listed(&dir)? {
             return Err(Error::NoFolder { path: dir });
         }
         if !dir.is_dir() {
             return Err(Error::NotAFolder { path: dir });
         }
         let config = dir.join("config.json");
-        if !is_listed(&config) {
+        if !is_listed(&config)? {
             return Err(Error::NoConfig { path: config });
         }
         let config = read_text(&config)?;
         let manifest = match dir.join(MANIFEST_FILE) {
-            path if is_listed(&path) => Some(Manifest::parse(&path, &read_text(&path)?)?),
+            path if is_listed(&path)? => Some(Manifest::parse(&path, &read_text(&path)?)?),
             _ => None,
         };
         let index_path = dir.join(INDEX_FILE);
         let (shards, tensors) =
-            if is_listed(&index_path) { open_sharded(&dir, &index_path)? } else { open_single(&dir)? };
+            if is_listed(&index_path)? { open_sharded(&dir, &index_path)? } else { open_single(&dir)? };
         Ok(Checkpoint { dir, config, manifest, shards, tensors })
     }
 
@@ -131,7 +132,11 @@ impl Checkpoint {
     pub fn files(&self) -> impl Iterator<Item = PathBuf> {
         let named = ["config.json", MANIFEST_FILE, INDEX_FILE, "tokenizer.json", "tokenizer_config.json"];
         let shards = self.shards.iter().map(|shard| shard.path().to_path_buf());
-        named.into_iter().map(|name| self.dir.join(name)).filter(|path| is_listed(path)).chain(shards)
+        named
+            .into_iter()
+            .map(|name| self.dir.join(name))
+            .filter(|path| is_listed(path).unwrap_or(false))
+            .chain(shards)
     }
 
     /// One line per file of weights with its size and the time of its last change, as they were when it was opened: what
@@ -213,8 +218,15 @@ pub fn hex(bytes: &[u8]) -> String {
 
 /// Whether the folder has an entry of this name, be it a link to nothing: that is a broken checkpoint, not one
 /// without the file.
-fn is_listed(path: &Path) -> bool {
-    path.symlink_metadata().is_ok()
+///
+/// # Errors
+/// What the operating system says where it does not tell.
+fn is_listed(path: &Path) -> Result<bool> {
+    match path.symlink_metadata() {
+        Ok(_) => Ok(true),
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(false),
+        Err(source) => Err(Error::Io { path: path.into(), source }),
+    }
 }
 
 /// Errors unless `path` is a regular file: reading anything else may never end.
@@ -251,7 +263,7 @@ type Opened = (Vec<Arc<Shard>>, BTreeMap<String, Tensor>);
 
 fn open_single(dir: &Path) -> Result<Opened> {
     let path = dir.join(SINGLE_FILE);
-    if !is_listed(&path) {
+    if !is_listed(&path)? {
         return Err(Error::NoWeights { path: dir.into() });
     }
     let shard = Arc::new(Shard::open(&path)?);

@@ -185,6 +185,9 @@ fn explain(error: &SafeTensorError, map: &[u8], size: u64) -> String {
         let ends = header.as_object()?.values().filter_map(|t| t.get("data_offsets")?.get(1)?.as_u64());
         ends.max()?.checked_add(8)?.checked_add(length)
     };
+    if map.starts_with(b"version https://git-lfs.github.com/spec/") {
+        return "is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`".into();
+    }
     match error {
         SafeTensorError::MetadataIncompleteBuffer => match promised() {
             Some(end) if end > size => {

@@ -111,7 +111,8 @@ impl Args {
             tokens_per_second: windows.real_tokens() as f64 / elapsed,
             device: backend.device(),
         };
-        if self.output.json { output::json(&summary) } else { output::text(&summary.page()) }
+        let shown = if self.output.json { output::json(&summary) } else { output::text(&summary.page()) };
+        shown.map_err(|e| e.but_wrote(&self.out))
     }
 }
 

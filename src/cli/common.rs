@@ -109,25 +109,10 @@ impl DeviceArgs {
             Some(DeviceName::Cuda(None)) => "cuda".into(),
             Some(DeviceName::Cuda(Some(n))) => format!("cuda:{n}"),
         };
-        let reason = format!("{}; use --device cpu", no_gpu());
-        Err(moepress::backend::Error::Device { device, reason }.into())
+        let reason =
+            "whole models do not run on a GPU yet, only MoE layers, through the library; use --device cpu";
+        Err(moepress::backend::Error::Device { device, reason: reason.into() }.into())
     }
-}
-
-/// Why commands do not compute on a GPU.
-#[cfg(feature = "cuda")]
-fn no_gpu() -> String {
-    use moepress::backend::cuda::availability;
-    match availability() {
-        Ok(_) => "whole models do not run on a GPU yet, only MoE layers, through the library".into(),
-        Err(unavailable) => unavailable.to_string(),
-    }
-}
-
-/// Why commands do not compute on a GPU.
-#[cfg(not(feature = "cuda"))]
-fn no_gpu() -> String {
-    "this build is without the feature cuda".into()
 }
 
 /// Restricts the CPU backend to the instructions that MOEPRESS_CPU_ISA names, where it is set.
@@ -262,7 +247,8 @@ impl TextInput {
         if length > max_positions {
             return Err(TokensError::TooLong { length, max_positions }.into());
         }
-        let mut windows = self.tokenizer(model_dir)?.windows(&self.text, length)?;
+        let most = self.windows.unwrap_or(usize::MAX);
+        let mut windows = self.tokenizer(model_dir)?.first_windows(&self.text, length, most)?;
         if architecture.encoder_layers > 0 {
             windows = windows.split(start_token(model_dir)?);
         }
@@ -398,6 +384,8 @@ mod tests {
         assert_eq!(windows.files.iter().map(|f| f.windows).collect::<Vec<_>>(), [3, 2]);
         let windows = load(&["--text", "long.txt", "--window-length", "3", "--windows", "1"]).unwrap();
         assert_eq!(windows.ids, [3, 4, 3]);
+        let windows = load(&["--text", "documents.txt", "--window-length", "2", "--windows", "9"]).unwrap();
+        assert_eq!((windows.ids, windows.count), (vec![3, 3, 4, 4], 2));
     }
 
     #[test]
@@ -413,7 +401,10 @@ mod tests {
                 "windows of 513 tokens are longer than the model's 512 positions; choose --window-length 512 or less",
             ),
             // Without a flag, windows are as long as the model's positions where those are few.
-            (&["--text", "long.txt"], "long.txt: gives 7 tokens, too few for one window of 512"),
+            (
+                &["--text", "long.txt"],
+                "long.txt: gives 7 tokens, too few for one window of 512; choose --window-length 7 or less",
+            ),
             (
                 &["--text", "far.txt", "--window-length", "2"],
                 "tokenizer.json: token id 64 in window 0 at position 1 is outside the vocabulary of 64",

@@ -9,7 +9,7 @@ use moepress::calibrate::Statistics;
 use moepress::checkpoint::{Checkpoint, write_atomic};
 use moepress::compare::{Candidate, Comparison, Request, compare, plot};
 use moepress::model::{Model, open_architecture};
-use moepress::plan::{Error, method, methods};
+use moepress::plan::{check_options, method, methods};
 use moepress::tokens::Windows;
 
 use super::common::{Device, DeviceArgs, OutputArgs, TextInput, check_output_file};
@@ -95,7 +95,9 @@ impl Args {
         if let Some(path) = &self.plot {
             write_atomic(path, plot(&comparison, &self.title()).as_bytes())?;
         }
-        if self.output.json { output::json(&comparison) } else { output::text(&page(&comparison)) }
+        let shown =
+            if self.output.json { output::json(&comparison) } else { output::text(&page(&comparison)) };
+        shown.and_then(|()| any_row(&comparison))
     }
 
     fn candidates(&self) -> Result<Vec<Candidate>, Failure> {
@@ -124,12 +126,19 @@ fn candidate(text: &str) -> Result<Candidate, Failure> {
         _ => Err(Failure::Usage(format!("--methods {text}: `{part}` is no option, expected KEY=VALUE"))),
     };
     let options: BTreeMap<String, String> = parts.map(option).collect::<Result<_, _>>()?;
-    let known = || method.options().iter().map(|spec| spec.name);
-    if let Some(option) = options.keys().find(|key| known().all(|name| name != key.as_str())) {
-        let (method, known) = (method.name().into(), known().collect::<Vec<_>>().join(", "));
-        return Err(Error::UnknownOption { method, option: option.clone(), known }.into());
-    }
+    check_options(method, &options)?;
     Ok(Candidate { method, options })
+}
+
+/// Errors where no row has a result.
+fn any_row(comparison: &Comparison) -> Result<(), Failure> {
+    let rows = &comparison.rows;
+    match rows.first().and_then(|row| row.error.as_deref()) {
+        Some(why) if rows.iter().all(|row| row.measured.is_none()) => {
+            Err(Failure::Work(format!("no method has a result; {}: {why}", rows[0].method)))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn page(comparison: &Comparison) -> String {

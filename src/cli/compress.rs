@@ -90,7 +90,8 @@ impl Args {
         let done = compress(&model, &plan, &options, &self.out, &mut report);
         let done = done.map_err(|e| self.named(e, unusable))?;
         drop(report);
-        if self.output.json { output::json(&done) } else { output::text(&self.page(&done)) }
+        let shown = if self.output.json { output::json(&done) } else { output::text(&self.page(&done)) };
+        shown.map_err(|e| e.but_wrote(&self.out))
     }
 
     /// Says which file is meant, where it is the plan that does not fit or its statistics that are `unusable`.

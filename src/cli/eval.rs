@@ -29,7 +29,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     text: TextInput,
     /// Checkpoint to compare with: adds KL divergence and top-1 agreement
-    #[arg(long, value_name = "ORIGINAL", requires = "windows_input")]
+    #[arg(long, value_name = "ORIGINAL")]
     against: Option<PathBuf>,
     /// Questions with choices, one JSON object per line
     #[arg(long, value_name = "FILE.jsonl")]
@@ -42,6 +42,10 @@ pub(crate) struct Args {
 
 impl Args {
     pub(crate) fn run(&self) -> Result<(), Failure> {
+        if self.against.is_some() && !self.text.is_given() {
+            let what = "--against needs --text or --tokens: questions are not compared with the original's";
+            return Err(Failure::Usage(what.into()));
+        }
         self.device.open()?.run(|Device::Cpu(cpu)| self.compute(&cpu))
     }
 

@@ -1,6 +1,7 @@
 //! How a command can end badly, and what is then said.
 
 use std::io::{ErrorKind, Write as _};
+use std::path::Path;
 use std::process::ExitCode;
 
 /// Why a command did not succeed.
@@ -17,10 +18,19 @@ pub(crate) enum Failure {
 impl<E: std::error::Error + 'static> From<E> for Failure {
     fn from(error: E) -> Self {
         use moepress::plan::Error;
+        use moepress::tokens::Error as TokensError;
         let any: &dyn std::error::Error = &error;
+        let usage = matches!(
+            any.downcast_ref(),
+            Some(
+                Error::Method { .. } | Error::UnknownOption { .. } | Error::Option { .. } | Error::Missing(_)
+            )
+        );
         match any.downcast_ref() {
-            Some(Error::Method { .. } | Error::UnknownOption { .. } | Error::Option { .. }) => {
-                Failure::Usage(error.to_string())
+            _ if usage => Failure::Usage(error.to_string()),
+            // Windows have at least two tokens.
+            Some(TokensError::TooShort { tokens: tokens @ 2.., .. }) => {
+                Failure::Work(format!("{error}; choose --window-length {tokens} or less"))
             }
             _ => Failure::Work(error.to_string()),
         }
@@ -34,6 +44,16 @@ impl Failure {
         match error.kind() {
             ErrorKind::BrokenPipe => Failure::Closed,
             _ => Failure::Work(format!("standard output: {error}")),
+        }
+    }
+
+    /// The same, where what was asked for is complete in `out` and only could not be shown.
+    pub(crate) fn but_wrote(self, out: &Path) -> Failure {
+        match self {
+            Failure::Work(message) => {
+                Failure::Work(format!("{message}; the result is complete, in {}", out.display()))
+            }
+            other => other,
         }
     }
 

@@ -16,7 +16,7 @@ use serde::Serialize;
 use super::common::{BosArg, Device, DeviceArgs, OutputArgs};
 use super::failure::Failure;
 use super::output;
-use super::units::{counted, parse_at_least, rate, seconds};
+use super::units::{counted, parse_at_least, parse_seed, rate, seconds};
 
 /// Bytes of the longest text that is taken for a prompt: far beyond the positions of any model.
 const LARGEST_PROMPT: u64 = 64 << 20;
@@ -49,7 +49,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "P", default_value = "1", allow_negative_numbers = true)]
     top_p: f64,
     /// Seed of the choices
-    #[arg(long, value_name = "S", default_value = "0", allow_negative_numbers = true)]
+    #[arg(long, value_name = "S", default_value = "0", value_parser = parse_seed, allow_negative_numbers = true)]
     seed: u64,
     /// Whether the prompt begins with the beginning-of-sequence token; auto does what the model's tokenizer does
     #[arg(long, value_enum, default_value_t)]
@@ -97,8 +97,11 @@ impl Args {
             Some(_) => tokenizer.encode_source(&text)?,
         };
         if prompt.is_empty() {
-            let what =
-                "gives no tokens, and the tokenizer has no beginning-of-sequence token; write something";
+            let why = match (start_token, self.bos) {
+                (None, BosArg::Never) => "--bos never leaves out the beginning-of-sequence token",
+                _ => "the tokenizer adds none of its own",
+            };
+            let what = format!("gives no tokens, and {why}; write something");
             return Err(Failure::Work(format!("{}: {what}", self.input())));
         }
         let held = if start_token.is_some() { 1 } else { prompt.len() };

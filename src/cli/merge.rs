@@ -32,12 +32,11 @@ impl Args {
         let tokens = Statistics::open(&self.out)?.tokens().tokens;
         let out = self.out.display().to_string();
         if self.output.json {
-            return output::json(&json!({ "out": out, "parts": parts.len(), "tokens": tokens }));
+            return output::json(&json!({ "out": out, "parts": parts.len(), "tokens": tokens }))
+                .map_err(|e| e.but_wrote(&self.out));
         }
-        let parts = counted(parts.len(), "statistics file");
-        output::text(&format!(
-            "added up {parts}, {} in all; wrote {out}\n",
-            counted(tokens as usize, "token")
-        ))
+        let (parts, tokens) = (counted(parts.len(), "statistics file"), counted(tokens as usize, "token"));
+        output::text(&format!("added up {parts}, {tokens} in all; wrote {out}\n"))
+            .map_err(|e| e.but_wrote(&self.out))
     }
 }

@@ -113,6 +113,7 @@ impl Args {
         let profile = match (&weights, &statistics) {
             (Some((checkpoint, architecture)), _) => profile(checkpoint, architecture)?,
             (None, Some(statistics)) => statistics.profile().clone(),
+            (None, None) if method.needs().statistics => return Err(self.needs_statistics()),
             (None, None) => return Err(Failure::Usage("one of --stats and --model is needed".into())),
         };
         let read = checkpoint
@@ -194,17 +195,17 @@ impl Args {
     /// Says which file the planner complains about, where it is the statistics.
     fn named(&self, error: Error) -> Failure {
         match (&self.stats, error) {
-            (None, Error::Statistics { .. }) => {
-                let method = &self.method;
-                Failure::Usage(format!(
-                    "--stats is needed: {method} plans from what moepress calibrate wrote"
-                ))
-            }
+            (None, Error::Statistics { .. }) => self.needs_statistics(),
             (Some(path), problem @ (Error::Statistics { .. } | Error::Profile { .. })) => {
                 Error::File { path: path.clone(), problem: Box::new(problem) }.into()
             }
             (_, error) => error.into(),
         }
+    }
+
+    fn needs_statistics(&self) -> Failure {
+        let method = &self.method;
+        Failure::Usage(format!("--stats is needed: {method} plans from what moepress calibrate wrote"))
     }
 
     fn budget(&self) -> Option<Budget> {
@@ -238,7 +239,7 @@ impl Args {
                 coverage,
                 seconds: elapsed,
             };
-            return output::json(&summary);
+            return output::json(&summary).map_err(|e| e.but_wrote(&self.out));
         }
         let expected = &plan.expected;
         let mut table = Table::new([
@@ -270,6 +271,7 @@ impl Args {
             text += &format!("{table}\n");
         }
         output::text(&format!("{text}wrote {} in {}\n", self.out.display(), seconds(elapsed)))
+            .map_err(|e| e.but_wrote(&self.out))
     }
 }
 

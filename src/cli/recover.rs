@@ -15,7 +15,7 @@ use super::failure::Failure;
 use super::output;
 use super::plan::parse_fraction;
 use super::table::{Align, Table};
-use super::units::{bytes, parse_at_least, seconds};
+use super::units::{bytes, parse_at_least, parse_seed, seconds};
 
 /// Arguments of `recover`.
 #[derive(Debug, clap::Args)]
@@ -36,13 +36,13 @@ pub(crate) struct Args {
     #[arg(long, value_name = "F", default_value = "0.1", value_parser = parse_fraction, allow_negative_numbers = true)]
     held_out: f64,
     /// Sweeps of closed-form least squares over the last factor of every expert
-    #[arg(long, value_name = "N", default_value_t = Training::default().sweeps, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = Training::default().sweeps, value_parser = parse_at_least::<0>, allow_negative_numbers = true)]
     sweeps: usize,
     /// Ridge of the least squares, as a share of the mean diagonal entry
     #[arg(long, value_name = "X", default_value_t = Training::default().ridge, value_parser = parse_positive, allow_negative_numbers = true)]
     ridge: f64,
     /// Steps of Adam on all factors
-    #[arg(long, value_name = "N", default_value_t = Training::default().steps, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = Training::default().steps, value_parser = parse_at_least::<0>, allow_negative_numbers = true)]
     steps: usize,
     /// Largest step of a value, as a share of the root mean square of its matrix
     #[arg(long, value_name = "X", default_value_t = Training::default().rate, value_parser = parse_positive, allow_negative_numbers = true)]
@@ -55,7 +55,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "RANK:SHARE", value_parser = parse_losparse, conflicts_with = "lora")]
     losparse: Option<Decomposition>,
     /// Seed of the order of the tokens
-    #[arg(long, value_name = "N", default_value_t = Training::default().seed, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = Training::default().seed, value_parser = parse_seed, allow_negative_numbers = true)]
     seed: u64,
     /// Merge this LoRA adapter (a folder as PEFT saves it) in place of training
     #[arg(long, value_name = "ADAPTER")]
@@ -137,7 +137,8 @@ impl Args {
         let mut progress = self.output.report();
         let done = recover(&original, &compressed, &windows, &options, &self.out, &mut progress)?;
         drop(progress);
-        if self.output.json { output::json(&done) } else { output::text(&self.page(&done)) }
+        let shown = if self.output.json { output::json(&done) } else { output::text(&self.page(&done)) };
+        shown.map_err(|e| e.but_wrote(&self.out))
     }
 
     fn merge(&self, model: &Path, adapter: &Path) -> Result<(), Failure> {
@@ -147,7 +148,7 @@ impl Args {
         let done = merge_lora(&checkpoint, adapter, rank, &self.out, &mut progress)?;
         drop(progress);
         if self.output.json {
-            return output::json(&done);
+            return output::json(&done).map_err(|e| e.but_wrote(&self.out));
         }
         let LoraReport { matrices, skipped, .. } = done;
         let skipped = match skipped {
@@ -160,6 +161,7 @@ impl Args {
             "updated {matrices}{skipped}; wrote {size} to {out} in {}\n",
             seconds(done.seconds)
         ))
+        .map_err(|e| e.but_wrote(&self.out))
     }
 
     fn page(&self, done: &Report) -> String {

@@ -81,7 +81,8 @@ impl Args {
             device: backend.device(),
         };
         drop(report);
-        if self.output.json { output::json(&summary) } else { output::text(&summary.sentence()) }
+        let shown = if self.output.json { output::json(&summary) } else { output::text(&summary.sentence()) };
+        shown.map_err(|e| e.but_wrote(&self.out))
     }
 }
 

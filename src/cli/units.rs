@@ -75,6 +75,14 @@ pub(crate) fn parse_at_least<const LEAST: usize>(text: &str) -> Result<usize, St
     }
 }
 
+/// Reads the seed of a random choice.
+///
+/// # Errors
+/// Says what would be right.
+pub(crate) fn parse_seed(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| format!("expected a whole number from 0 to {}", u64::MAX))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,7 +5,7 @@ use crate::backend::{Expert, Matrix as Form, Moment};
 use crate::calibrate::Statistics;
 use crate::checkpoint::Checkpoint;
 use crate::linalg::{self, Matrix};
-use crate::model::LayerSource;
+use crate::model::{self, LayerSource};
 use crate::plan::SpectrumSource;
 
 /// Spectra of a checkpoint's experts: of W, or of W C Wᵀ where statistics hold the second moments C.
@@ -39,7 +39,7 @@ impl SpectrumSource for WeightSpectra<'_> {
         let Form::Dense(weight) = &map.weight else {
             return Err("is low rank already".into());
         };
-        weight.check_finite().map_err(|e| text(&e))?;
+        weight.check_finite().map_err(|e| text(&model::Error::from(e).of(self.checkpoint)))?;
         let (rows, cols) = (weight.rows(), weight.cols());
         let w = Matrix::from_f32(rows, cols, &weight.to_f32()).map_err(|e| text(&e))?;
         let moment = if matrix == Projection::Down { Moment::HiddenGram } else { Moment::InputGram };

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use crate::architecture::{Architecture, Projection};
 use crate::backend::{Expert, Matrix as Form};
 use crate::checkpoint::Checkpoint;
-use crate::model::{LayerSource, open_architecture};
+use crate::model::{self, LayerSource, open_architecture};
 use crate::plan::{OutlierSource, RouterSource};
 
 /// The weights of a checkpoint.
@@ -79,23 +79,23 @@ impl RouterSource for Weights<'_> {
         let Some(dir) = other else { return row_norms(self.checkpoint, self.architecture, layer) };
         let checkpoint = Checkpoint::open(dir).map_err(text)?;
         let architecture = open_architecture(&checkpoint).map_err(text)?;
-        let named = |problem: String| format!("{}: {problem}", dir.display());
         let (ours, theirs) = (self.architecture, &architecture);
         if (theirs.family, theirs.hidden_size, theirs.layers.len())
             != (ours.family, ours.hidden_size, ours.layers.len())
         {
             let problem =
                 "is another model than the one that was fine-tuned: family, layers or hidden size differ";
-            return Err(named(problem.into()));
+            return Err(format!("{}: {problem}", dir.display()));
         }
-        row_norms(&checkpoint, &architecture, layer).map_err(named)
+        row_norms(&checkpoint, &architecture, layer)
     }
 }
 
 fn row_norms(checkpoint: &Checkpoint, architecture: &Architecture, layer: usize) -> Result<Vec<f64>, String> {
     let source = LayerSource::locate(checkpoint, architecture, layer).map_err(text)?;
-    let router = &source.moe().ok_or("has no router")?.router.weight;
-    router.check_finite().map_err(text)?;
+    let no_router = || format!("{}: has no router", checkpoint.dir().display());
+    let router = &source.moe().ok_or_else(no_router)?.router.weight;
+    router.check_finite().map_err(|e| text(model::Error::from(e).of(checkpoint)))?;
     let values = router.to_f32().map_err(text)?;
     let norm = |row: &[f32]| row.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>().sqrt();
     Ok(values.chunks_exact(architecture.hidden_size).map(norm).collect())

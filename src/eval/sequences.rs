@@ -76,7 +76,9 @@ pub(super) fn encode(
             };
             if choice_tokens == 0 {
                 let what = match start {
-                    None => "merges with the context and has no token of its own",
+                    None => {
+                        "merges with the context and has no token of its own; a choice should begin with a space"
+                    }
                     Some(_) => "gives no token",
                 };
                 return Err(invalid(what.into()));

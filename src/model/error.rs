@@ -1,5 +1,7 @@
 use std::path::PathBuf;
 
+use crate::checkpoint::Checkpoint;
+
 /// What can be wrong with a model.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -22,6 +24,14 @@ pub enum Error {
         dir: PathBuf,
         /// What is wrong.
         what: String,
+    },
+    /// One of the others, which does not say of itself what checkpoint it is about.
+    #[error("{}: {problem}", dir.display())]
+    In {
+        /// The checkpoint folder.
+        dir: PathBuf,
+        /// What is wrong.
+        problem: Box<Error>,
     },
     /// A layer's tensors.
     #[error("layer {layer}: {source}")]
@@ -53,6 +63,18 @@ pub enum Error {
     /// The device.
     #[error(transparent)]
     Backend(#[from] crate::backend::Error),
+}
+
+impl Error {
+    /// The same with the folder of `checkpoint`, unless it names a path already.
+    pub(crate) fn of(self, checkpoint: &Checkpoint) -> Self {
+        let names_path = match &self {
+            Error::Checkpoint(source) | Error::Layer { source, .. } => source.names_path(),
+            Error::Inconsistent { .. } => false,
+            _ => true,
+        };
+        if names_path { self } else { Error::In { dir: checkpoint.dir().into(), problem: Box::new(self) } }
+    }
 }
 
 fn a(has: bool) -> &'static str {

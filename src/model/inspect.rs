@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::{LayerSource, MoeSource, Result, open_architecture};
+use super::{Error, LayerSource, MoeSource, Result, open_architecture};
 use crate::architecture::{
     Architecture, AttentionSpec, FeedForwardSpec, GatedDelta, GroupLimit, LayerSpec, Mamba, Mamba2,
     RouterSpec, Scoring, ShortConvolution, Skip, Span, WeightRule,
@@ -227,10 +227,13 @@ pub struct ByteCounts {
 pub fn inspect(checkpoint: &Checkpoint) -> Result<Inspection> {
     let architecture = open_architecture(checkpoint)?;
     let table = [architecture.vocabulary, architecture.hidden_size];
-    checkpoint.tensor(&architecture.names.embedding())?.check_shape(&table)?;
-    checkpoint.tensor(&architecture.head_table())?.check_shape(&table)?;
-    let norm = format!("{}.weight", architecture.names.final_norm());
-    checkpoint.tensor(&norm)?.check_shape(&[architecture.hidden_size])?;
+    let check = |name: &str, shape: &[usize]| {
+        let checked = checkpoint.tensor(name).and_then(|tensor| tensor.check_shape(shape));
+        checked.map_err(|e| Error::from(e).of(checkpoint))
+    };
+    check(&architecture.names.embedding(), &table)?;
+    check(&architecture.head_table(), &table)?;
+    check(&format!("{}.weight", architecture.names.final_norm()), &[architecture.hidden_size])?;
     let mut moe_layers = Vec::new();
     for l in 0..architecture.layers.len() {
         let source = LayerSource::locate(checkpoint, &architecture, l)?;

@@ -161,11 +161,13 @@ impl<'a, B: Backend> Model<'a, B> {
         let Architecture { hidden_size, vocabulary, norm: kind, head_bias, ref names, .. } =
             self.architecture;
         let tensor = |name: &str, length: usize| {
-            let tensor = self.checkpoint.tensor(name)?;
-            tensor.check_shape(&[length])?;
-            tensor.check_float()?;
-            tensor.check_finite()?;
-            Ok::<_, Error>(tensor)
+            let found = self.checkpoint.tensor(name).and_then(|tensor| {
+                tensor.check_shape(&[length])?;
+                tensor.check_float()?;
+                tensor.check_finite()?;
+                Ok(tensor)
+            });
+            found.map_err(|e| Error::from(e).of(self.checkpoint))
         };
         let vector = |name: &str, length: usize| Ok::<_, Error>(self.backend.vector(&tensor(name, length)?)?);
         let norm = names.final_norm();
@@ -196,11 +198,13 @@ impl<'a, B: Backend> Model<'a, B> {
     }
 
     fn table(&self, name: &str) -> Result<Weight> {
-        let table: Tensor = self.checkpoint.tensor(name)?;
-        table.check_shape(&[self.architecture.vocabulary, self.architecture.hidden_size])?;
-        let table = Weight::plain(table)?;
-        table.check_finite()?;
-        Ok(table)
+        let found = self.checkpoint.tensor(name).and_then(|table| {
+            table.check_shape(&[self.architecture.vocabulary, self.architecture.hidden_size])?;
+            let table = Weight::plain(table)?;
+            table.check_finite()?;
+            Ok(table)
+        });
+        found.map_err(|e| Error::from(e).of(self.checkpoint))
     }
 }
 

@@ -13,7 +13,7 @@ use crate::checkpoint::{Checkpoint, Tensor, Weight};
 /// What is wrong with the first layer that does not fit its config.
 pub fn profile(checkpoint: &Checkpoint, architecture: &Architecture) -> Result<Profile> {
     let layer = |(l, moe): (usize, &MoeSpec)| {
-        let source = Finder { checkpoint, architecture, l }.moe(moe)?;
+        let source = Finder { checkpoint, architecture, l }.moe(moe).map_err(|e| e.of(checkpoint))?;
         Ok(moe_profile(l, moe, &source))
     };
     Ok(Profile {

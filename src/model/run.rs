@@ -48,7 +48,7 @@ const TOKENS_PER_PASS: usize = 1 << 16;
 /// with `trace` for every layer `layers.{l}.hidden` f32 `[windows, length, hidden]`, the residual stream behind it, and
 /// where it has a router `layers.{l}.router_logits` f32 `[tokens, experts]`, `layers.{l}.top_k_ids` i32 and
 /// `layers.{l}.top_k_weights` f32 `[tokens, k]`, largest weight first. Ids are rows of the router. Everything is written
-/// as it is found.
+/// as it is found; logits that are not finite are warned of.
 ///
 /// # Errors
 /// Ids outside the vocabulary, windows longer than the model's positions, what is wrong with a layer's tensors, and a
@@ -74,6 +74,7 @@ pub fn run<B: Backend>(
         windows,
         file: SafetensorsWriter::create(out, &BTreeMap::new(), tensors(model, windows, trace)?)?,
         first_window: 0,
+        not_finite: None,
     };
     for (pass, first) in (0..windows.count).step_by(per_pass).enumerate() {
         let task = if passes == 1 { "run".into() } else { format!("run {}/{passes}", pass + 1) };
@@ -99,6 +100,11 @@ pub fn run<B: Backend>(
         }
     }
     progress.end();
+    if let Some(token) = results.not_finite {
+        let (dir, length) = (model.checkpoint().dir().display(), windows.predicted().length);
+        let (window, position) = (token / length, token % length);
+        progress.warn(&format!("{dir}: window {window}, position {position}: the logits are not finite"));
+    }
     model.checkpoint().check_unchanged()?;
     Ok(results.file.commit()?)
 }
@@ -138,6 +144,8 @@ struct Results<'a, 'm, B: Backend> {
     file: SafetensorsWriter,
     /// Of the pass at hand.
     first_window: usize,
+    /// The first token that counts and has logits that are not finite.
+    not_finite: Option<usize>,
 }
 
 impl<B: Backend> Results<'_, '_, B> {
@@ -184,6 +192,13 @@ impl<B: Backend> Results<'_, '_, B> {
             let count = head.block_rows().min(tokens - start);
             let logits = head.logits(backend, &chunk.x, start, count, work)?;
             self.write("logits", first + start, vocabulary, &logits)?;
+            let is_bad = |(row, logits): (usize, &[f32])| {
+                chunk.batch.is_real(start + row) && logits.iter().any(|logit| !logit.is_finite())
+            };
+            if self.not_finite.is_none() {
+                let bad = logits.chunks_exact(vocabulary).enumerate().position(is_bad);
+                self.not_finite = bad.map(|row| first + start + row);
+            }
         }
         Ok(())
     }

@@ -318,7 +318,7 @@ impl LayerSource {
         let source = LayerSource::locate(checkpoint, architecture, l)?;
         let finite = source.weights().into_par_iter().try_for_each(Weight::check_finite);
         let finite = finite.and_then(|()| source.vectors().into_iter().try_for_each(Tensor::check_finite));
-        finite.map_err(|source| Error::Layer { layer: l, source })?;
+        finite.map_err(|source| Error::Layer { layer: l, source }.of(checkpoint))?;
         Ok(source)
     }
 
@@ -328,7 +328,7 @@ impl LayerSource {
     /// Names the layer and the tensor.
     pub fn locate(checkpoint: &Checkpoint, architecture: &Architecture, l: usize) -> Result<Self> {
         checkpoint.check_unchanged()?;
-        Finder { checkpoint, architecture, l }.layer()
+        Finder { checkpoint, architecture, l }.layer().map_err(|e| e.of(checkpoint))
     }
 
     /// Every matrix of the layer but the router's.

@@ -73,6 +73,9 @@ pub enum Error {
         /// What would be right.
         expected: String,
     },
+    /// What the plan cannot do without was not given: a budget, or the checkpoint.
+    #[error("{0}")]
+    Missing(String),
     /// The budget cannot be met, or is not one.
     #[error("{0}")]
     Budget(String),
@@ -87,8 +90,8 @@ pub enum Error {
     /// A search on tokens failed, or was given none.
     #[error("{0}")]
     Search(String),
-    /// The spectrum of a matrix is missing or damaged.
-    #[error("spectrum: {place}{problem}")]
+    /// Weights, or what was found from them, are damaged.
+    #[error("{place}{problem}")]
     Spectrum {
         /// Layer, expert and matrix.
         place: Place,

@@ -48,7 +48,7 @@ pub use methods::{
     Method, Needs, Paper, Request, RouterSource, SpectrumSource, method, methods, regroup_layer,
     rescore_layer,
 };
-pub use options::{OptionKind, OptionSpec, Options};
+pub use options::{OptionKind, OptionSpec, Options, check_options};
 pub use owl::OutlierSource;
 pub use score::largest;
 pub use search::{

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
-use super::{Error, Result};
+use super::{Error, Method, Result};
 
 /// The options of a method with every default filled in; `null` where an option without default was not
 /// given.
@@ -126,6 +126,14 @@ pub(super) fn resolve(
         options.insert(spec.name.into(), value);
     }
     Ok(options)
+}
+
+/// Checks options of `method` as far as that can be done without a checkpoint.
+///
+/// # Errors
+/// [`Error::UnknownOption`], and [`Error::Option`] for a value of the wrong kind.
+pub fn check_options(method: &dyn Method, given: &BTreeMap<String, String>) -> Result<()> {
+    resolve(method.name(), method.options(), given).map(drop)
 }
 
 /// The options of a plan as they would be given, so that [`resolve`] can check them once more.

@@ -54,7 +54,7 @@ pub(super) fn fractions(request: &Request<'_>, options: &Options, fraction: f64)
     };
     let Some(source) = request.outliers else {
         let problem = "layer_ratio=owl looks at the weights; give the checkpoint with --model";
-        return Err(Place::top().spectrum(problem));
+        return Err(Error::Missing(problem.into()));
     };
     let factor = options::integer(options, "owl_m").unwrap_or(5) as f64;
     let lambda = options::fraction(options, "owl_lambda").unwrap_or(0.08);

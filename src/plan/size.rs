@@ -16,12 +16,12 @@ const UNITS: [(&str, u64); 10] = [
     ("TiB", 1 << 40),
 ];
 
-/// Parses a size such as `24GiB`, `13GB`, `1.5 MB`, `1.5e9` or `500000` (plain bytes); a fraction of a byte
-/// is dropped. Decimal units (kB, MB, GB, TB) are powers of 1000, binary ones (KiB, MiB, GiB, TiB) powers of
+/// Parses a size such as `24GiB`, `13GB`, `1.5 MB`, `1.5e9` or `500000` (plain bytes); where there is a unit, a
+/// fraction of a byte is dropped. Decimal units (kB, MB, GB, TB) are powers of 1000, binary ones (KiB, MiB, GiB, TiB) powers of
 /// 1024.
 ///
 /// # Errors
-/// [`Error::Budget`] where the text has no number, another unit, or a size that is not between 1 and 2⁶³
+/// [`Error::Budget`] where the text has no number, a fraction without a unit, another unit, or a size that is not between 1 and 2⁶³
 /// bytes.
 pub fn parse_size(text: &str) -> Result<u64> {
     let refuse = |problem: &str| Error::Budget(format!("size `{text}`: {problem}"));
@@ -39,6 +39,9 @@ pub fn parse_size(text: &str) -> Result<u64> {
         let value: f64 = number.parse().map_err(|_| refuse("expected a number and a unit, such as 24GiB"))?;
         if value.is_nan() {
             return Err(refuse("expected a number and a unit, such as 24GiB"));
+        }
+        if scale == 1 && value.fract() != 0.0 {
+            return Err(refuse("there are no fractions of a byte; expected a unit, such as 24GiB"));
         }
         // Saturates at both ends, which the range check below refuses.
         (value * scale as f64) as u64
@@ -93,7 +96,9 @@ mod tests {
             ("1,5GB", "size `1,5GB`: expected a number and a unit, such as 24GiB"),
             ("0", "size `0`: expected between 1 byte and 8 EiB"),
             ("-3GB", "size `-3GB`: expected between 1 byte and 8 EiB"),
-            ("0.5", "size `0.5`: expected between 1 byte and 8 EiB"),
+            ("0.5", "size `0.5`: there are no fractions of a byte; expected a unit, such as 24GiB"),
+            ("5.5", "size `5.5`: there are no fractions of a byte; expected a unit, such as 24GiB"),
+            ("5.5B", "size `5.5B`: there are no fractions of a byte; expected a unit, such as 24GiB"),
             ("1e30", "size `1e30`: expected between 1 byte and 8 EiB"),
             ("99999999TiB", "size `99999999TiB`: expected between 1 byte and 8 EiB"),
         ] {

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::layer::{Data, NONE, TrainedLayer};
 use super::rewrite::{Pass, Rewrite, own_layout};
-use super::source::is_trainable;
+use super::source::{dense_matrices, is_trainable};
 use super::sparse::{Schedule, split};
 use super::train::train;
 use super::{Decomposition, Error, LayerLoss, Result, Training};
@@ -110,7 +110,10 @@ pub fn recover<B: Backend>(
                 "low rank with sparse rows is found while training: expected at least 1 step".into(),
             ));
         }
-        Some(_) => Layout::Moepress,
+        Some(decomposition) => {
+            check_rank(compressed, decomposition)?;
+            Layout::Moepress
+        }
     };
     let name = layout.name();
     let rewrite = Rewrite {
@@ -176,6 +179,30 @@ fn check_pair<B: Backend>(original: &Model<'_, B>, compressed: &Model<'_, B>) ->
     let plan = Plan::read(original.checkpoint().dir().join(PLAN_FILE));
     if plan.is_ok_and(|plan| plan.model.identity == compressed.checkpoint().identity()) {
         return refuse("is what the other was made from: the original comes first".into());
+    }
+    Ok(())
+}
+
+/// Errors where factors and rows would hold as many numbers as a matrix that they replace.
+fn check_rank<B: Backend>(model: &Model<'_, B>, decomposition: Decomposition) -> Result<()> {
+    let Decomposition { rank, rows } = decomposition;
+    for (l, _) in model.architecture().moe_layers() {
+        let source = LayerSource::locate(model.checkpoint(), model.architecture(), l)?;
+        let experts = source.moe().map_or(&[][..], |moe| &moe.experts);
+        for weight in experts.iter().flat_map(dense_matrices) {
+            let (out, input) = (weight.rows(), weight.cols());
+            let largest = decomposition.largest_rank(out, input);
+            if rank > largest {
+                let instead = match largest {
+                    0 => "no rank saves anything; choose fewer rows".into(),
+                    _ => format!("the largest rank that saves something is {largest}"),
+                };
+                return Err(Error::Request(format!(
+                    "layer {l}: rank {rank} with a share of {rows} of the rows holds no fewer numbers than a matrix \
+                     of {out} × {input}; {instead}"
+                )));
+            }
+        }
     }
     Ok(())
 }

@@ -62,6 +62,15 @@ pub(super) fn is_trainable(layer: &TrainedLayer) -> bool {
     layer.experts.iter().any(Trained::is_trainable)
 }
 
+/// The matrices of an expert that are trained as they are.
+pub(super) fn dense_matrices(expert: &StoredExpert) -> impl Iterator<Item = &Weight> {
+    let maps = if let Expert::Mlp(mlp) = expert { Some(mlp.maps()) } else { None };
+    maps.into_iter().flatten().filter_map(|map| match &map.weight {
+        Matrix::Dense(weight) if !weight.is_packed() => Some(weight),
+        _ => None,
+    })
+}
+
 /// The map as the sum of its parts; `base` is what a difference stands beside.
 fn map(stored: &StoredMap, base: Option<&Arc<[f32]>>) -> Result<Map> {
     let product = |u: &Weight, v: &Weight| Part::Product { u: parameter(u), v: parameter(v) };

@@ -20,6 +20,14 @@ pub struct Decomposition {
     pub rows: f64,
 }
 
+impl Decomposition {
+    /// The largest rank at which U·V and the rows of S hold fewer numbers than a matrix `[out, input]` itself.
+    pub(super) fn largest_rank(&self, out: usize, input: usize) -> usize {
+        let rows = (self.rows * out as f64).round() as usize;
+        (out.saturating_sub(rows) * input).saturating_sub(1) / (out + input)
+    }
+}
+
 /// How many rows of S are left at a step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Schedule {
@@ -175,6 +183,16 @@ fn sparse_parts(layer: &mut TrainedLayer) -> Vec<&mut Parameter> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_largest_rank_saves_something_and_one_more_does_not() {
+        let numbers = |rank: usize| rank * (16 + 32) + 2 * 32;
+        assert_eq!(Decomposition { rank: 1, rows: 0.1 }.largest_rank(16, 32), 9);
+        assert!(numbers(9) < 16 * 32 && numbers(10) >= 16 * 32);
+        // 6 · 4 − 1 − 4 · 4 of 6 + 4; 8 · 8 is as many as 4 · (8 + 8).
+        assert_eq!(Decomposition { rank: 1, rows: 0.7 }.largest_rank(6, 4), 0);
+        assert_eq!(Decomposition { rank: 1, rows: 0.01 }.largest_rank(8, 8), 3);
+    }
 
     #[test]
     fn the_schedule_is_that_of_the_code() {

@@ -63,6 +63,16 @@ pub enum Error {
         /// What fits.
         most: usize,
     },
+    /// A text file without a whole window.
+    #[error("{}: gives {tokens} tokens, too few for one window of {length}", path.display())]
+    TooShort {
+        /// The file.
+        path: PathBuf,
+        /// Its tokens.
+        tokens: usize,
+        /// Tokens per window.
+        length: usize,
+    },
     /// Windows longer than the model's positions.
     #[error(
         "windows of {length} tokens are longer than the model's {max_positions} positions; choose --window-length \

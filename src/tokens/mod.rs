@@ -2,6 +2,7 @@
 
 mod error;
 mod file;
+mod guard;
 mod text;
 
 pub use error::Error;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use serde_json::Value;
 
+use super::guard::guarded;
 use super::{Error, Result, SourceFile, Windows};
 use crate::checkpoint::read_file;
 
@@ -25,6 +26,8 @@ pub enum Bos {
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    /// Its file, for messages.
+    path: PathBuf,
     bos: Option<u32>,
 }
 
@@ -41,7 +44,7 @@ impl Tokenizer {
             return Err(invalid(&path, what.into()));
         }
         let bytes = read_file(&path).map_err(|e| invalid(&path, e.to_string()))?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes)
+        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(bytes))
             .map_err(|e| invalid(&path, format!("cannot be read: {e}")))?;
         // What a training run left behind would cut documents off or fill them up; transformers ignores it as well.
         inner.with_padding(None);
@@ -49,19 +52,22 @@ impl Tokenizer {
             .with_truncation(None)
             .map_err(|e| invalid(&path, format!("its truncation cannot be switched off: {e}")))?;
         let config = read_json(&dir.join("tokenizer_config.json"))?;
+        let mut tokenizer = Tokenizer { inner, path, bos: None };
         let wanted = match mode {
             Bos::Always => true,
             Bos::Never => false,
-            Bos::Auto => automatic(&inner, &config),
+            Bos::Auto => tokenizer.automatic(&config)?,
         };
-        let bos = if wanted { bos_id(&inner, &config, &read_json(&dir.join("config.json"))?) } else { None };
-        if mode == Bos::Always && bos.is_none() {
+        if wanted {
+            tokenizer.bos = tokenizer.bos_id(&config, &read_json(&dir.join("config.json"))?);
+        }
+        if mode == Bos::Always && tokenizer.bos.is_none() {
             return Err(invalid(
-                &path,
+                &tokenizer.path,
                 "names no beginning-of-sequence token, but --bos always asks for one".into(),
             ));
         }
-        Ok(Tokenizer { inner, bos })
+        Ok(tokenizer)
     }
 
     /// The token that begins every document, if any.
@@ -78,10 +84,8 @@ impl Tokenizer {
     }
 
     fn encode_as(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, special).map_err(|e| Error::File {
-            path: PathBuf::from("tokenizer.json"),
-            what: format!("cannot encode the text: {e}"),
-        })?;
+        let encoding = guarded(|| self.inner.encode_fast(text, special));
+        let encoding = encoding.map_err(|e| self.error(format!("cannot encode the text: {e}")))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -102,10 +106,35 @@ impl Tokenizer {
 
     /// Text of `ids`, special tokens left out.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.inner.decode(ids, true).map_err(|e| Error::File {
-            path: PathBuf::from("tokenizer.json"),
-            what: format!("cannot decode: {e}"),
-        })
+        guarded(|| self.inner.decode(ids, true)).map_err(|e| self.error(format!("cannot decode: {e}")))
+    }
+
+    fn error(&self, what: String) -> Error {
+        Error::File { path: self.path.clone(), what }
+    }
+
+    /// Whether documents begin with BOS where nobody says so.
+    fn automatic(&self, config: &Value) -> Result<bool> {
+        let class = config["tokenizer_class"].as_str().unwrap_or_default();
+        let flag = config["add_bos_token"].as_bool();
+        if class.starts_with("Llama") || class.starts_with("CodeLlama") {
+            return Ok(flag.unwrap_or(true));
+        }
+        if class.starts_with("GPTNeoX") {
+            return Ok(flag.unwrap_or(false));
+        }
+        // A tokeniser that cannot write the letter says nothing.
+        let Ok(plain) = self.encode_as("a", false) else { return Ok(false) };
+        Ok(self.encode_as("a", true)?.first() != plain.first())
+    }
+
+    fn bos_id(&self, config: &Value, model: &Value) -> Option<u32> {
+        let token = &config["bos_token"];
+        let content = token.as_str().or_else(|| token["content"].as_str());
+        content
+            .and_then(|content| self.inner.token_to_id(content))
+            .or_else(|| model["bos_token_id"].as_u64().and_then(|id| id.try_into().ok()))
+            .or_else(|| self.encode_as("a", true).ok()?.first().copied())
     }
 
     /// Reads UTF-8 files, tokenises their documents (separated by NUL bytes; without any, the file is one document),
@@ -114,6 +143,14 @@ impl Tokenizer {
     /// # Errors
     /// Names the file that is unreadable, not UTF-8, or too short for one window.
     pub fn windows(&self, files: &[PathBuf], length: usize) -> Result<Windows> {
+        self.first_windows(files, length, usize::MAX)
+    }
+
+    /// The first `most` of each file's [`Tokenizer::windows`]; the documents behind them are not tokenised.
+    ///
+    /// # Errors
+    /// Those of [`Tokenizer::windows`].
+    pub fn first_windows(&self, files: &[PathBuf], length: usize, most: usize) -> Result<Windows> {
         let length = length.max(1);
         let mut windows =
             Windows { ids: Vec::new(), mask: None, count: 0, length, files: Vec::new(), decoder: None };
@@ -123,20 +160,37 @@ impl Tokenizer {
             let text = String::from_utf8(bytes)
                 .map_err(|e| invalid(format!("not UTF-8 text (byte {})", e.utf8_error().valid_up_to())))?;
             let documents: Vec<&str> = text.split('\0').filter(|d| !d.is_empty()).collect();
-            let encoded = documents.par_iter().map(|document| self.encode_document(document));
-            let ids = encoded.collect::<Result<Vec<_>>>()?.concat();
-            let count = ids.len() / length;
+            let ids = self.encode_documents(&documents, most.saturating_mul(length))?;
+            let count = (ids.len() / length).min(most);
             if count == 0 {
-                return Err(invalid(format!(
-                    "gives {} tokens, too few for one window of {length}",
-                    ids.len()
-                )));
+                return Err(Error::TooShort { path: path.clone(), tokens: ids.len(), length });
             }
             windows.ids.extend_from_slice(&ids[..count * length]);
             windows.count += count;
             windows.files.push(SourceFile { name: short_name(path, files), windows: count });
         }
         Ok(windows)
+    }
+
+    /// Token ids of the first documents, at least `enough` where all of them have as many.
+    fn encode_documents(&self, documents: &[&str], enough: usize) -> Result<Vec<u32>> {
+        /// A guess that decides how many documents are tokenised at a time.
+        const BYTES_PER_TOKEN: usize = 4;
+        let (mut ids, mut rest) = (Vec::new(), documents);
+        while ids.len() < enough && !rest.is_empty() {
+            let wanted = (enough - ids.len()).saturating_mul(BYTES_PER_TOKEN);
+            let mut bytes = 0;
+            let reaches = |document: &&str| {
+                bytes += document.len();
+                bytes >= wanted
+            };
+            let count = rest.iter().position(reaches).map_or(rest.len(), |last| last + 1);
+            let (next, others) = rest.split_at(count);
+            let encoded = next.par_iter().map(|document| self.encode_document(document));
+            ids.extend(encoded.collect::<Result<Vec<_>>>()?.concat());
+            rest = others;
+        }
+        Ok(ids)
     }
 }
 
@@ -158,25 +212,38 @@ fn read_json(path: &Path) -> Result<Value> {
     serde_json::from_slice(&text).map_err(|e| invalid(format!("not valid JSON: {e}")))
 }
 
-fn automatic(tokenizer: &tokenizers::Tokenizer, config: &Value) -> bool {
-    let class = config["tokenizer_class"].as_str().unwrap_or_default();
-    let flag = config["add_bos_token"].as_bool();
-    if class.starts_with("Llama") || class.starts_with("CodeLlama") {
-        return flag.unwrap_or(true);
-    }
-    if class.starts_with("GPTNeoX") {
-        return flag.unwrap_or(false);
-    }
-    let leading =
-        |special| tokenizer.encode("a", special).map(|e| e.get_ids().first().copied()).ok().flatten();
-    leading(true) != leading(false)
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-fn bos_id(tokenizer: &tokenizers::Tokenizer, config: &Value, model: &Value) -> Option<u32> {
-    let token = &config["bos_token"];
-    let content = token.as_str().or_else(|| token["content"].as_str());
-    content
-        .and_then(|content| tokenizer.token_to_id(content))
-        .or_else(|| model["bos_token_id"].as_u64().and_then(|id| id.try_into().ok()))
-        .or_else(|| tokenizer.encode("a", true).ok()?.get_ids().first().copied())
+    /// A tokeniser that knows two words and fails at any other.
+    const TWO_WORDS: &str = r#"{"version": "1.0", "truncation": null, "padding": null, "normalizer": null,
+        "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "?"}}"#;
+
+    #[test]
+    fn documents_behind_the_windows_asked_for_are_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        file("tokenizer.json", TWO_WORDS);
+        let documents: String = (0..50).map(|i| ["a", "b a", "b b a b"][i % 3].to_string() + "\0").collect();
+        let all = file("all", &documents);
+        let spoilt = file("spoilt", &format!("{documents}nonsense"));
+        let tokenizer = Tokenizer::open(folder.path(), Bos::Auto).unwrap();
+        let expected = tokenizer.windows(std::slice::from_ref(&all), 3).unwrap();
+        assert_eq!(expected.count, 38);
+        for most in [1, 2, 7, 30] {
+            let mut first = expected.clone();
+            first.truncate_files(most);
+            assert_eq!(tokenizer.first_windows(std::slice::from_ref(&all), 3, most).unwrap(), first);
+            let found = tokenizer.first_windows(std::slice::from_ref(&spoilt), 3, most).unwrap();
+            assert_eq!(found.ids, first.ids);
+        }
+        assert_eq!(tokenizer.first_windows(&[all], 3, 39).unwrap(), expected);
+        assert!(tokenizer.windows(&[spoilt], 3).is_err());
+    }
 }

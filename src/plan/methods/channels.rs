@@ -139,7 +139,9 @@ impl Method for Narrow {
                     "{budget}: {name} keeps every expert; use --remove or --bytes"
                 )));
             }
-            None => return Err(Error::Budget(format!("{}: no budget; give --remove or --bytes", self.name))),
+            None => {
+                return Err(Error::Missing(format!("{}: no budget; give --remove or --bytes", self.name)));
+            }
         };
         let together = options::is(&options, "allocate", "layer");
         let mut plans = Vec::with_capacity(widths.len());

@@ -86,7 +86,7 @@ impl Method for Delta {
                     "{budget}: {NAME} keeps every expert; use --remove or --bytes"
                 )));
             }
-            None => return Err(Error::Budget(format!("{NAME}: no budget; give --remove or --bytes"))),
+            None => return Err(Error::Missing(format!("{NAME}: no budget; give --remove or --bytes"))),
         };
         let plan = |(layer, rank): (&MoeProfile, usize)| {
             LayerPlan::new(layer.layer, layer.top_k, vec![Action::Delta { rank }; layer.experts])

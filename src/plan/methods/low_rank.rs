@@ -170,7 +170,7 @@ impl Target {
             (None, None, Some(budget @ Budget::Experts(_))) => Err(Error::Budget(format!(
                 "{budget}: low-rank keeps every expert; use --remove, --bytes, or the option rank or energy"
             ))),
-            (None, None, None) => Err(Error::Budget(
+            (None, None, None) => Err(Error::Missing(
                 "low-rank: no budget; give --remove, --bytes, or the option rank or energy".into(),
             )),
         }
@@ -306,7 +306,7 @@ fn on_disk(costs: &Costs<'_>, shapes: &[Shape<'_>], ranks: &[usize]) -> u64 {
 /// The spectra, which `option` cannot do without.
 fn spectra<'a>(request: &Request<'a>, option: &str) -> Result<&'a dyn SpectrumSource> {
     let problem = || format!("{option} needs the spectra of the weights; give the checkpoint with --model");
-    request.spectra.ok_or_else(|| Place::top().spectrum(problem()))
+    request.spectra.ok_or_else(|| Error::Missing(problem()))
 }
 
 /// The spectrum of one matrix: finite, descending, without negative rounding errors.
@@ -321,16 +321,18 @@ fn spectrum(
     let mut values = values.map_err(|problem| place().spectrum(problem))?;
     let most = shape.d.min(shape.p);
     if values.is_empty() || values.len() > most {
-        return Err(place().spectrum(format!("{} values, expected 1 to {most}", values.len())));
+        return Err(
+            place().spectrum(format!("the spectrum has {} values, expected 1 to {most}", values.len()))
+        );
     }
     if let Some(value) = values.iter().find(|v| !v.is_finite()) {
-        return Err(place().spectrum(format!("found {value}, expected finite values")));
+        return Err(place().spectrum(format!("the spectrum holds {value}, expected finite values")));
     }
     for value in &mut values {
         *value = value.max(0.0);
     }
     if values.windows(2).any(|pair| pair[0] < pair[1]) {
-        return Err(place().spectrum("expected values in descending order"));
+        return Err(place().spectrum("the spectrum is not in descending order"));
     }
     Ok(values)
 }

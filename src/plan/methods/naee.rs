@@ -105,7 +105,7 @@ impl Method for Naee {
             None => {
                 let message =
                     "naee: no budget; give --remove, --experts or --bytes, or --set skip=true alone";
-                return Err(Error::Budget(message.into()));
+                return Err(Error::Missing(message.into()));
             }
         };
         let source = source(self.name(), request)?;

@@ -73,10 +73,10 @@ impl Method for RouterNorm {
         };
         let Some(source) = request.routers else {
             let problem = "router-norm looks at the weights; give the fine-tuned checkpoint with --model";
-            return Err(Place::top().spectrum(problem));
+            return Err(Error::Missing(problem.into()));
         };
         let Some(budget) = request.budget else {
-            return Err(Error::Budget(format!("{NAME}: no budget; give --remove, --experts or --bytes")));
+            return Err(Error::Missing(format!("{NAME}: no budget; give --remove, --experts or --bytes")));
         };
         let scores = |layer: &MoeProfile| -> Result<Vec<f64>> {
             let place = || Place::layer(layer.layer);

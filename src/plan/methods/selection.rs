@@ -31,7 +31,7 @@ impl Selection {
         let statistics = if guard || self.rule != Rule::Random { Some(moments(request)?) } else { None };
         let Some(budget) = request.budget else {
             let message = format!("{}: no budget; give --remove, --experts or --bytes", self.method);
-            return Err(Error::Budget(message));
+            return Err(Error::Missing(message));
         };
 
         let seed = seed(options);

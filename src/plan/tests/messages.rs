@@ -166,15 +166,11 @@ fn budgets_for_low_rank() {
             &[],
             "--bytes 9999: the smallest size this method can reach is 20760 bytes (20.76 kB)",
         ),
-        (
-            None,
-            &["energy=0.5"],
-            "spectrum: energy needs the spectra of the weights; give the checkpoint with --model",
-        ),
+        (None, &["energy=0.5"], "energy needs the spectra of the weights; give the checkpoint with --model"),
         (
             half,
             &["allocate=spectrum"],
-            "spectrum: allocate=spectrum needs the spectra of the weights; give the checkpoint with --model",
+            "allocate=spectrum needs the spectra of the weights; give the checkpoint with --model",
         ),
     ] {
         assert_eq!(low_rank(budget, options), message);
@@ -207,11 +203,11 @@ fn spectra() {
         }
     }
     for (values, message) in [
-        (Err("no such tensor".into()), "spectrum: layer 1: expert 3: up: no such tensor"),
-        (Ok(vec![]), "spectrum: layer 1: expert 3: up: 0 values, expected 1 to 8"),
-        (Ok(vec![1.0; 9]), "spectrum: layer 1: expert 3: up: 9 values, expected 1 to 8"),
-        (Ok(vec![1.0, f64::NAN]), "spectrum: layer 1: expert 3: up: found NaN, expected finite values"),
-        (Ok(vec![1.0, 2.0]), "spectrum: layer 1: expert 3: up: expected values in descending order"),
+        (Err("no such tensor".into()), "layer 1: expert 3: up: no such tensor"),
+        (Ok(vec![]), "layer 1: expert 3: up: the spectrum has 0 values, expected 1 to 8"),
+        (Ok(vec![1.0; 9]), "layer 1: expert 3: up: the spectrum has 9 values, expected 1 to 8"),
+        (Ok(vec![1.0, f64::NAN]), "layer 1: expert 3: up: the spectrum holds NaN, expected finite values"),
+        (Ok(vec![1.0, 2.0]), "layer 1: expert 3: up: the spectrum is not in descending order"),
     ] {
         let source = Bad(values);
         for options in [&["energy=0.5"][..], &["rank=2", "allocate=spectrum"]] {

@@ -87,7 +87,7 @@ impl<'a> Job<'a> {
         let options = options::resolve(method, specs, request.options)?;
         let moments = super::selection::moments(request)?;
         let Some(budget) = request.budget else {
-            return Err(Error::Budget(format!("{method}: no budget; give --remove, --experts or --bytes")));
+            return Err(Error::Missing(format!("{method}: no budget; give --remove, --experts or --bytes")));
         };
         let rows =
             if options::is(&options, "router", "fuse") { MergedRows::Fuse } else { MergedRows::Redirect };

@@ -96,7 +96,7 @@ impl<'a> Job<'a> {
             }
         };
         let no_budget = |needed: &str| {
-            Error::Budget(format!("moe-i2: no budget; give --remove or --bytes, or the option {needed}"))
+            Error::Missing(format!("moe-i2: no budget; give --remove or --bytes, or the option {needed}"))
         };
         let (prune, target) = match (budget, stage("prune"), stage("low_rank")) {
             (None, true, _) => (total(ratio.ok_or_else(|| no_budget("ratio"))?), Target::Dense),
