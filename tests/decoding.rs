@@ -177,3 +177,16 @@ fn longrope_across_its_boundary() {
         assert_eq!(found, &expected[expected.len() - found.len()..], "after {n} tokens");
     }
 }
+
+/// A router would choose experts without a word.
+#[test]
+fn routers_that_are_not_finite_are_refused() {
+    let mutant = Mutant::of("mixtral");
+    let router = "model.layers.1.block_sparse_moe.gate.weight";
+    mutant.edit_values(router, |values| values[3] = f32::NAN);
+    let checkpoint = Checkpoint::open(mutant.path()).unwrap();
+    let model = Model::new(&checkpoint, &Cpu, 16).unwrap();
+    let message = Decoder::new(&model, &mut ()).err().unwrap().to_string();
+    let expected = format!("layer 1: {router} holds NaN at flat index 3; weights must be finite");
+    assert!(message.ends_with(&expected), "{message}");
+}

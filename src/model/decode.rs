@@ -19,11 +19,11 @@ pub struct Decoder<'m, B: Backend> {
 }
 
 impl<'m, B: Backend> Decoder<'m, B> {
-    /// Prepares every layer for texts of up to the model's length. Shapes and types are checked; whether all weights are
-    /// finite is not, for that would read them all: see [`Decoder::check_finite`].
+    /// Prepares every layer for texts of up to the model's length. Shapes and types are checked, and whether routers and
+    /// vectors are finite; whether all weights are is not, for that would read them all: see [`Decoder::check_finite`].
     ///
     /// # Errors
-    /// Names the layer and tensor that do not fit.
+    /// Names the layer and tensor that do not fit or are not finite.
     pub fn new(model: &'m Model<'m, B>, progress: &mut dyn Progress) -> Result<Self> {
         let architecture = model.architecture();
         let has_encoder = architecture.encoder_layers > 0;
@@ -34,7 +34,9 @@ impl<'m, B: Backend> Decoder<'m, B> {
         let head = model.head()?;
         progress.begin("load: layer", architecture.layers.len());
         let layers = (0..architecture.layers.len()).map(|l| {
-            let layer = model.prepare(&LayerSource::locate(model.checkpoint(), architecture, l)?);
+            let source = LayerSource::locate(model.checkpoint(), architecture, l)?;
+            source.check_vectors(model.checkpoint())?;
+            let layer = model.prepare(&source);
             progress.step("");
             layer
         });

@@ -317,9 +317,16 @@ impl LayerSource {
     pub fn open(checkpoint: &Checkpoint, architecture: &Architecture, l: usize) -> Result<Self> {
         let source = LayerSource::locate(checkpoint, architecture, l)?;
         let finite = source.weights().into_par_iter().try_for_each(Weight::check_finite);
-        let finite = finite.and_then(|()| source.vectors().into_iter().try_for_each(Tensor::check_finite));
         finite.map_err(|source| Error::Layer { layer: l, source }.of(checkpoint))?;
+        source.check_vectors(checkpoint)?;
         Ok(source)
+    }
+
+    /// Errors where a number in a vector or the router, found in `checkpoint`, is not finite. A router chooses without a
+    /// word whatever it holds, and all of them are soon read.
+    pub(super) fn check_vectors(&self, checkpoint: &Checkpoint) -> Result<()> {
+        let finite = self.vectors().into_iter().try_for_each(Tensor::check_finite);
+        finite.map_err(|source| Error::Layer { layer: self.layer, source }.of(checkpoint))
     }
 
     /// Finds the tensors of layer `l` and checks shapes and types; reads no weights.
