@@ -3,15 +3,12 @@ use super::{
     Architecture, Choice, Common, Config, Defaults, GroupedAttention, MoeSpec, Names, Result, RouterSpec,
     WeightRule,
 };
-use super::{moe_layer, within_images};
+use super::{as_language_model, moe_layer, within_images};
 
 /// Aria (arXiv 2410.05993): the language model within a model of text and images.
 pub(super) fn read(config: &Config) -> Result<Architecture> {
     within_images(config, false, |text| {
         let names = Names {
-            model: "language_model.model.",
-            head: "language_model.lm_head",
-            other_model: Some(["model.language_model.", "lm_head"]),
             router: ["router"; 2],
             fused: [["experts.fc1.weight"; 2], ["experts.fc2.weight"; 2]],
             shared: ["shared_experts"; 2],
@@ -19,7 +16,7 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
             ..Names::default()
         };
         let defaults = Defaults { norm_eps: 1e-6, max_positions: 2048, ..Defaults::USUAL };
-        let common = Common::read(text, "aria", names, defaults)?;
+        let common = Common::read(text, "aria", as_language_model(names), defaults)?;
         let bias = text.flag_or("attention_bias", false)?;
         let attention = GroupedAttention { qkv_bias: bias, output_bias: bias, ..common.grouped()? };
         let width = text.positive("intermediate_size")?;

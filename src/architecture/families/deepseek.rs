@@ -3,7 +3,9 @@ use super::{
     Architecture, AttentionSpec, Common, Config, Defaults, Error, GroupLimit, GroupScore, GroupedAttention,
     LayerSpec, MoeSpec, Names, NormPlacement, Pairing, Result, WeightRule,
 };
-use super::{expert_layers, feed_forward, group_limit, scaled_rule, within_images};
+use super::{
+    as_language_model, expert_layers, feed_forward, group_limit, listed_layers, scaled_rule, within_images,
+};
 
 const DEFAULTS: Defaults = Defaults { norm_eps: 1e-6, ..Defaults::USUAL };
 
@@ -73,15 +75,7 @@ pub(super) fn v3(config: &Config) -> Result<Architecture> {
 
 /// Kimi-K2.5 and K2.6 (arXiv 2602.02276): the language model of Kimi-K2 within a model of text and images.
 pub(super) fn kimi_of_images(config: &Config) -> Result<Architecture> {
-    within_images(config, true, |text| {
-        let names = Names {
-            model: "language_model.model.",
-            head: "language_model.lm_head",
-            other_model: Some(["model.language_model.", "lm_head"]),
-            ..names()
-        };
-        read_v3(text, "kimi_k25", names)
-    })
+    within_images(config, true, |text| read_v3(text, "kimi_k25", as_language_model(names())))
 }
 
 fn read_v3(config: &Config, family: &'static str, names: Names) -> Result<Architecture> {
@@ -125,10 +119,8 @@ pub(super) fn axk1(config: &Config) -> Result<Architecture> {
     let common = Common::read(config, "axk1", names, defaults)?;
     let moe = biased_moe(&common, [8, 4], 2.5)?;
     let later = later_layers(config, 1)?;
-    let listed =
-        config.get("mlp_layer_types").map(|_| expert_layers(config, common.layers, 0)).transpose()?;
-    let sparse = |l: usize| listed.as_ref().map_or_else(|| later(l), |listed| listed[l]);
-    let mut architecture = layers(common, &moe, pairing(config)?, 1536, sparse)?;
+    let sparse = listed_layers(config, common.layers, &later)?;
+    let mut architecture = layers(common, &moe, pairing(config)?, 1536, |l| sparse[l])?;
     architecture.norm_placement = NormPlacement::BeforeAndBehindExperts;
     Ok(architecture)
 }
@@ -158,14 +150,8 @@ pub(super) fn mistral(config: &Config) -> Result<Architecture> {
 pub(super) fn mistral_of_images(config: &Config) -> Result<Architecture> {
     within_images(config, true, |text| {
         text.require("model_type", "mistral4")?;
-        let names = Names {
-            model: "language_model.model.",
-            head: "language_model.lm_head",
-            other_model: Some(["model.language_model.", "lm_head"]),
-            storage: ExpertStorage::OutputMajor,
-            ..names()
-        };
-        read_mistral(text, "mistral3", names)
+        let names = Names { storage: ExpertStorage::OutputMajor, ..names() };
+        read_mistral(text, "mistral3", as_language_model(names))
     })
 }
 

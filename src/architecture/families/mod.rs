@@ -349,7 +349,12 @@ fn attending_layers(
 
 /// Whether each layer has experts, by `mlp_layer_types`; where a config has no such list, those from `first` on have.
 fn expert_layers(config: &Config, layers: usize, first: usize) -> Result<Vec<bool>> {
-    layers_of_kind(config, "mlp_layer_types", layers, ["sparse", "dense"], Some(&|l| l >= first))
+    listed_layers(config, layers, &|l| l >= first)
+}
+
+/// The same for a family whose configs without the list say it in another way.
+fn listed_layers(config: &Config, layers: usize, absent: &dyn Fn(usize) -> bool) -> Result<Vec<bool>> {
+    layers_of_kind(config, "mlp_layer_types", layers, ["sparse", "dense"], Some(absent))
 }
 
 /// Which layers the list `key` calls by the first of two names; the others have the second.
@@ -399,6 +404,14 @@ fn within_images(
     // transformers ties as the whole model says, of which not every config does.
     architecture.tied_embeddings = config.flag_or("tie_word_embeddings", tied)?;
     Ok(architecture)
+}
+
+/// `names` of a language model that is published as a part called so, of which transformers 5 turns the names around.
+fn as_language_model(mut names: Names) -> Names {
+    names.model = "language_model.model.";
+    names.head = "language_model.lm_head";
+    names.other_model = Some(["model.language_model.", "lm_head"]);
+    names
 }
 
 /// The window that `sliding_window` says, if it says one.
