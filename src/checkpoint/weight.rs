@@ -3,9 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::packed::{
-    E4M3_LARGEST, E8M0_LARGEST, E8M0_LARGEST_OF_FP8, MX_BLOCK, decode_int4, decode_mxfp4, e4m3, e8m0,
-};
+use super::packed::{E4M3_LARGEST, E8M0_LARGEST, E8M0_LARGEST_OF_FP8, MX_BLOCK};
+use super::packed_row::{PackedRow, Scales};
 use super::{Dtype, Error, Result, Tensor, decode_f32};
 
 /// A weight matrix W `[rows, cols]` = `[out, in]` as stored. Cheap to clone; nothing is read until it is decoded.
@@ -56,46 +55,6 @@ pub enum Storage {
         /// `[rows, cols]`, where they are stored.
         shape: Option<Tensor>,
     },
-}
-
-/// A row of a packed matrix.
-pub(crate) enum PackedRow<'a> {
-    /// FP8 codes, `block` of which share a scale.
-    Fp8 { codes: &'a [u8], scales: Scales<'a>, block: usize },
-    /// Blocks of MXFP4 codes and their scales.
-    Mxfp4 { blocks: &'a [[u8; MX_BLOCK / 2]], scales: &'a [u8] },
-    /// Four-bit integers, two to a byte, `group` of which share a scale.
-    Int4 { codes: &'a [u8], scales: Scales<'a>, group: usize },
-}
-
-/// The scales of a row of FP8 codes or integers.
-pub(crate) struct Scales<'a> {
-    bytes: &'a [u8],
-    dtype: Dtype,
-}
-
-impl Scales<'_> {
-    /// That of block `i`.
-    #[inline]
-    pub(crate) fn get(&self, i: usize) -> f32 {
-        // By far the most frequent type.
-        if self.dtype == Dtype::F32 {
-            return f32::from_le_bytes(self.bytes.as_chunks().0[i]);
-        }
-        let width = self.dtype.bitsize() / 8;
-        decode_scale(self.dtype, &self.bytes[i * width..][..width])
-    }
-}
-
-impl<'a> PackedRow<'a> {
-    /// The codes.
-    #[inline]
-    pub(crate) fn codes(&self) -> &'a [u8] {
-        match *self {
-            PackedRow::Fp8 { codes, .. } | PackedRow::Int4 { codes, .. } => codes,
-            PackedRow::Mxfp4 { blocks, .. } => blocks.as_flattened(),
-        }
-    }
 }
 
 /// Evenly spaced indices.
@@ -413,28 +372,9 @@ impl Weight {
             }
             Storage::InputMajor(..) => self.decode_transposed(first, 0..self.cols, self.cols, out),
             Storage::Fp8 { .. } | Storage::Mxfp4 { .. } | Storage::Int4 { .. } => {
-                for (r, row) in (first..).zip(out.chunks_mut(self.cols)) {
-                    match self.packed_row(r) {
-                        Some(PackedRow::Fp8 { codes, scales, block }) => {
-                            let blocks = row.chunks_mut(block).zip(codes.chunks(block));
-                            for (i, (out, codes)) in blocks.enumerate() {
-                                let factor = scales.get(i);
-                                out.iter_mut().zip(codes).for_each(|(o, &code)| *o = e4m3(code) * factor);
-                            }
-                        }
-                        Some(PackedRow::Mxfp4 { blocks, scales }) => {
-                            let packed = blocks.iter().zip(scales);
-                            for (out, (block, &scale)) in row.as_chunks_mut().0.iter_mut().zip(packed) {
-                                decode_mxfp4(block, scale, out);
-                            }
-                        }
-                        Some(PackedRow::Int4 { codes, scales, group }) => {
-                            let groups = row.chunks_mut(group).zip(codes.chunks(group.div_ceil(2)));
-                            for (i, (out, codes)) in groups.enumerate() {
-                                decode_int4(codes, scales.get(i), out);
-                            }
-                        }
-                        None => {}
+                for (r, out) in (first..).zip(out.chunks_mut(self.cols)) {
+                    if let Some(row) = self.packed_row(r) {
+                        row.decode(out);
                     }
                 }
             }
@@ -465,10 +405,8 @@ impl Weight {
         match &self.storage {
             Storage::Plain(_) | Storage::InputMajor(..) => None,
             Storage::Fp8 { values, scales, block, .. } => {
-                let width = scales.dtype().bitsize() / 8;
-                let first = row / block[0] * self.cols.div_ceil(block[1]) * width;
                 let codes = &values.bytes()[row * self.cols..(row + 1) * self.cols];
-                let scales = Scales { bytes: &scales.bytes()[first..], dtype: scales.dtype() };
+                let scales = Scales::new(scales).skip(row / block[0] * self.cols.div_ceil(block[1]));
                 Some(PackedRow::Fp8 { codes, scales, block: block[1] })
             }
             Storage::Mxfp4 { blocks, scales, rows } => {
@@ -478,10 +416,9 @@ impl Weight {
                 Some(PackedRow::Mxfp4 { blocks, scales: &scales.bytes()[range] })
             }
             Storage::Int4 { codes, scales, group, .. } => {
-                let row_of = |tensor: &Tensor| row * tensor.bytes().len() / self.rows;
-                let (first, dtype) = (row_of(scales), scales.dtype());
-                let codes = &codes.bytes()[row_of(codes)..row_of(codes) + codes.bytes().len() / self.rows];
-                let scales = Scales { bytes: &scales.bytes()[first..], dtype };
+                let width = codes.bytes().len() / self.rows;
+                let codes = &codes.bytes()[row * width..(row + 1) * width];
+                let scales = Scales::new(scales).skip(row * self.cols.div_ceil(*group));
                 Some(PackedRow::Int4 { codes, scales, group: *group })
             }
         }
@@ -539,17 +476,6 @@ impl Weight {
             }
         }
     }
-}
-
-/// A scale as f32, whichever type it has.
-#[inline(always)]
-fn decode_scale(dtype: Dtype, bytes: &[u8]) -> f32 {
-    let mut scale = [0.0];
-    match dtype {
-        Dtype::F8_E8M0 => scale[0] = e8m0(bytes[0]),
-        _ => decode_f32(dtype, bytes, &mut scale),
-    }
-    scale[0]
 }
 
 fn check_dtype(tensor: &Tensor, dtype: Dtype, expected: &'static str) -> Result<()> {

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::gemm::{BlockScales, TiledInput};
 use super::gemm::{Columns, Product, Scratch, Source};
 use super::simd::{Isa, Simd, Task};
-use crate::checkpoint::{Dtype, MX_BLOCK, PackedRow, Storage, Weight, decode_int4, e4m3};
+use crate::checkpoint::{Dtype, PackedRow, Storage, Weight, e4m3};
 
 /// A weight matrix `[rows, cols]` = `[out, in]` as stored.
 #[derive(Clone, Debug)]
@@ -200,15 +200,15 @@ impl Task for Narrow<'_> {
         }
         for (row, out) in (first..).zip(out.chunks_exact_mut(stride)) {
             let (whole, rest) = out[..cols.len()].as_chunks_mut();
-            match weight.packed_row(row) {
+            match weight.packed_row(row).map(|row| row.skip(cols.start)) {
                 Some(PackedRow::Mxfp4 { blocks, scales }) => {
-                    let packed = blocks.iter().zip(scales).skip(cols.start / MX_BLOCK);
+                    let packed = blocks.iter().zip(scales);
                     for (out, (block, &scale)) in whole.iter_mut().zip(packed) {
                         s.mxfp4(block, scale, out);
                     }
                 }
                 Some(PackedRow::Fp8 { codes, .. }) => {
-                    let (codes, last) = codes[cols.clone()].as_chunks();
+                    let (codes, last) = codes[..cols.len()].as_chunks();
                     whole.iter_mut().zip(codes).for_each(|(out, codes)| s.fp8_bf16(codes, out));
                     for (out, &code) in rest.iter_mut().zip(last) {
                         *out = (e4m3(code).to_bits() >> 16) as u16;
@@ -259,11 +259,10 @@ impl Task for Widen<'_> {
         let count = out.len() / stride;
         for (row, out) in (first..).zip(out.chunks_exact_mut(stride)) {
             let out = &mut out[..cols.len()];
-            match weight.packed_row(row) {
+            match weight.packed_row(row).map(|row| row.skip(cols.start)) {
                 Some(PackedRow::Fp8 { codes, scales, block }) => {
-                    let blocks = out.chunks_mut(block).zip(codes[cols.start..].chunks(block));
-                    for (i, (out, codes)) in blocks.enumerate() {
-                        let factor = scales.get(cols.start / block + i);
+                    for (i, (out, codes)) in out.chunks_mut(block).zip(codes.chunks(block)).enumerate() {
+                        let factor = scales.get(i);
                         let (whole, rest) = out.as_chunks_mut();
                         for (out, codes) in whole.iter_mut().zip(codes.as_chunks().0) {
                             s.fp8(codes, factor, out);
@@ -272,13 +271,8 @@ impl Task for Widen<'_> {
                         rest.iter_mut().zip(codes).for_each(|(out, &code)| *out = e4m3(code) * factor);
                     }
                 }
-                Some(PackedRow::Int4 { codes, scales, group }) => {
-                    let codes = codes[cols.start / 2..].chunks(group.div_ceil(2));
-                    for (i, (out, codes)) in out.chunks_mut(group).zip(codes).enumerate() {
-                        decode_int4(codes, scales.get(cols.start / group + i), out);
-                    }
-                }
-                Some(PackedRow::Mxfp4 { .. }) | None => {}
+                Some(row) => row.decode(out),
+                None => {}
             }
             fetch(s, weight, row + count, &cols);
         }
