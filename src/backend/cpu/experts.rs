@@ -2,7 +2,8 @@
 
 use rayon::prelude::*;
 
-use super::linear::{CpuWeight, add_linear, linear};
+use super::gemm::Scratch;
+use super::linear::{CpuWeight, Input, add_linear, linear};
 use super::pointwise::{activate, add_bias};
 use super::{CpuBuffer, CpuRouting};
 use crate::backend::{Base, Expert, Linear, Matrix, Mlp, Result, Routes, StoredExpert};
@@ -27,12 +28,6 @@ enum Prepared {
     Idle,
 }
 
-impl Prepared {
-    fn is_gated(&self) -> bool {
-        matches!(self, Prepared::Mlp(Mlp { up: Some(_), .. }))
-    }
-}
-
 type CpuLinear = Linear<Matrix<CpuWeight>, Vec<f32>>;
 
 /// Buffers of one expert computation. A *pair* is a token and one of its experts; pairs are sorted by expert, and by
@@ -49,15 +44,10 @@ pub(super) struct Workspace {
     pub(super) pair_scale: Vec<f32>,
     /// Pair of each token and slot, `[tokens, top_k]`; [`Workspace::NO_PAIR`] for a duplicate or one left out.
     pub(super) slot_pair: Vec<u32>,
-    /// Inputs, `[pairs, hidden]`.
-    input: Vec<f32>,
     /// Hidden vectors, expert after expert, `[pairs of the expert, its width]`.
     pub(super) hidden: Vec<f32>,
-    up: Vec<f32>,
     /// First value of each expert in `hidden`.
     pub(super) hidden_starts: Vec<usize>,
-    /// Intermediate of the low-rank matrices, or outputs of their dense rows.
-    rank: Vec<f32>,
     /// Products of all tokens with the bases of gate and up, `[tokens, width]`.
     base_in: [Vec<f32>; 2],
     /// Sums of the hidden vectors that go through the base of down, each times its combine weight, `[tokens, width]`.
@@ -117,64 +107,41 @@ impl CpuExperts {
         self.sort(routing);
         let work = &mut routing.work;
         let d = x.cols;
-        let pairs = work.pair_token.len();
-        work.input.resize(pairs * d, 0.0);
-        work.output.resize(pairs * d, 0.0);
-        let rows = work.input.par_chunks_exact_mut(d).zip(&work.pair_token);
-        rows.with_min_len(16).for_each(|(row, &token)| row.copy_from_slice(x.row(token as usize)));
-        let scaled = work.input.par_chunks_exact_mut(d).zip(&work.pair_scale);
-        scaled.with_min_len(16).for_each(|(row, scale)| row.iter_mut().for_each(|v| *v *= scale));
-
+        work.output.resize(work.pair_token.len() * d, 0.0);
+        let rows = Input::new(&x.data, d);
         for (base, out) in self.base.iter().zip(&mut work.base_in) {
             if let Some(base) = base {
                 out.resize(x.rows * base.rows(), 0.0);
-                linear(&x.data, base.cols(), base, out);
+                linear(&rows, base, out);
             }
         }
 
         let count = |e: usize| work.offsets[e + 1] - work.offsets[e];
-        let sizes: Vec<_> = (0..self.len()).map(|e| (count(e), self.width(e), self.rank(e))).collect();
-        let gated: Vec<_> = self.experts.iter().map(Prepared::is_gated).map(usize::from).collect();
         work.hidden_starts.clear();
-        work.hidden_starts.extend(sizes.iter().scan(0, |start, (n, width, _)| {
-            let this = *start;
-            *start += n * width;
-            Some(this)
+        let mut values = 0;
+        work.hidden_starts.extend((0..self.len()).map(|e| {
+            let start = values;
+            values += count(e) * self.width(e);
+            start
         }));
-        work.hidden.resize(sizes.iter().map(|(n, width, _)| n * width).sum(), 0.0);
-        work.up.resize(sizes.iter().zip(&gated).map(|((n, width, _), gated)| n * width * gated).sum(), 0.0);
-        work.rank.resize(sizes.iter().map(|(n, _, rank)| n * rank).sum(), 0.0);
-        let (mut input, mut hidden, mut up) = (&work.input[..], &mut work.hidden[..], &mut work.up[..]);
-        let (mut rank, mut output) = (&mut work.rank[..], &mut work.output[..]);
+        work.hidden.resize(values, 0.0);
+        let (mut hidden, mut output) = (&mut work.hidden[..], &mut work.output[..]);
         let mut jobs = Vec::with_capacity(self.len());
-        for (((e, expert), &(n, width, r)), gated) in self.experts.iter().enumerate().zip(&sizes).zip(&gated)
-        {
+        for (e, expert) in self.experts.iter().enumerate().filter(|(e, _)| count(*e) > 0) {
             let pairs = work.offsets[e]..work.offsets[e + 1];
-            let job = Job {
+            jobs.push(Job {
                 expert,
-                base: BaseRows {
-                    products: [&work.base_in[0], &work.base_in[1]],
+                pairs: Pairs {
+                    x,
                     tokens: &work.pair_token[pairs.clone()],
                     scales: work.pair_scale.get(pairs).unwrap_or(&[]),
+                    bases: work.base_in.each_ref().map(Vec::as_slice),
                 },
-                input: input.split_off(..n * d).unwrap_or_default(),
-                hidden: hidden.split_off_mut(..n * width).unwrap_or_default(),
-                up: up.split_off_mut(..n * width * gated).unwrap_or_default(),
-                rank: rank.split_off_mut(..n * r).unwrap_or_default(),
-                output: output.split_off_mut(..n * d).unwrap_or_default(),
-            };
-            if n > 0 {
-                jobs.push(job);
-            }
+                hidden: hidden.split_off_mut(..count(e) * self.width(e)).unwrap_or_default(),
+                output: output.split_off_mut(..count(e) * d).unwrap_or_default(),
+            });
         }
         jobs.into_par_iter().for_each(Job::run);
-    }
-
-    /// Largest rank, or number of dense rows beside factors, among the expert's matrices.
-    fn rank(&self, e: usize) -> usize {
-        let Prepared::Mlp(mlp) = &self.experts[e] else { return 0 };
-        let rank = |m: &CpuLinear| m.weight.factors().map_or(0, |(_, v)| v.rows().max(m.weight.rows().len()));
-        mlp.maps().map(rank).max().unwrap_or(0)
     }
 
     /// out\[t\] += B Σ weight · z over the token's pairs whose down matrix is a difference from the base B: since down is
@@ -202,7 +169,7 @@ impl CpuExperts {
                 }
             }
         });
-        add_linear(base_hidden, base.cols(), base, out);
+        add_linear(&Input::new(base_hidden, width), base, out);
     }
 
     /// Adds the base's share to the outputs of single pairs, which running and combining them does without.
@@ -212,12 +179,8 @@ impl CpuExperts {
         for e in (0..self.len()).filter(|&e| self.shares_down(e)) {
             let n = offsets[e + 1] - offsets[e];
             let hidden = &hidden[hidden_starts[e]..hidden_starts[e] + n * base.cols()];
-            add_linear(
-                hidden,
-                base.cols(),
-                base,
-                &mut output[offsets[e] * hidden_size..offsets[e + 1] * hidden_size],
-            );
+            let output = &mut output[offsets[e] * hidden_size..offsets[e + 1] * hidden_size];
+            add_linear(&Input::new(hidden, base.cols()), base, output);
         }
     }
 
@@ -296,49 +259,66 @@ pub(super) fn combine(routing: &CpuRouting, out: &mut [f32], hidden_size: usize)
 /// One expert and its pairs.
 struct Job<'a> {
     expert: &'a Prepared,
-    base: BaseRows<'a>,
-    input: &'a [f32],
+    pairs: Pairs<'a>,
     hidden: &'a mut [f32],
-    up: &'a mut [f32],
-    rank: &'a mut [f32],
     output: &'a mut [f32],
 }
 
 impl Job<'_> {
     fn run(self) {
-        match self.expert {
-            Prepared::Mlp(mlp) => {
-                self.base.start(0, &mlp.gate, self.hidden);
-                apply(&mlp.gate, self.input, self.rank, self.hidden);
-                if let Some(up) = &mlp.up {
-                    self.base.start(1, up, self.up);
-                    apply(up, self.input, self.rank, self.up);
-                }
-                activate(self.hidden, self.up, mlp.activation);
-                if mlp.down.weight.is_delta() {
-                    self.output.fill(0.0);
-                }
-                apply(&mlp.down, self.hidden, self.rank, self.output);
-            }
+        let Job { expert, pairs, hidden, output } = self;
+        match expert {
+            Prepared::Mlp(mlp) => pairs.run(mlp, hidden, output),
             Prepared::Constant(vector) => {
-                self.output.chunks_exact_mut(vector.len()).for_each(|row| row.copy_from_slice(vector));
+                output.chunks_exact_mut(vector.len()).for_each(|row| row.copy_from_slice(vector));
             }
             Prepared::Idle => {}
         }
     }
 }
 
-/// The base's products with the tokens of an expert's pairs.
+/// The pairs of an expert.
 #[derive(Clone, Copy)]
-struct BaseRows<'a> {
-    /// Of gate and up, `[tokens, width]`.
-    products: [&'a [f32]; 2],
+struct Pairs<'a> {
+    x: &'a CpuBuffer,
+    /// Rows of x.
     tokens: &'a [u32],
     /// Factors of the inputs; empty where there are none.
     scales: &'a [f32],
+    /// Products of all tokens with the bases of gate and up, `[tokens, width]`.
+    bases: [&'a [f32]; 2],
 }
 
-impl BaseRows<'_> {
+impl Pairs<'_> {
+    fn run(self, mlp: &Mlp<CpuLinear>, hidden: &mut [f32], output: &mut [f32]) {
+        let n = self.tokens.len();
+        let input = self.input();
+        let input = Input::new(&input, self.x.cols);
+        self.start(0, &mlp.gate, hidden);
+        apply(&mlp.gate, &input, n, hidden);
+        let mut up = Scratch::take(if mlp.up.is_some() { hidden.len() } else { 0 });
+        if let Some(map) = &mlp.up {
+            self.start(1, map, &mut up);
+            apply(map, &input, n, &mut up);
+        }
+        activate(hidden, &up, mlp.activation);
+        if mlp.down.weight.is_delta() {
+            output.fill(0.0);
+        }
+        apply(&mlp.down, &Input::new(hidden, hidden.len() / n), n, output);
+    }
+
+    /// The inputs of the pairs, `[pairs, hidden]`.
+    fn input(&self) -> Scratch {
+        let d = self.x.cols;
+        let mut input = Scratch::take(self.tokens.len() * d);
+        let rows = input.par_chunks_exact_mut(d).zip(self.tokens).with_min_len(64);
+        rows.for_each(|(row, &token)| row.copy_from_slice(self.x.row(token as usize)));
+        let scaled = input.par_chunks_exact_mut(d).zip(self.scales).with_min_len(64);
+        scaled.for_each(|(row, scale)| row.iter_mut().for_each(|v| *v *= scale));
+        input
+    }
+
     /// out\[pair\] = the product of the base of gate (0) or up (1) with the pair's input, where `map` is added to it.
     fn start(&self, projection: usize, map: &CpuLinear, out: &mut [f32]) {
         if !map.weight.is_delta() {
@@ -347,7 +327,7 @@ impl BaseRows<'_> {
         let width = out.len() / self.tokens.len();
         for (pair, (row, &token)) in out.chunks_exact_mut(width).zip(self.tokens).enumerate() {
             let start = token as usize * width;
-            row.copy_from_slice(&self.products[projection][start..start + width]);
+            row.copy_from_slice(&self.bases[projection][start..start + width]);
             if let Some(&scale) = self.scales.get(pair) {
                 for value in row {
                     *value *= scale;
@@ -357,26 +337,25 @@ impl BaseRows<'_> {
     }
 }
 
-/// out = x Wᵀ, or (x Vᵀ) Uᵀ with the intermediate in `rank`, or that added to `out`, which holds the base's share; plus
-/// the bias.
-fn apply(map: &CpuLinear, x: &[f32], rank: &mut [f32], out: &mut [f32]) {
+/// out = x Wᵀ for `n` rows x, or (x Vᵀ) Uᵀ, or that added to `out`, which holds the base's share; plus the bias.
+fn apply(map: &CpuLinear, x: &Input<'_>, n: usize, out: &mut [f32]) {
     if let Some((u, v)) = map.weight.factors() {
-        let n = if v.cols() == 0 { 0 } else { x.len() / v.cols() };
-        let intermediate = &mut rank[..n * v.rows()];
-        linear(x, v.cols(), v, intermediate);
+        let mut intermediate = Scratch::take(n * v.rows());
+        linear(x, v, &mut intermediate);
+        let intermediate = Input::new(&intermediate, v.rows());
         if map.weight.is_delta() {
-            add_linear(intermediate, u.cols(), u, out);
+            add_linear(&intermediate, u, out);
         } else {
-            linear(intermediate, u.cols(), u, out);
+            linear(&intermediate, u, out);
         }
     }
     match &map.weight {
-        Matrix::Dense(w) => linear(x, w.cols(), w, out),
+        Matrix::Dense(w) => linear(x, w, out),
         Matrix::LowRankRows { u, rows, s, .. } if !rows.is_empty() => {
-            let outputs = &mut rank[..x.len() / s.cols() * rows.len()];
-            linear(x, s.cols(), s, outputs);
+            let mut outputs = Scratch::take(n * rows.len());
+            linear(x, s, &mut outputs);
             for (out, outputs) in out.chunks_exact_mut(u.rows()).zip(outputs.chunks_exact(rows.len())) {
-                for (&row, y) in rows.iter().zip(outputs) {
+                for (&row, y) in rows.iter().zip(outputs.iter()) {
                     out[row as usize] += y;
                 }
             }

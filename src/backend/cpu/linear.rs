@@ -1,11 +1,13 @@
 //! Weight matrices, mapped in their stored type, and x Wᵀ.
 
+#[cfg(target_arch = "x86_64")]
+use std::cell::OnceCell;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
-use super::gemm::{BlockScales, TiledInput};
+use super::gemm::{BlockScales, TiledInput, is_shared};
 use super::gemm::{Columns, Product, Scratch, Source};
 use super::simd::{Isa, Simd, Task};
 use crate::checkpoint::{Dtype, PackedRow, Storage, Weight, e4m3};
@@ -32,6 +34,7 @@ impl CpuWeight {
     #[cfg(target_arch = "x86_64")]
     fn fits_tiles(&self) -> bool {
         match self.weight.storage() {
+            Storage::Plain(tensor) => tensor.dtype() == Dtype::BF16,
             Storage::Fp8 { block: [_, block], .. } => BlockScales::fit(*block),
             _ => self.is_bf16(),
         }
@@ -83,17 +86,48 @@ impl CpuWeight {
     }
 }
 
-/// `out [n, rows] = x [n, cols] · Wᵀ`, row-major; the rows of x are `stride` apart.
-pub(super) fn linear(x: &[f32], stride: usize, weight: &CpuWeight, out: &mut [f32]) {
-    product(x, stride, weight, out, false);
+/// Rows that are multiplied by one matrix or several of as many columns.
+pub(super) struct Input<'a> {
+    rows: &'a [f32],
+    stride: usize,
+    /// Packed for tiles, once a matrix needs them so.
+    #[cfg(target_arch = "x86_64")]
+    tiled: OnceCell<TiledInput>,
+}
+
+impl<'a> Input<'a> {
+    /// Rows that begin `stride` values apart.
+    pub(super) fn new(rows: &'a [f32], stride: usize) -> Self {
+        Input {
+            rows,
+            stride,
+            #[cfg(target_arch = "x86_64")]
+            tiled: OnceCell::new(),
+        }
+    }
+
+    /// The first `cols` columns of `n` rows; `None` where `isa` has no tiles.
+    #[cfg(target_arch = "x86_64")]
+    fn tiled(&self, isa: Isa, (n, cols): (usize, usize)) -> Option<&TiledInput> {
+        if self.tiled.get().is_none() {
+            let packed = TiledInput::new(isa, self.rows, self.stride, (n, cols), true)?;
+            return Some(self.tiled.get_or_init(|| packed));
+        }
+        self.tiled.get()
+    }
+}
+
+/// `out [n, rows] = x [n, cols] · Wᵀ`, row-major.
+pub(super) fn linear(x: &Input<'_>, weight: &CpuWeight, out: &mut [f32]) {
+    product(x, weight, out, false);
 }
 
 /// The same, added to what is in `out`.
-pub(super) fn add_linear(x: &[f32], stride: usize, weight: &CpuWeight, out: &mut [f32]) {
-    product(x, stride, weight, out, true);
+pub(super) fn add_linear(x: &Input<'_>, weight: &CpuWeight, out: &mut [f32]) {
+    product(x, weight, out, true);
 }
 
-fn product(x: &[f32], stride: usize, weight: &CpuWeight, out: &mut [f32], accumulate: bool) {
+fn product(x: &Input<'_>, weight: &CpuWeight, out: &mut [f32], accumulate: bool) {
     if out.is_empty() {
         return;
     }
@@ -101,15 +135,16 @@ fn product(x: &[f32], stride: usize, weight: &CpuWeight, out: &mut [f32], accumu
     let n = out.len() / rows;
     let isa = Isa::current();
     let out = Columns::new(out, n, rows, rows);
-    if let Some(w) = weight.source() {
-        return Product { x, stride, w, out, accumulate }.run(isa);
-    }
     #[cfg(target_arch = "x86_64")]
     if weight.fits_tiles()
         && cols > 0
-        && let Some(x) = TiledInput::new(isa, x, stride, (n, cols), true)
+        && let Some(x) = x.tiled(isa, (n, cols))
     {
-        return tiled(&x, weight, out, accumulate);
+        return tiled(x, weight, out, accumulate);
+    }
+    let &Input { rows: x, stride, .. } = x;
+    if let Some(w) = weight.source() {
+        return Product { x, stride, w, out, accumulate }.run(isa);
     }
     // Other weights are decoded a tile at a time, into a cache. Values do not depend on the tiles.
     let is_bf16 = weight.is_bf16();
@@ -140,12 +175,16 @@ fn product(x: &[f32], stride: usize, weight: &CpuWeight, out: &mut [f32], accumu
     });
 }
 
-/// The product with a matrix of bf16 values that are not stored as such, or such values and scales: brought into that
-/// form some rows at a time.
+/// The product with a matrix of bf16 values, or such values and scales. Where they are not stored as such, they are
+/// brought into that form some rows at a time.
 #[cfg(target_arch = "x86_64")]
 fn tiled(x: &TiledInput, weight: &CpuWeight, out: Columns<'_>, accumulate: bool) {
-    let isa = Isa::current();
     let CpuWeight { rows, cols, .. } = *weight;
+    if let Some(w) = weight.source() {
+        let parallel = is_shared(out.rows() * rows * cols);
+        return x.multiply(w, None, out, accumulate, parallel);
+    }
+    let isa = Isa::current();
     let is_transposed = matches!(weight.weight.storage(), Storage::InputMajor(..));
     let tile_rows = if is_transposed { 128 } else { 32 };
     (0..rows.div_ceil(tile_rows)).into_par_iter().for_each(|i| {
@@ -305,7 +344,7 @@ mod tests {
                 let stored = Weight::plain(Tensor::from_f32("w", dtype, vec![rows, cols], &w)).unwrap();
                 let weight = CpuWeight::new(&stored);
                 let mut out = vec![f32::NAN; n * rows];
-                linear(&x, cols, &weight, &mut out);
+                linear(&Input::new(&x, cols), &weight, &mut out);
                 for (i, row) in out.chunks_exact(rows).enumerate() {
                     for (j, found) in row.iter().enumerate() {
                         let terms = x[i * cols..][..cols].iter().zip(&w[j * cols..][..cols]);
@@ -355,7 +394,7 @@ mod tests {
             for n in [1, 12, 13, 40] {
                 let x: Vec<f32> = (0..n * cols).map(|i| (i * 31 % 17) as f32 * 0.3 - 2.0).collect();
                 let [mut out, mut expected] = [(); 2].map(|()| vec![0.25; n * rows]);
-                add_linear(&x, cols, &packed, &mut out);
+                add_linear(&Input::new(&x, cols), &packed, &mut out);
                 let check = |out: &[f32], expected: &[f32], start: f64| {
                     if !is_fp8 || Isa::current().agrees() {
                         return assert_eq!(out, expected, "{n}");
@@ -372,10 +411,10 @@ mod tests {
                         );
                     }
                 };
-                add_linear(&x, cols, &plain, &mut expected);
+                add_linear(&Input::new(&x, cols), &plain, &mut expected);
                 check(&out, &expected, 0.25);
-                linear(&x, cols, &packed, &mut out);
-                linear(&x, cols, &plain, &mut expected);
+                linear(&Input::new(&x, cols), &packed, &mut out);
+                linear(&Input::new(&x, cols), &plain, &mut expected);
                 check(&out, &expected, 0.0);
             }
         }

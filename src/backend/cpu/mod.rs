@@ -251,7 +251,7 @@ impl Backend for Cpu {
         out: &mut CpuBuffer,
     ) -> Result<()> {
         out.reshape(x.rows, weight.rows());
-        linear::linear(&x.data, x.cols, weight, &mut out.data);
+        linear::linear(&linear::Input::new(&x.data, x.cols), weight, &mut out.data);
         if let Some(bias) = bias {
             pointwise::add_bias(&mut out.data, bias);
         }

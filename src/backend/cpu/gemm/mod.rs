@@ -58,6 +58,11 @@ pub(super) const DEPTH: usize = 64;
 /// Multiplications below which a product is not worth sharing.
 const SMALL: usize = 1 << 15;
 
+/// Whether a product of so many multiplications is shared among the threads of the current rayon pool.
+pub(super) fn is_shared(multiplications: usize) -> bool {
+    multiplications > SMALL && rayon::current_num_threads() > 1
+}
+
 /// The rows of x, packed for the kernels: tokens in groups of [`Groups::size`] values, each group `[cols, tokens]`.
 #[derive(Clone, Copy)]
 struct Packed<'a> {
@@ -153,8 +158,8 @@ pub(super) struct Product<'a> {
 impl Product<'_> {
     /// Computes it on the threads of the current rayon pool.
     pub(super) fn run(self, isa: Isa) {
-        let work = self.out.rows() * self.w.rows() * self.w.cols();
-        self.compute(isa, work > SMALL && rayon::current_num_threads() > 1);
+        let parallel = is_shared(self.out.rows() * self.w.rows() * self.w.cols());
+        self.compute(isa, parallel);
     }
 
     /// Computes it on this thread alone.

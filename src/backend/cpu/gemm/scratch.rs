@@ -25,13 +25,20 @@ pub(in super::super) struct Scratch {
 impl Scratch {
     /// Room for `length` values.
     pub(in super::super) fn take(length: usize) -> Self {
-        let mut lines = FREE.with_borrow_mut(Vec::pop).unwrap_or_default();
         let needed = length.div_ceil(16);
+        let mut lines = FREE.with_borrow_mut(|free| best(free, needed)).unwrap_or_default();
         if lines.len() < needed {
             lines.resize(needed, Line::zeroed());
         }
         Scratch { lines, length }
     }
+}
+
+/// The smallest buffer that is large enough, or the largest, so that large ones stay few.
+fn best(free: &mut Vec<Vec<Line>>, needed: usize) -> Option<Vec<Line>> {
+    let size = |lines: &Vec<Line>| (lines.len() < needed, lines.len().abs_diff(needed));
+    let (i, _) = free.iter().enumerate().min_by_key(|(_, lines)| size(lines))?;
+    Some(free.swap_remove(i))
 }
 
 impl Drop for Scratch {

@@ -214,11 +214,15 @@ impl PackGroup<'_> {
                     columns[p * tokens + t] = pairs[p];
                 }
             }
-            for (to, columns) in to.chunks_exact_mut(SIDE * width).zip(columns.as_chunks().0) {
-                transpose(s, columns, &mut tile);
-                for (to, row) in to.chunks_exact_mut(width).zip(&tile) {
-                    to.copy_from_slice(&row[..width]);
-                }
+            let columns = columns.as_chunks().0;
+            if width == SIDE {
+                let tiles = to.as_chunks_mut().0.as_chunks_mut().0;
+                tiles.iter_mut().zip(columns).for_each(|(to, columns)| transpose(s, columns, to));
+                continue;
+            }
+            transpose(s, &columns[0], &mut tile);
+            for (to, row) in to.chunks_exact_mut(width).zip(&tile) {
+                to.copy_from_slice(&row[..width]);
             }
         }
     }
@@ -267,39 +271,41 @@ impl Task for Work<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let steps = self.w.cols().div_ceil(STEP);
-        // Of every tile of rows and group: `[ROWS, columns]`. A vector may be read behind the last.
-        let each = ROWS * COLUMNS;
-        let firsts = self.rows.clone().step_by(ROWS);
-        let mut sums = Scratch::take(firsts.len() * self.range.len() * each + SIDE);
-        sums.fill(0.0);
-        // Sums of a block of columns, before they are scaled.
-        let mut block = Scratch::take(if self.scales.is_some() { each } else { 0 });
         // A block that is all columns is scaled piece by piece.
         let most = match self.scales {
             Some(scales) if scales.cols < self.w.cols() => scales.cols / STEP,
             _ => SPAN,
         };
+        // Sums of a tile of rows and group, `[ROWS, columns]`: of every one where they are continued later. A vector may be
+        // read behind the last.
+        let each = ROWS * COLUMNS;
+        let firsts = self.rows.clone().step_by(ROWS);
+        let kept = if steps > most { firsts.len() * self.range.len() } else { 1 };
+        let mut sums = Scratch::take(kept * each + SIDE);
+        // Sums of a block of columns, before they are scaled.
+        let mut block = Scratch::take(if self.scales.is_some() { each } else { 0 });
         let mut panel = Scratch::take(steps.min(most) * ROWS * SIDE);
         for span in (0..steps).step_by(most) {
-            let mut sums = sums.chunks_exact_mut(each);
+            let end = steps.min(span + most);
+            let mut starts = (0..kept).map(|i| i * each).cycle();
             for first in firsts.clone() {
-                let rows = self.rows_of(first, span..steps.min(span + most), &mut panel);
-                for (g, total) in self.range.clone().zip(&mut sums) {
-                    let Some(scales) = self.scales else {
-                        self.multiply(rows, [first, g, span], total);
-                        continue;
-                    };
-                    let block = &mut block[..ROWS * self.groups.shape(g).columns()];
-                    block.fill(0.0);
-                    self.multiply(rows, [first, g, span], block);
-                    self.scale(s, scales, [first, span], block, total);
+                let rows = self.rows_of(first, span..end, &mut panel);
+                for (g, start) in self.range.clone().zip(&mut starts) {
+                    let total = &mut sums[start..start + each];
+                    if let Some(scales) = self.scales {
+                        if span == 0 {
+                            total.fill(0.0);
+                        }
+                        let block = &mut block[..ROWS * self.groups.shape(g).columns()];
+                        self.multiply(rows, [first, g, span], false, block);
+                        self.scale(s, scales, [first, span], block, total);
+                    } else {
+                        self.multiply(rows, [first, g, span], span > 0, total);
+                    }
+                    if end == steps {
+                        self.settle(s, first, g, &sums[start..start + each + SIDE]);
+                    }
                 }
-            }
-        }
-        let mut starts = (0..).step_by(each);
-        for first in firsts {
-            for (g, start) in self.range.clone().zip(&mut starts) {
-                self.settle(s, first, g, &sums[start..start + each + SIDE]);
             }
         }
     }
@@ -322,14 +328,23 @@ impl<'a> Work<'a> {
         [Rows::stored(bytes, self.w.stride(), stored - steps.start), Rows::packed(panel)]
     }
 
-    /// sums += `rows`, from row `first` and step `span` of W on, times group `g`.
-    fn multiply(&self, rows: [Rows<'_>; 2], [first, g, span]: [usize; 3], sums: &mut [f32]) {
+    /// sums = or, where `accumulate`, += `rows`, from row `first` and step `span` of W on, times group `g`.
+    fn multiply(
+        &self,
+        rows: [Rows<'_>; 2],
+        [first, g, span]: [usize; 3],
+        accumulate: bool,
+        sums: &mut [f32],
+    ) {
         let (shape, steps) = (self.groups.shape(g), self.w.cols().div_ceil(STEP));
         let each = SIDE * shape.columns();
         let x = &self.x[g * steps * Groups::STEP + span * each..];
         let [stored, packed] = rows;
-        self.amx.multiply(&shape, stored, self.ahead(first, span, g - self.range.start), x, sums);
-        self.amx.multiply(&shape, packed, None, &x[stored.steps() * each..], sums);
+        let ahead = self.ahead(first, span, g - self.range.start);
+        self.amx.multiply(&shape, stored, ahead, x, accumulate, sums);
+        if packed.steps() > 0 {
+            self.amx.multiply(&shape, packed, None, &x[stored.steps() * each..], true, sums);
+        }
     }
 
     /// What the `i`-th group fetches: the rows that are used next, half of them beside each of the first two groups.
@@ -380,33 +395,29 @@ impl<'a> Work<'a> {
     #[inline(always)]
     fn settle<S: Simd>(&self, s: S, first: usize, g: usize, sums: &[f32]) {
         let (columns, tokens) = (self.groups.shape(g).columns(), self.groups.size(g));
-        let mut tile = [[0.0; SIDE]; SIDE];
-        let mut turned = [[0.0; SIDE]; SIDE];
-        for row in (first..self.rows.end.min(first + ROWS)).step_by(SIDE) {
-            let rows = SIDE.min(self.rows.end - row);
-            for token in (0..tokens).step_by(SIDE) {
-                for (i, tile) in tile.iter_mut().enumerate() {
-                    let sums = &sums[(row - first + i) * columns + token..];
-                    for lane in (0..SIDE).step_by(S::LANES) {
-                        let mut sum = s.load(&sums[lane..]);
-                        if self.groups.pieces == 3 {
-                            let (middle, low) =
-                                (s.load(&sums[tokens + lane..]), s.load(&sums[2 * tokens + lane..]));
-                            sum = s.add(sum, s.add(middle, low));
-                        }
-                        s.store(sum, &mut tile[lane..]);
-                    }
+        let start = self.groups.start(g);
+        for row in (first..self.rows.end.min(first + ROWS)).step_by(S::LANES) {
+            let rows = S::LANES.min(self.rows.end - row);
+            for token in (0..tokens).step_by(S::LANES) {
+                let sums = &sums[(row - first) * columns + token..];
+                // Lanes behind the last token hold something else, and are not used.
+                let mut block = s.block(|i| s.load(&sums[i * columns..]));
+                if self.groups.pieces == 3 {
+                    let rest = &sums[tokens..];
+                    for_each_vector!(S::LANES, i, {
+                        let (middle, low) = (s.load(&rest[i * columns..]), s.load(&rest[i * columns + tokens..]));
+                        block.as_mut()[i] = s.add(block.as_ref()[i], s.add(middle, low));
+                    });
                 }
-                transpose(s, &tile, &mut turned);
-                for (t, sums) in turned.iter().enumerate().take(tokens - token) {
-                    for lane in (0..rows).step_by(S::LANES) {
-                        let count = S::LANES.min(rows - lane);
+                let block = s.transpose(block);
+                let count = S::LANES.min(tokens - token);
+                for_each_vector!(S::LANES, t, {
+                    if t < count {
                         // SAFETY: pieces of work do not overlap, and this is the only view of it.
-                        let out =
-                            unsafe { self.out.row(self.groups.start(g) + token + t, row + lane, count) };
-                        add(s, s.load(&sums[lane..]), !self.accumulate, out);
+                        let out = unsafe { self.out.row(start + token + t, row, rows) };
+                        add(s, block.as_ref()[t], !self.accumulate, out);
                     }
-                }
+                });
             }
         }
     }

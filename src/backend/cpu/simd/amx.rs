@@ -32,7 +32,7 @@ impl Amx {
         found.then_some(Amx(()))
     }
 
-    /// sums `[ROWS, columns]` += W · x, for x as `[steps, tiles, SIDE, width]` pairs of bf16 (columns of W, then columns of
+    /// sums `[ROWS, columns]` = or, where `accumulate`, += W · x, for x as `[steps, tiles, SIDE, width]` pairs of bf16 (columns of W, then columns of
     /// x) with the sizes of `shape`.
     ///
     /// `ahead` is fetched meanwhile, where there are the most columns.
@@ -43,11 +43,15 @@ impl Amx {
         w: Rows<'_>,
         ahead: Option<Ahead>,
         x: &[f32],
+        accumulate: bool,
         sums: &mut [f32],
     ) {
         assert!(w.steps * SIDE * shape.columns() <= x.len(), "tiles of x");
         assert!(ROWS * shape.columns() <= sums.len(), "tiles of sums");
         if w.steps == 0 {
+            if !accumulate {
+                sums[..ROWS * shape.columns()].fill(0.0);
+            }
             return;
         }
         let kernel = match (shape.tiles, ahead) {
@@ -59,7 +63,7 @@ impl Amx {
         let ahead = ahead.unwrap_or(Ahead { start: w.bytes.as_ptr(), stride: 0 });
         let Amx(()) = self;
         // SAFETY: all operands are as large as said, there is a step, and `self` proves that the instructions are there.
-        unsafe { kernel(&shape.registers, w, ahead, x.as_ptr(), sums.as_mut_ptr()) }
+        unsafe { kernel(&shape.registers, w, ahead, x.as_ptr(), accumulate, sums.as_mut_ptr()) }
     }
 }
 
@@ -175,14 +179,25 @@ macro_rules! product {
     ($name:ident, $tiles:literal, $load:expr, $step:expr, $store:expr) => {
         /// # Safety
         /// As [`Amx::multiply`] checks, for at least one step.
-        unsafe fn $name(registers: &Registers, w: Rows<'_>, ahead: Ahead, x: *const f32, sums: *mut f32) {
+        unsafe fn $name(
+            registers: &Registers,
+            w: Rows<'_>,
+            ahead: Ahead,
+            x: *const f32,
+            accumulate: bool,
+            sums: *mut f32,
+        ) {
             let Rows { bytes, stride: [stride, step], steps } = w;
             let row = usize::from(registers.row_bytes[7]);
             let line = $tiles * row;
             // SAFETY: reads and writes what the caller vouches for, and names all registers that it uses.
             unsafe {
                 asm!(
-                    "ldtilecfg [{scratch}] /* {ahead} {apart} are used by one kernel only */",
+                    "ldtilecfg [{scratch}] /* zeros all tiles; {ahead} {apart} are used by one kernel only */",
+                    "lea {scratch}, [{upper} + 8 * {line}]",
+                    "lea {scratch}, [{scratch} + 8 * {line}]",
+                    "test {accumulate:e}, {accumulate:e}",
+                    "jz 2f",
                     $load,
                     "2:",
                     $step,
@@ -191,6 +206,8 @@ macro_rules! product {
                     "lea {x}, [{x} + 8 * {line}]",
                     "dec {steps}",
                     "jnz 2b",
+                    "lea {scratch}, [{upper} + 8 * {line}]",
+                    "lea {scratch}, [{scratch} + 8 * {line}]",
                     $store,
                     "tilerelease",
                     scratch = inout(reg) &raw const *registers => _,
@@ -203,7 +220,7 @@ macro_rules! product {
                     row = in(reg) row,
                     steps = inout(reg) steps => _,
                     upper = in(reg) sums,
-                    lower = in(reg) sums.byte_add(SIDE * line),
+                    accumulate = in(reg) u32::from(accumulate),
                     line = in(reg) line,
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                     out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
@@ -218,7 +235,7 @@ product!(
     one,
     1,
     "tileloadd tmm0, [{upper} + {line}]
-    tileloadd tmm3, [{lower} + {line}]",
+    tileloadd tmm3, [{scratch} + {line}]",
     "tileloadd tmm7, [{x} + {row}]
     tileloadd tmm6, [{first} + {stride}]
     tdpbf16ps tmm0, tmm6, tmm7
@@ -227,7 +244,7 @@ product!(
     tileloadd tmm6, [{scratch} + {stride}]
     tdpbf16ps tmm3, tmm6, tmm7",
     "tilestored [{upper} + {line}], tmm0
-    tilestored [{lower} + {line}], tmm3"
+    tilestored [{scratch} + {line}], tmm3"
 );
 
 product!(
@@ -235,8 +252,8 @@ product!(
     2,
     "tileloadd tmm0, [{upper} + {line}]
     tileloadd tmm1, [{upper} + {line} + 64]
-    tileloadd tmm3, [{lower} + {line}]
-    tileloadd tmm4, [{lower} + {line} + 64]",
+    tileloadd tmm3, [{scratch} + {line}]
+    tileloadd tmm4, [{scratch} + {line} + 64]",
     "tileloadd tmm6, [{first} + {stride}]
     tileloadd tmm7, [{x} + {row}]
     tdpbf16ps tmm0, tmm6, tmm7
@@ -250,8 +267,8 @@ product!(
     tdpbf16ps tmm3, tmm6, tmm7",
     "tilestored [{upper} + {line}], tmm0
     tilestored [{upper} + {line} + 64], tmm1
-    tilestored [{lower} + {line}], tmm3
-    tilestored [{lower} + {line} + 64], tmm4"
+    tilestored [{scratch} + {line}], tmm3
+    tilestored [{scratch} + {line} + 64], tmm4"
 );
 
 /// Four rows of W into the second-level cache.
@@ -307,16 +324,16 @@ macro_rules! product_of_three {
             "tileloadd tmm0, [{upper} + {line}]
             tileloadd tmm1, [{upper} + {line} + 64]
             tileloadd tmm2, [{upper} + {line} + 128]
-            tileloadd tmm3, [{lower} + {line}]
-            tileloadd tmm4, [{lower} + {line} + 64]
-            tileloadd tmm5, [{lower} + {line} + 128]",
+            tileloadd tmm3, [{scratch} + {line}]
+            tileloadd tmm4, [{scratch} + {line} + 64]
+            tileloadd tmm5, [{scratch} + {line} + 128]",
             $step,
             "tilestored [{upper} + {line}], tmm0
             tilestored [{upper} + {line} + 64], tmm1
             tilestored [{upper} + {line} + 128], tmm2
-            tilestored [{lower} + {line}], tmm3
-            tilestored [{lower} + {line} + 64], tmm4
-            tilestored [{lower} + {line} + 128], tmm5"
+            tilestored [{scratch} + {line}], tmm3
+            tilestored [{scratch} + {line} + 64], tmm4
+            tilestored [{scratch} + {line} + 128], tmm5"
         );
     };
 }
