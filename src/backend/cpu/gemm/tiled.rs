@@ -352,7 +352,7 @@ impl<'a> Work<'a> {
         let stride = self.w.stride();
         let offset = (ROWS + i * SIDE) * stride + 2 * span * STEP;
         let start = self.w.bytes(first, 1).as_ptr().wrapping_add(offset);
-        (self.range.len() > 1 && i < 2).then_some(Ahead { start, stride })
+        (first + ROWS < self.w.rows() && i < 2).then_some(Ahead { start, stride })
     }
 
     /// totals += the sums `[ROWS, columns]` of the columns of W from a step on, times the factors of the rows from `first` on.
@@ -405,7 +405,8 @@ impl<'a> Work<'a> {
                 if self.groups.pieces == 3 {
                     let rest = &sums[tokens..];
                     for_each_vector!(S::LANES, i, {
-                        let (middle, low) = (s.load(&rest[i * columns..]), s.load(&rest[i * columns + tokens..]));
+                        let (middle, low) =
+                            (s.load(&rest[i * columns..]), s.load(&rest[i * columns + tokens..]));
                         block.as_mut()[i] = s.add(block.as_ref()[i], s.add(middle, low));
                     });
                 }

@@ -35,7 +35,7 @@ impl Amx {
     /// sums `[ROWS, columns]` = or, where `accumulate`, += W · x, for x as `[steps, tiles, SIDE, width]` pairs of bf16 (columns of W, then columns of
     /// x) with the sizes of `shape`.
     ///
-    /// `ahead` is fetched meanwhile, where there are the most columns.
+    /// `ahead` is fetched meanwhile.
     #[inline]
     pub(in super::super) fn multiply(
         self,
@@ -55,8 +55,10 @@ impl Amx {
             return;
         }
         let kernel = match (shape.tiles, ahead) {
-            (1, _) => one,
-            (2, _) => two,
+            (1, None) => one,
+            (1, Some(_)) => one_ahead,
+            (2, None) => two,
+            (2, Some(_)) => two_ahead,
             (_, None) => three,
             (_, Some(_)) => three_ahead,
         };
@@ -102,7 +104,8 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// [`SIDE`] rows of W that are read soon, in steps of [`STEP`] bf16 values; they need not be there.
+/// Rows of W that are read soon, in steps of [`STEP`] bf16 values; they need not be there. Three tiles fetch [`SIDE`] of
+/// them, fewer tiles [`ROWS`].
 #[derive(Clone, Copy)]
 pub(in super::super) struct Ahead {
     pub(in super::super) start: *const u8,
@@ -193,7 +196,7 @@ macro_rules! product {
             // SAFETY: reads and writes what the caller vouches for, and names all registers that it uses.
             unsafe {
                 asm!(
-                    "ldtilecfg [{scratch}] /* zeros all tiles; {ahead} {apart} are used by one kernel only */",
+                    "ldtilecfg [{scratch}] /* zeros all tiles; {ahead} {apart} are not used by all kernels */",
                     "lea {scratch}, [{upper} + 8 * {line}]",
                     "lea {scratch}, [{scratch} + 8 * {line}]",
                     "test {accumulate:e}, {accumulate:e}",
@@ -231,46 +234,6 @@ macro_rules! product {
     };
 }
 
-product!(
-    one,
-    1,
-    "tileloadd tmm0, [{upper} + {line}]
-    tileloadd tmm3, [{scratch} + {line}]",
-    "tileloadd tmm7, [{x} + {row}]
-    tileloadd tmm6, [{first} + {stride}]
-    tdpbf16ps tmm0, tmm6, tmm7
-    lea {scratch}, [{first} + 8 * {stride}]
-    lea {scratch}, [{scratch} + 8 * {stride}]
-    tileloadd tmm6, [{scratch} + {stride}]
-    tdpbf16ps tmm3, tmm6, tmm7",
-    "tilestored [{upper} + {line}], tmm0
-    tilestored [{scratch} + {line}], tmm3"
-);
-
-product!(
-    two,
-    2,
-    "tileloadd tmm0, [{upper} + {line}]
-    tileloadd tmm1, [{upper} + {line} + 64]
-    tileloadd tmm3, [{scratch} + {line}]
-    tileloadd tmm4, [{scratch} + {line} + 64]",
-    "tileloadd tmm6, [{first} + {stride}]
-    tileloadd tmm7, [{x} + {row}]
-    tdpbf16ps tmm0, tmm6, tmm7
-    tileloadd tmm7, [{x} + {row} + 1024]
-    tdpbf16ps tmm1, tmm6, tmm7
-    lea {scratch}, [{first} + 8 * {stride}]
-    lea {scratch}, [{scratch} + 8 * {stride}]
-    tileloadd tmm6, [{scratch} + {stride}]
-    tdpbf16ps tmm4, tmm6, tmm7
-    tileloadd tmm7, [{x} + {row}]
-    tdpbf16ps tmm3, tmm6, tmm7",
-    "tilestored [{upper} + {line}], tmm0
-    tilestored [{upper} + {line} + 64], tmm1
-    tilestored [{scratch} + {line}], tmm3
-    tilestored [{scratch} + {line} + 64], tmm4"
-);
-
 /// Four rows of W into the second-level cache.
 macro_rules! fetch {
     () => {
@@ -281,6 +244,98 @@ macro_rules! fetch {
         prefetcht1 [{ahead} + {apart}]
         lea {ahead}, [{ahead} + 2 * {apart}]
         "
+    };
+}
+
+/// Back to the first row, a step further, after so many times eight rows.
+macro_rules! rewind {
+    ($times:literal) => {
+        concat!(
+            "lea {scratch}, [8 * {apart}]
+            lea {scratch}, [",
+            $times,
+            " * {scratch} - 64]
+            sub {ahead}, {scratch}
+            "
+        )
+    };
+}
+
+/// A step of one tile, with something between its products.
+macro_rules! step_of_one {
+    ($between:expr) => {
+        concat!(
+            "tileloadd tmm7, [{x} + {row}]
+            tileloadd tmm6, [{first} + {stride}]
+            tdpbf16ps tmm0, tmm6, tmm7
+            ",
+            $between,
+            "lea {scratch}, [{first} + 8 * {stride}]
+            lea {scratch}, [{scratch} + 8 * {stride}]
+            tileloadd tmm6, [{scratch} + {stride}]
+            tdpbf16ps tmm3, tmm6, tmm7
+            ",
+            $between
+        )
+    };
+}
+
+macro_rules! product_of_one {
+    ($name:ident, $step:expr) => {
+        product!(
+            $name,
+            1,
+            "tileloadd tmm0, [{upper} + {line}]
+            tileloadd tmm3, [{scratch} + {line}]",
+            $step,
+            "tilestored [{upper} + {line}], tmm0
+            tilestored [{scratch} + {line}], tmm3"
+        );
+    };
+}
+
+/// A step of two tiles, with something between its products.
+macro_rules! step_of_two {
+    ($between:expr) => {
+        concat!(
+            "tileloadd tmm6, [{first} + {stride}]
+            tileloadd tmm7, [{x} + {row}]
+            tdpbf16ps tmm0, tmm6, tmm7
+            ",
+            $between,
+            "tileloadd tmm7, [{x} + {row} + 1024]
+            tdpbf16ps tmm1, tmm6, tmm7
+            ",
+            $between,
+            "lea {scratch}, [{first} + 8 * {stride}]
+            lea {scratch}, [{scratch} + 8 * {stride}]
+            tileloadd tmm6, [{scratch} + {stride}]
+            tdpbf16ps tmm4, tmm6, tmm7
+            ",
+            $between,
+            "tileloadd tmm7, [{x} + {row}]
+            tdpbf16ps tmm3, tmm6, tmm7
+            ",
+            $between
+        )
+    };
+}
+
+macro_rules! product_of_two {
+    ($name:ident, $step:expr) => {
+        product!(
+            $name,
+            2,
+            "tileloadd tmm0, [{upper} + {line}]
+            tileloadd tmm1, [{upper} + {line} + 64]
+            tileloadd tmm3, [{scratch} + {line}]
+            tileloadd tmm4, [{scratch} + {line} + 64]",
+            $step,
+            "tilestored [{upper} + {line}], tmm0
+            tilestored [{upper} + {line} + 64], tmm1
+            tilestored [{scratch} + {line}], tmm3
+            tilestored [{scratch} + {line} + 64], tmm4"
+        );
     };
 }
 
@@ -338,13 +393,12 @@ macro_rules! product_of_three {
     };
 }
 
-product_of_three!(three, step_of_three!(""));
-product_of_three!(
-    three_ahead,
-    concat!(
-        step_of_three!(fetch!()),
-        "lea {scratch}, [{apart} + {apart}]
-        lea {scratch}, [8 * {scratch} - 64]
-        sub {ahead}, {scratch}"
-    )
+product_of_one!(one, step_of_one!(""));
+product_of_one!(
+    one_ahead,
+    concat!(step_of_one!(concat!(fetch!(), fetch!(), fetch!(), fetch!())), rewind!("4"))
 );
+product_of_two!(two, step_of_two!(""));
+product_of_two!(two_ahead, concat!(step_of_two!(concat!(fetch!(), fetch!())), rewind!("4")));
+product_of_three!(three, step_of_three!(""));
+product_of_three!(three_ahead, concat!(step_of_three!(fetch!()), rewind!("2")));
