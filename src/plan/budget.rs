@@ -13,7 +13,8 @@ use crate::architecture::MoeProfile;
 pub enum Budget {
     /// Remove this fraction of the routed-expert parameters, above 0 and below 1. Where experts are dropped
     /// layer by layer, round(F·E) of the E experts of each layer go, halves to the even number; over all
-    /// layers together, round(F·ΣE) of all experts.
+    /// layers together, round(F·ΣE) of all experts. Where experts differ in size, those with the lowest scores go until
+    /// their parameters come nearest to the fraction.
     Remove(f64),
     /// Keep exactly this many experts in every layer.
     Experts(usize),
@@ -140,6 +141,28 @@ pub(super) fn drops_of_fractions(
     within(budget, rooms, drops, "use a smaller share, or a smaller owl_lambda")
 }
 
+/// How many experts a layer loses whose experts differ in size: as many as come nearest to `fraction` of its parameters,
+/// the fewer of two that are equally near. `removed` says how many parameters go with so many experts.
+pub(super) fn drops_of_unequal(
+    budget: Budget,
+    fraction: f64,
+    room: &Room<'_>,
+    removed: impl Fn(usize) -> Result<u64>,
+) -> Result<usize> {
+    let all = room.layer.routed().parameters as f64;
+    let target = fraction * all;
+    let mut before = 0;
+    for n in 1..=room.most {
+        let after = removed(n)?;
+        if after as f64 >= target {
+            return Ok(if target - before as f64 <= after as f64 - target { n - 1 } else { n });
+        }
+        before = after;
+    }
+    let instead = format!("the largest possible is {}", round_down(before as f64 / all));
+    Err(room.exceeded(budget, room.most + 1, &instead))
+}
+
 /// `drops`, if there is room for them.
 fn within(budget: Budget, rooms: &[Room<'_>], drops: Vec<usize>, instead: &str) -> Result<Vec<usize>> {
     match rooms.iter().zip(&drops).find(|(room, n)| room.most < **n) {
@@ -198,7 +221,7 @@ pub(super) fn fewest_steps(size: u64, most: usize, after: impl Fn(usize) -> Resu
 pub(super) fn drops_of_sequence(
     budget: Budget,
     costs: &Costs<'_>,
-    sequence: &[&MoeProfile],
+    sequence: &[(&MoeProfile, usize)],
 ) -> Result<usize> {
     budget.check()?;
     let experts = costs.profile.moe_layers.iter().map(|l| l.experts).sum::<usize>();
@@ -227,7 +250,7 @@ pub(super) fn drops_of_sequence(
         Budget::Bytes(size) => {
             refuse_enough(size, costs)?;
             let mut meter = Meter::new(costs);
-            for (n, layer) in (1..).zip(sequence) {
+            for (n, (layer, _)) in (1..).zip(sequence) {
                 meter.drop(layer);
                 if meter.on_disk() <= size {
                     return Ok(n);
@@ -238,18 +261,19 @@ pub(super) fn drops_of_sequence(
     }
 }
 
-/// Where experts of different layers have different sizes, so that counting them is not enough: how many of
-/// `sequence` come nearest to the fraction of parameters, the fewer of two that are equally near. More than
-/// there are where even all of them stay below it.
-fn nearest(fraction: f64, costs: &Costs<'_>, sequence: &[&MoeProfile]) -> Option<usize> {
+/// Where experts have different sizes, so that counting them is not enough: how many of `sequence` come nearest to the
+/// fraction of parameters, the fewer of two that are equally near. More than there are where even all of them stay below
+/// it.
+fn nearest(fraction: f64, costs: &Costs<'_>, sequence: &[(&MoeProfile, usize)]) -> Option<usize> {
     let layers = &costs.profile.moe_layers;
-    if layers.windows(2).all(|pair| pair[0].expert_parameters == pair[1].expert_parameters) {
+    let alike = |pair: &[MoeProfile]| pair[0].expert_parameters == pair[1].expert_parameters;
+    if layers.iter().all(|layer| layer.each.is_empty()) && layers.windows(2).all(alike) {
         return None;
     }
     let target = fraction * costs.profile.routed_parameters() as f64;
     let mut removed = 0u64;
-    for (n, layer) in sequence.iter().enumerate() {
-        let after = removed + layer.expert_parameters;
+    for (n, (layer, expert)) in sequence.iter().enumerate() {
+        let after = removed + layer.expert(*expert).parameters;
         if after as f64 >= target {
             return Some(if target - removed as f64 <= after as f64 - target { n } else { n + 1 });
         }
@@ -301,7 +325,7 @@ pub(super) fn too_small(size: u64, smallest: u64) -> Error {
 }
 
 /// The message for a fraction that rounds to no expert at all.
-fn nothing_removed(budget: Budget, experts: usize) -> String {
+pub(super) fn nothing_removed(budget: Budget, experts: usize) -> String {
     let smallest = round_up(1.0 / experts.max(1) as f64);
     format!("{budget}: would drop no expert; the smallest possible is {smallest}, 1 of {experts}")
 }

@@ -94,25 +94,34 @@ impl Selection {
         let costs = Costs::new(profile, FactorDtype::Auto).replacing(&self.action);
         let dropped = if options::is(options, "scope", "global") {
             let sequence = select::sequence(&layers, scores);
-            let owners = sequence.iter().map(|(i, _)| &profile.moe_layers[*i]).collect::<Vec<_>>();
+            let owners = sequence.iter().map(|(i, e)| (&profile.moe_layers[*i], *e)).collect::<Vec<_>>();
             let n = budget::drops_of_sequence(budget, &costs, &owners)?;
             let mut dropped = vec![Vec::new(); layers.len()];
             sequence[..n].iter().for_each(|(i, expert)| dropped[*i].push(*expert));
             dropped
         } else {
+            let orders = scores.iter().map(|scores| score::worst_first(scores)).collect::<Vec<_>>();
             let rooms = layers.iter().map(Layer::room).collect::<Vec<_>>();
-            let drops = match budget {
+            let unequal = profile.moe_layers.iter().any(|layer| !layer.each.is_empty());
+            budget.check()?;
+            let fractions = match budget {
                 Budget::Remove(fraction) if owl::is_owl(options) => {
-                    budget.check()?;
-                    let fractions = owl::fractions(request, options, fraction)?;
-                    budget::drops_of_fractions(budget, &rooms, &fractions)?
+                    Some(owl::fractions(request, options, fraction)?)
                 }
-                _ => budget::drops_per_layer(budget, &costs, &rooms)?,
+                Budget::Remove(fraction) if unequal => Some(vec![fraction; layers.len()]),
+                _ => None,
             };
-            let choose = |((layer, scores), n): ((&Layer<'_>, &Vec<f64>), usize)| {
-                layer.choose(&score::worst_first(scores), n)
-            };
-            layers.iter().zip(scores).zip(drops).map(choose).collect::<Result<Vec<_>>>()?
+            match fractions {
+                Some(fractions) if unequal => self.shares(budget, &costs, &layers, &orders, &fractions)?,
+                fractions => {
+                    let drops = match fractions {
+                        Some(fractions) => budget::drops_of_fractions(budget, &rooms, &fractions)?,
+                        None => budget::drops_per_layer(budget, &costs, &rooms)?,
+                    };
+                    let choices = layers.iter().zip(&orders).zip(drops);
+                    choices.map(|((layer, order), n)| layer.choose(order, n)).collect::<Result<_>>()?
+                }
+            }
         };
 
         let mut plans = Vec::with_capacity(layers.len());
@@ -125,6 +134,35 @@ impl Selection {
         };
         let source = statistics.and(request.source).cloned();
         Plan::assemble(profile, self.method, options.clone(), source, plans, warnings)
+    }
+
+    /// The experts of every layer that get the action: those first in its order, until their parameters come nearest to its
+    /// fraction.
+    fn shares(
+        &self,
+        budget: Budget,
+        costs: &Costs<'_>,
+        layers: &[Layer<'_>],
+        orders: &[Vec<usize>],
+        fractions: &[f64],
+    ) -> Result<Vec<Vec<usize>>> {
+        let mut chosen = Vec::with_capacity(layers.len());
+        for (((layer, profile), order), fraction) in
+            layers.iter().zip(&costs.profile.moe_layers).zip(orders).zip(fractions)
+        {
+            let removed = |n: usize| {
+                let plan = layer_plan(profile, &layer.choose(order, n)?, &[], &self.action);
+                let left = costs.layer(profile, plan.experts.iter().map(|e| &e.action));
+                Ok(profile.routed().parameters.saturating_sub(left.parameters))
+            };
+            let n = budget::drops_of_unequal(budget, *fraction, &layer.room(), removed)?;
+            chosen.push(layer.choose(order, n)?);
+        }
+        if chosen.iter().all(Vec::is_empty) {
+            let most = layers.iter().map(|layer| layer.room().layer.experts).max().unwrap_or(0);
+            return Err(Error::Budget(budget::nothing_removed(budget, most)));
+        }
+        Ok(chosen)
     }
 
     /// The layer as far as choosing goes: experts that keep their router row keep every group of the router usable.

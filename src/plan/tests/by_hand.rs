@@ -53,6 +53,32 @@ fn every_score_drops_what_it_says() {
     }
 }
 
+/// In a checkpoint that was compressed before, a quarter of the experts is not a quarter of their parameters.
+#[test]
+fn a_share_of_unequal_experts_is_one_of_parameters() {
+    let each = [288, 288, 36, 36].map(|p| ExpertSize { parameters: p, bytes: 2 * p, alias_of: None });
+    let mixed = MoeProfile { expert_parameters: 162, expert_bytes: 324, each: each.into(), ..layer(0, 4, 1) };
+    let profile = profile(vec![mixed, layer(2, 4, 1)]);
+    let statistics = [counted(&[9.0, 8.0, 1.0, 2.0]), counted(&[7.0, 6.0, 5.0, 4.0])];
+    let dropped_of = |share: f64, options: &[&str]| {
+        plan("frequency", &profile, Some(&statistics), Some(Budget::Remove(share)), options)
+            .map(|plan| (dropped(&plan), plan.expected.removed_fraction))
+    };
+    // 36, 72 and 360 of 648 parameters go with the first one, two, three; 324 are asked for.
+    let (experts, fraction) = dropped_of(0.5, &[]).unwrap();
+    assert_eq!(experts, [vec![1, 2, 3], vec![2, 3]]);
+    assert_eq!(fraction, (360.0 + 576.0) / (648.0 + 1152.0));
+    // 36, 72, 360, 648 and 936 of 1800 in order of the counts; 900 are asked for.
+    let (experts, _) = dropped_of(0.5, &["scope=global"]).unwrap();
+    assert_eq!(experts, [vec![2, 3], vec![1, 2, 3]]);
+    let (experts, _) = dropped_of(0.04, &[]).unwrap();
+    assert_eq!(experts, [vec![2], vec![]]);
+    assert_eq!(
+        dropped_of(0.8, &[]).unwrap_err().to_string(),
+        "--remove 0.8: would drop 4 of the 4 experts of layer 0, which must keep 1; the largest possible is 0.5555"
+    );
+}
+
 #[test]
 fn sizes_after_dropping_count_experts_and_router_rows() {
     let (profile, statistics) = small();
