@@ -17,6 +17,9 @@ use crate::backend::cpu::simd::{Isa, Simd, Task};
 /// Steps of W between which sums go to memory. The tiles of that many and a group of tokens stay in the second-level cache.
 const SPAN: usize = 64;
 
+/// Bytes of a page of memory.
+const PAGE: usize = 4096;
+
 /// Most rows of W in a piece of work.
 const MOST_ROWS: usize = 4 * ROWS;
 
@@ -340,19 +343,23 @@ impl<'a> Work<'a> {
         let each = SIDE * shape.columns();
         let x = &self.x[g * steps * Groups::STEP + span * each..];
         let [stored, packed] = rows;
-        let ahead = self.ahead(first, span, g - self.range.start);
+        let ahead = self.ahead(first, span, g - self.range.start, &shape);
         self.amx.multiply(&shape, stored, ahead, x, accumulate, sums);
         if packed.steps() > 0 {
             self.amx.multiply(&shape, packed, None, &x[stored.steps() * each..], true, sums);
         }
     }
 
-    /// What the `i`-th group fetches: the rows that are used next, half of them beside each of the first two groups.
-    fn ahead(&self, first: usize, span: usize, i: usize) -> Option<Ahead> {
+    /// What the `i`-th group fetches: the rows that are used next, half of them beside each of the first two groups. Few
+    /// tokens leave long rows to the processor, which fetches by itself what comes behind in the same page.
+    fn ahead(&self, first: usize, span: usize, i: usize, shape: &Shape) -> Option<Ahead> {
         let stride = self.w.stride();
+        let several = self.range.len() > 1 && shape.columns() == COLUMNS;
+        if first + ROWS >= self.w.rows() || i > 1 || (stride > PAGE && !several) {
+            return None;
+        }
         let offset = (ROWS + i * SIDE) * stride + 2 * span * STEP;
-        let start = self.w.bytes(first, 1).as_ptr().wrapping_add(offset);
-        (first + ROWS < self.w.rows() && i < 2).then_some(Ahead { start, stride })
+        Some(Ahead { start: self.w.bytes(first, 1).as_ptr().wrapping_add(offset), stride })
     }
 
     /// totals += the sums `[ROWS, columns]` of the columns of W from a step on, times the factors of the rows from `first` on.
