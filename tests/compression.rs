@@ -18,12 +18,14 @@ use moepress::model::{Model, open_architecture, profile};
 use moepress::plan::{Action, Budget};
 use moepress::progress::Progress;
 
-const MODELS: [&str; 44] = [
+const MODELS: [&str; 47] = [
     "mixtral",
     "qwen2_moe",
     "qwen3_moe_fused",
     "olmoe_clip",
     "deepseek",
+    "bailing_moe",
+    "bailing_moe_v2",
     "deepseek_v2",
     "deepseek_v2_lite_sharded_bf16",
     "deepseek_v3",
@@ -46,6 +48,7 @@ const MODELS: [&str; 44] = [
     "granitemoe_swa",
     "jamba",
     "nemotron_h",
+    "nemotron_h_latent",
     "nemotron_h_fused",
     "mistral3",
     "cohere2_moe",

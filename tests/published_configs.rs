@@ -115,6 +115,39 @@ fn mixtral_qwen_and_olmoe() {
     assert_eq!(sizes(&read(&olmoe)), [16, 16, 64, 8, 0]);
 }
 
+/// Ling-lite-1.5 and Ling-mini-2.0.
+#[test]
+fn ling() {
+    let first = json!({"architectures": ["BailingMoeForCausalLM"], "first_k_dense_replace": 0, "head_dim": 128,
+        "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 5632, "max_position_embeddings": 32768,
+        "model_type": "bailing_moe", "moe_intermediate_size": 1408, "multi_gate": false, "norm_head": false,
+        "norm_softmax": false, "norm_topk_prob": true, "num_attention_heads": 16, "num_experts": 64,
+        "num_experts_per_tok": 6, "num_hidden_layers": 28, "num_key_value_heads": 4, "num_shared_experts": 2,
+        "rms_norm_eps": 1e-6, "rope_scaling": null, "rope_theta": 600_000, "tie_word_embeddings": false,
+        "use_bias": false, "use_qkv_bias": false, "vocab_size": 126_464});
+    let second = json!({"architectures": ["BailingMoeV2ForCausalLM"], "embedding_dropout": 0.0,
+        "first_k_dense_replace": 1, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+        "intermediate_size": 5120, "max_position_embeddings": 32768, "model_type": "bailing_moe",
+        "moe_intermediate_size": 512, "moe_router_enable_expert_bias": true,
+        "moe_router_enable_routed_scaling": true, "moe_router_enable_shared_expert": true,
+        "moe_shared_expert_intermediate_size": 512, "n_group": 8, "norm_topk_prob": true, "num_attention_heads": 16,
+        "num_experts": 256, "num_experts_per_tok": 8, "num_hidden_layers": 20, "num_key_value_heads": 4,
+        "num_nextn_predict_layers": 0, "num_shared_experts": 1, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-6,
+        "rope_scaling": null, "rope_theta": 600_000, "rotary_dim": 64, "routed_scaling_factor": 2.5,
+        "router_dtype": "fp32", "score_function": "sigmoid", "tie_word_embeddings": false, "topk_group": 4,
+        "use_bias": false, "use_qk_norm": true, "use_qkv_bias": false, "use_rmsnorm": true, "vocab_size": 157_184});
+    assert_eq!(sizes(&read(&first)), [28, 28, 64, 6, 2816]);
+    assert_eq!(read(&first).moe(0).unwrap().router.weights, WeightRule::RENORMALISED);
+    assert_eq!(sizes(&read(&second)), [20, 19, 256, 8, 512]);
+    let unsaid = json!({"score_function": null, "use_qk_norm": null});
+    assert_eq!(format!("{:?}", read(&with(&second, unsaid)).layers), format!("{:?}", read(&second).layers));
+    refused(
+        &with(&second, json!({"score_function": "tanh"})),
+        "score_function is `tanh`; known: sigmoid, softmax",
+    );
+    refused(&with(&first, json!({"norm_head": true})), "norm_head is true, only false is supported here");
+}
+
 #[test]
 fn deepseek_moe_16b() {
     let base = json!({"architectures": ["DeepseekForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
@@ -703,7 +736,10 @@ fn nemotron_3() {
     odd("attention_bias", json!(true), "attention_bias is true, only false is supported here");
     odd("n_groups", json!(7), "n_groups is 7, expected a divisor of the 64 heads");
     odd("time_step_limit", json!([0.0, 0.5]), "time_step_limit is from 0 to 0.5, only 0 to infinity is");
-    odd("moe_latent_size", json!(1024), "moe_latent_size is 1024: experts on a latent");
+    odd("moe_latent_size", json!(0), "moe_latent_size is 0, expected at least 1");
+    let latent = read(&changed("moe_latent_size", json!(1024)));
+    assert_eq!(latent.expert_io(latent.moe(1).unwrap()), 1024);
+    assert_eq!(nano.expert_io(moe), 2688);
 }
 
 fn minimax() -> Value {

@@ -61,6 +61,16 @@ impl Desk {
     }
 }
 
+#[test]
+fn experts_on_a_latent_are_refused() {
+    let desk = Desk::new();
+    let model = data("nemotron_h_latent");
+    desk.compress(&model, "reap", "0.3", "small");
+    let message = outcome(desk.recover(&model, "small", "out", &[])).error(1);
+    assert!(message.starts_with("the experts read and write a latent"), "{message}");
+    assert!(!desk.path("out").exists());
+}
+
 const SHORT: [&str; 4] = ["--steps", "60", "--batch", "256"];
 
 #[test]

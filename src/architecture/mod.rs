@@ -462,6 +462,9 @@ pub struct MoeSpec {
     pub experts: usize,
     /// Intermediate width of a routed expert.
     pub width: usize,
+    /// Width of what routed experts read and write, where that is a projection of the residual stream (the LatentMoE
+    /// of Nemotron 3); router and shared expert see the stream itself.
+    pub latent: Option<usize>,
     /// Between the matrices of a routed expert.
     pub activation: Activation,
     /// Whether the matrices of a routed expert have biases.
@@ -524,6 +527,11 @@ impl SharedSpec {
 }
 
 impl Architecture {
+    /// Width of what the routed experts of `moe` read and write.
+    pub fn expert_io(&self, moe: &MoeSpec) -> usize {
+        moe.latent.unwrap_or(self.hidden_size)
+    }
+
     /// Reads the text of a `config.json`.
     ///
     /// # Errors

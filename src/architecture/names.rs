@@ -84,6 +84,8 @@ pub struct Names {
     pub moe: &'static str,
     /// The same in the fused layout that transformers 5 can write.
     pub fused_moe: &'static str,
+    /// The maps into and out of the latent of routed experts, where they have one.
+    pub latent: [&'static str; 2],
     /// The router in it, as published and in the fused layout that transformers 5 can write.
     pub router: [&'static str; 2],
     /// The bias that only choices see, the same two ways.
@@ -154,6 +156,7 @@ impl Default for Names {
             dense: Projection::ALL.map(Projection::mlp_name),
             moe: "mlp",
             fused_moe: "mlp",
+            latent: [""; 2],
             router: ["gate"; 2],
             choice_bias: ["gate.e_score_correction_bias"; 2],
             choice_bias_is_row: false,
@@ -347,6 +350,11 @@ impl Names {
     pub fn expert_prefix(&self, l: usize, e: usize) -> String {
         let expert = if self.t5.is_some() { "expert_" } else { "" };
         self.within(l, self.moe, &format!("experts.{expert}{e}."))
+    }
+
+    /// The maps into and out of the latent of routed experts, without `.weight`.
+    pub fn latent(&self, l: usize) -> [String; 2] {
+        self.latent.map(|map| self.within(l, self.moe, map))
     }
 
     /// A matrix that the experts of layer `l` share as their base, without `.weight`; only the moepress layout has it.

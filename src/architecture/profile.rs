@@ -38,6 +38,9 @@ pub struct MoeProfile {
     pub top_k: usize,
     /// Intermediate width of a routed expert.
     pub width: usize,
+    /// Width of what its routed experts read and write, where that is not the hidden size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latent: Option<usize>,
     /// Whether the experts have no up matrix.
     #[serde(default)]
     pub ungated: bool,
@@ -110,6 +113,11 @@ impl MoeProfile {
 }
 
 impl Profile {
+    /// Width of what the routed experts of `layer` read and write.
+    pub fn expert_io(&self, layer: &MoeProfile) -> usize {
+        layer.latent.unwrap_or(self.hidden_size)
+    }
+
     /// Parameters of all routed experts.
     pub fn routed_parameters(&self) -> u64 {
         self.moe_layers.iter().map(|l| l.routed().parameters).sum()

@@ -486,11 +486,12 @@ pub trait Backend: Sync {
     /// each of the rows the inner products of the experts' outputs, without combine weights (where weights multiply
     /// inputs: of the outputs that the expert has for this token): the lower triangle, row-major, so that (a, b) with
     /// b ≤ a stands at a(a + 1)/2 + b. With `extra`, `[rows, hidden]`, one more vector per row stands behind the
-    /// outputs.
+    /// outputs. With `behind`, outputs first pass that matrix, and the vectors have as many values as it has rows.
     fn output_grams(
         &self,
         x: &Self::Buffer,
         rows: &[usize],
+        behind: Option<&Self::Weight>,
         extra: Option<&[f32]>,
         experts: &Self::Experts,
         routing: &mut Self::Routing,

@@ -183,7 +183,7 @@ impl Moment {
 pub struct MomentDims {
     /// Routed experts, `E`.
     pub experts: usize,
-    /// Hidden size, `d`.
+    /// Width of what routed experts read and write, `d`: the hidden size, or that of their latent.
     pub hidden_size: usize,
     /// Largest expert width, `p`.
     pub width: usize,

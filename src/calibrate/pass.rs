@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::statistics::{LayerUsage, entries};
 use super::{Error, Residual, Result, Sample, Statistics, TokenInfo};
-use crate::architecture::Profile;
+use crate::architecture::{MoeProfile, Profile};
 use crate::backend::{Backend, Expert, Matrix, Moment, MomentDims, Moments};
 use crate::checkpoint::write_safetensors;
 use crate::model::{LayerSource, Model, MoeSource, Stream, profile};
@@ -31,11 +31,12 @@ impl Default for Options {
 
 /// Bytes that the listed second moments of all layers take in the statistics file.
 pub fn second_moment_bytes(profile: &Profile, second: &[Moment]) -> u64 {
-    let layer = |experts: usize, width: usize| -> u64 {
-        let dims = MomentDims { experts, hidden_size: profile.hidden_size, width, files: 0 };
+    let layer = |layer: &MoeProfile| -> u64 {
+        let (experts, hidden_size, width) = (layer.experts, profile.expert_io(layer), layer.width);
+        let dims = MomentDims { experts, hidden_size, width, files: 0 };
         second.iter().map(|m| m.shape(dims).iter().map(|&n| n as u64).product::<u64>() * 8).sum()
     };
-    profile.moe_layers.iter().map(|l| layer(l.experts, l.width)).sum()
+    profile.moe_layers.iter().map(layer).sum()
 }
 
 /// Runs `windows` through `model`, a layer at a time, and writes the statistics of every MoE layer to `out`. A run that
@@ -137,7 +138,7 @@ fn advance<B: Backend>(
     let moments = if let Some(moe) = architecture.moe(l) {
         let dims = MomentDims {
             experts: source.moe().map_or(0, |m| m.experts.len()),
-            hidden_size: architecture.hidden_size,
+            hidden_size: architecture.expert_io(moe),
             width: moe.width,
             files: windows.files.len(),
         };

@@ -220,7 +220,7 @@ impl Statistics {
 
     fn dims(&self, layer: usize) -> Option<MomentDims> {
         let moe = self.profile.moe_layers.iter().find(|l| l.layer == layer)?;
-        let (experts, hidden_size, width) = (moe.experts, self.profile.hidden_size, moe.width);
+        let (experts, hidden_size, width) = (moe.experts, self.profile.expert_io(moe), moe.width);
         Some(MomentDims { experts, hidden_size, width, files: self.tokens.files.len() })
     }
 

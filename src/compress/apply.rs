@@ -204,6 +204,7 @@ pub fn apply_layer<'a>(
     spec.skip = plan.skip.or(spec.skip);
     let moe = MoeSource {
         norms: source.norms.clone(),
+        latent: source.latent.clone(),
         router,
         spec,
         capacity: source.capacity,

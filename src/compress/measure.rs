@@ -81,10 +81,12 @@ impl<'a, 'm, B: Backend> Follower<'a, 'm, B> {
             return Ok(None);
         };
         let architecture = self.model.architecture();
+        let spec = architecture.moe(source.layer);
+        let hidden_size = spec.map_or(architecture.hidden_size, |moe| architecture.expert_io(moe));
         let dims = MomentDims {
             experts: moe.experts.len(),
-            hidden_size: architecture.hidden_size,
-            width: architecture.moe(source.layer).map_or(0, |m| m.width),
+            hidden_size,
+            width: spec.map_or(0, |moe| moe.width),
             files: self
                 .stream
                 .chunks
@@ -95,7 +97,7 @@ impl<'a, 'm, B: Backend> Follower<'a, 'm, B> {
         };
         let mut observer = backend.observer(dims, &self.wanted.second)?;
         let mut copy = backend.buffer();
-        let inputs = self.wanted.inputs.then(|| Inputs::new(Vec::new(), architecture.hidden_size));
+        let inputs = self.wanted.inputs.then(|| Inputs::new(Vec::new(), hidden_size));
         let mut inputs = inputs.transpose()?;
         let [encoder, decoder] = self.tokens;
         let tokens = if architecture.in_encoder(source.layer) { encoder } else { decoder };

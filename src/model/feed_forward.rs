@@ -15,6 +15,8 @@ pub(super) enum FeedForward<B: Backend> {
 pub(super) struct Moe<B: Backend> {
     /// Norms of the parts and their ε, where parts have their own.
     norms: Option<(PartNorms<Norm<B>>, f32)>,
+    /// The maps into and out of the latent of routed experts, where they have one.
+    latent: Option<[Linear<B>; 2]>,
     router: B::Router,
     experts: B::Experts,
     capacity: Option<usize>,
@@ -100,8 +102,12 @@ impl<B: Backend> Moe<B> {
                 gate: gate.as_ref().map(|g| backend.weight(g)).transpose()?,
             }),
         };
+        let latent = source.latent.as_ref().map(|[into, back]| {
+            BackendResult::Ok([Linear::prepare(backend, into)?, Linear::prepare(backend, back)?])
+        });
         Ok(Moe {
             norms,
+            latent: latent.transpose()?,
             router: backend.router(&source.router, source.rule())?,
             experts: backend.experts(&source.experts, &source.base)?,
             capacity: source.capacity,
@@ -134,10 +140,39 @@ impl<B: Backend> Moe<B> {
         backend.route(input, router.unwrap_or(&self.router), routing)
     }
 
-    /// Runs the experts that were just chosen, and no shared one, into `scratch.out`.
-    pub(super) fn run_routed(&self, backend: &B, scratch: &mut Scratch<B>) -> BackendResult<()> {
-        let Scratch { normed, out, routing, .. } = scratch;
-        backend.run_experts(normed, &self.experts, routing, out, None)
+    /// What routed experts read, from `scratch.normed`.
+    pub(super) fn expert_input<'s>(
+        &self,
+        backend: &B,
+        scratch: &'s mut Scratch<B>,
+    ) -> BackendResult<&'s B::Buffer> {
+        let Some([into, _]) = &self.latent else { return Ok(&scratch.normed) };
+        into.apply(backend, &scratch.normed, &mut scratch.latent[0])?;
+        Ok(&scratch.latent[0])
+    }
+
+    /// Runs the experts that were just chosen, and no shared one, into `scratch.out`; measures what `observe` asks for.
+    pub(super) fn run_routed(
+        &self,
+        backend: &B,
+        scratch: &mut Scratch<B>,
+        observe: Option<(Observation<'_, B>, &Batch)>,
+    ) -> BackendResult<()> {
+        self.expert_input(backend, scratch)?;
+        let Scratch { normed, latent: [input, output], out, routing, .. } = scratch;
+        let run = |input: &B::Buffer, out: &mut B::Buffer| match observe {
+            None => backend.run_experts(input, &self.experts, routing, out, None),
+            Some((Observation { observer, sample }, batch)) => {
+                backend.run_experts(input, &self.experts, routing, out, Some((observer, batch)))?;
+                if sample.is_empty() {
+                    return Ok(());
+                }
+                backend.observe_all(input, sample, &self.experts, routing, observer)
+            }
+        };
+        let Some([_, back]) = &self.latent else { return run(normed, out) };
+        run(input, output)?;
+        back.apply(backend, output, out)
     }
 
     /// See [`Backend::output_grams`].
@@ -148,8 +183,13 @@ impl<B: Backend> Moe<B> {
         extra: Option<&[f32]>,
         scratch: &mut Scratch<B>,
     ) -> BackendResult<Vec<f32>> {
-        let Scratch { normed, routing, .. } = scratch;
-        backend.output_grams(normed, rows, extra, &self.experts, routing)
+        self.expert_input(backend, scratch)?;
+        let Scratch { normed, latent: [input, _], routing, .. } = scratch;
+        let (input, behind) = match &self.latent {
+            Some([_, back]) => (input, Some(&back.weight)),
+            None => (normed, None),
+        };
+        backend.output_grams(input, rows, behind, extra, &self.experts, routing)
     }
 
     /// Reads what [`Moe::enter`] left and `scratch.normed`, writes `scratch.out`; chooses with `router`, or the layer's own.
@@ -162,19 +202,10 @@ impl<B: Backend> Moe<B> {
         observe: Option<Observation<'_, B>>,
     ) -> BackendResult<()> {
         self.route(backend, scratch, router)?;
-        let Scratch { normed, out, routing, .. } = scratch;
         if let Some(capacity) = self.capacity {
-            backend.limit_tokens(routing, capacity, batch)?;
+            backend.limit_tokens(&mut scratch.routing, capacity, batch)?;
         }
-        match observe {
-            None => backend.run_experts(normed, &self.experts, routing, out, None)?,
-            Some(Observation { observer, sample }) => {
-                backend.run_experts(normed, &self.experts, routing, out, Some((observer, batch)))?;
-                if !sample.is_empty() {
-                    backend.observe_all(normed, sample, &self.experts, routing, observer)?;
-                }
-            }
-        }
+        self.run_routed(backend, scratch, observe.map(|observe| (observe, batch)))?;
         if let Some((norms, eps)) = &self.norms {
             // Nothing reads the experts' input any more.
             norms.routed_output.apply(backend, &scratch.out, *eps, &mut scratch.normed)?;

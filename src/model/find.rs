@@ -252,10 +252,12 @@ impl Finder<'_> {
                 (!a.keys_as_values).then(own).transpose()?,
             ));
         };
-        let stored = self.weight(&names.attention(self.l, fused), query + key + value, d)?;
+        let fused = self.attention_linear(fused, query + key + value, d, a.qkv_bias)?;
         let rows = |first: usize, count: usize| {
-            let weight = stored.part(first, count).map_err(|e| self.error(e))?;
-            Ok::<_, Error>(LinearSource { weight, bias: None })
+            let weight = fused.weight.part(first, count).map_err(|e| self.error(e))?;
+            let numbers: Vec<usize> = (first..first + count).collect();
+            let bias = fused.bias.as_ref().map(|bias| bias.select_rows(&numbers));
+            Ok::<_, Error>(LinearSource { weight, bias })
         };
         Ok((rows(0, query)?, rows(query, key)?, Some(rows(query + key, value)?)))
     }

@@ -39,6 +39,7 @@ impl Finder<'_> {
         };
         let source = MoeSource {
             norms: self.part_norms()?,
+            latent: moe.latent.map(|width| self.latent(width)).transpose()?,
             router: self.router(moe, experts.len())?,
             spec,
             capacity: moe.capacity,
@@ -69,6 +70,13 @@ impl Finder<'_> {
             shared_output: self.norm(&shared_output)?,
             routed_output: self.norm(&routed_output)?,
         }))
+    }
+
+    /// The maps into and out of the latent of routed experts.
+    fn latent(&self, width: usize) -> Result<[LinearSource; 2]> {
+        let (d, bias) = (self.architecture.hidden_size, self.architecture.mlp_bias);
+        let [into, back] = self.architecture.names.latent(self.l);
+        Ok([self.linear(&into, width, d, bias)?, self.linear(&back, d, width, bias)?])
     }
 
     /// The shared expert, whichever way it is stored.
@@ -156,7 +164,7 @@ impl Finder<'_> {
             },
             ExpertForm::Constant => {
                 let name = format!("{}constant", self.architecture.names.expert_prefix(self.l, entry.expert));
-                Ok(Expert::Constant(self.numbers(&name, &[self.architecture.hidden_size])?))
+                Ok(Expert::Constant(self.numbers(&name, &[self.architecture.expert_io(moe)])?))
             }
         };
         entry.experts.iter().map(expert).collect()
@@ -164,7 +172,7 @@ impl Finder<'_> {
 
     /// The base of those experts that are differences from one.
     fn base(&self, moe: &MoeSpec, experts: &[StoredExpert]) -> Result<Base<Weight>> {
-        let (d, width) = (self.architecture.hidden_size, moe.width);
+        let (d, width) = (self.architecture.expert_io(moe), moe.width);
         let mut base = [None, None, None];
         for p in Projection::ALL {
             let is_delta = |expert: &StoredExpert| match expert {
@@ -199,7 +207,7 @@ impl Finder<'_> {
         width: usize,
         kinds: [Kind; 3],
     ) -> Result<StoredExpert> {
-        let d = self.architecture.hidden_size;
+        let d = self.architecture.expert_io(moe);
         let map = |p: Projection| -> Result<_> {
             let stem = self.architecture.names.expert(self.l, e, p);
             let (out, input) = if p == Projection::Down { (d, width) } else { (width, d) };

@@ -72,7 +72,7 @@ impl Finder<'_> {
 
     /// Experts one below the other; the tensors come with an entry for each expert.
     fn stacked(&self, moe: &MoeSpec) -> Result<(Vec<StoredExpert>, Fused)> {
-        let (n, d, width) = (moe.experts, self.architecture.hidden_size, moe.width);
+        let (n, d, width) = (moe.experts, self.architecture.expert_io(moe), moe.width);
         let stack = |p| {
             let stored = self.numbers(&self.architecture.names.stacked(self.l, p), &[n * width, d])?;
             Ok(stored.split_rows(n))
@@ -96,7 +96,7 @@ impl Finder<'_> {
 
     /// Whether matrices that a family publishes input-major are stored as transformers 5 holds them in memory.
     fn is_output_major(&self, moe: &MoeSpec, [gate_up, down]: [&str; 2]) -> bool {
-        let (n, d, width) = (moe.experts, self.architecture.hidden_size, moe.width);
+        let (n, d, width) = (moe.experts, self.architecture.expert_io(moe), moe.width);
         let has =
             |name: &str, shape: [usize; 3]| self.checkpoint.get(name).is_some_and(|t| t.shape() == shape);
         // One of the two is not square.
@@ -105,7 +105,7 @@ impl Finder<'_> {
 
     /// Experts that transformers 5 fused: gate rows, then up rows, where there are such.
     fn rewritten(&self, moe: &MoeSpec, gate_up: &str, down: &str) -> Result<Vec<StoredExpert>> {
-        let (d, width) = (self.architecture.hidden_size, moe.width);
+        let (d, width) = (self.architecture.expert_io(moe), moe.width);
         let parts = if moe.activation.is_gated() { 2 } else { 1 };
         let gate_up = self.output_major(gate_up, [moe.experts, parts * width, d])?;
         let down = self.output_major(down, [moe.experts, d, width])?;
@@ -153,7 +153,7 @@ impl Finder<'_> {
         down: &str,
         interleaved: bool,
     ) -> Result<(Vec<StoredExpert>, Vec<Tensor>)> {
-        let (n, d, width) = (moe.experts, self.architecture.hidden_size, moe.width);
+        let (n, d, width) = (moe.experts, self.architecture.expert_io(moe), moe.width);
         let stacks = [self.stack(gate_up, [n, 2 * width, d])?, self.stack(down, [n, d, width])?];
         let biases = if moe.expert_bias {
             let gate_up = self.numbers(&format!("{gate_up}_bias"), &[n, 2 * width])?;

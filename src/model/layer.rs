@@ -56,6 +56,8 @@ pub struct Scratch<B: Backend> {
     /// Inputs of router and shared expert, where these are not `normed`.
     pub(super) router_input: B::Buffer,
     pub(super) shared_input: B::Buffer,
+    /// What routed experts read and write, where that is a latent.
+    pub(super) latent: [B::Buffer; 2],
     pub(super) query: B::Buffer,
     pub(super) key: B::Buffer,
     pub(super) value: B::Buffer,
@@ -78,6 +80,7 @@ impl<B: Backend> Scratch<B> {
             normed: buffer(),
             router_input: buffer(),
             shared_input: buffer(),
+            latent: [buffer(), buffer()],
             query: buffer(),
             key: buffer(),
             value: buffer(),
@@ -404,10 +407,15 @@ impl<B: Backend> Layer<B> {
         })
     }
 
-    /// What routed experts, or a dense MLP, see of the residual stream `x`: `[tokens, hidden]` on the host.
+    /// What routed experts, or a dense MLP, see of the residual stream `x`: `[tokens, hidden]` on the host, or of routed
+    /// experts on a latent `[tokens, latent]`.
     pub fn feed_input(&self, backend: &B, x: &B::Buffer, scratch: &mut Scratch<B>) -> Result<Vec<f32>> {
         self.enter_feed_forward(backend, x, scratch)?;
-        Ok(backend.download(&scratch.normed)?)
+        let input = match &self.feed_forward {
+            FeedForward::Moe(moe) => moe.expert_input(backend, scratch)?,
+            FeedForward::Dense(_) | FeedForward::None => &scratch.normed,
+        };
+        Ok(backend.download(input)?)
     }
 
     /// Another router for the layer's experts, such as one that cannot choose some of them.
@@ -456,7 +464,7 @@ impl<B: Backend> Layer<B> {
     /// the host.
     pub fn routed_output(&self, backend: &B, scratch: &mut Scratch<B>) -> Result<Vec<f32>> {
         if let FeedForward::Moe(moe) = &self.feed_forward {
-            moe.run_routed(backend, scratch)?;
+            moe.run_routed(backend, scratch, None)?;
         }
         Ok(backend.download(&scratch.out)?)
     }
@@ -481,7 +489,7 @@ impl<B: Backend> Layer<B> {
         let FeedForward::Moe(moe) = &self.feed_forward else { return Ok(None) };
         self.enter_feed_forward(backend, x, scratch)?;
         moe.route(backend, scratch, None)?;
-        moe.run_routed(backend, scratch)?;
+        moe.run_routed(backend, scratch, None)?;
         let routed = backend.download(&scratch.out)?;
         let has_shared = moe.adds_shared() && moe.shared(backend, scratch)?;
         Ok(Some(Dissected {

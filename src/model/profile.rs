@@ -48,6 +48,7 @@ fn moe_profile(layer: usize, spec: &MoeSpec, source: &MoeSource) -> MoeProfile {
         experts: source.experts.len(),
         top_k: source.spec.top_k,
         width: spec.width,
+        latent: spec.latent,
         ungated: !spec.activation.is_gated(),
         groups: source.spec.groups.map_or(1, |g| g.count),
         top_groups: source.spec.groups.map_or(1, |g| g.kept),

@@ -234,6 +234,9 @@ impl<N> PartNorms<N> {
 pub struct MoeSource {
     /// Norms of its parts, where these have their own.
     pub norms: Option<PartNorms<NormSource>>,
+    /// The maps from the residual stream to what routed experts read, and back from what they write, where that is not
+    /// the stream itself.
+    pub latent: Option<[LinearSource; 2]>,
     /// The router, with one row per entry of `experts`.
     pub router: RouterWeights,
     /// Routing rule.

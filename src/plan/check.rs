@@ -156,7 +156,7 @@ fn layer_against(plan: &LayerPlan, layer: &MoeProfile, profile: &Profile) -> Res
         return Err(place.expert(gap).plan(format!("missing; list all {experts} experts")));
     }
     for entry in &plan.experts {
-        action_against(&entry.action, layer, profile.hidden_size, &place.expert(entry.expert))?;
+        action_against(&entry.action, layer, profile.expert_io(layer), &place.expert(entry.expert))?;
     }
     let mut groups = GroupState::new(layer, plan.top_k);
     plan.without_row().for_each(|e| groups.remove(groups.of(e)));
@@ -171,8 +171,8 @@ fn layer_against(plan: &LayerPlan, layer: &MoeProfile, profile: &Profile) -> Res
     Ok(())
 }
 
-fn action_against(action: &Action, layer: &MoeProfile, hidden_size: usize, place: &Place) -> Result<()> {
-    let (d, p) = (hidden_size, layer.width);
+fn action_against(action: &Action, layer: &MoeProfile, expert_io: usize, place: &Place) -> Result<()> {
+    let (d, p) = (expert_io, layer.width);
     let rank = |field: Place, rank: usize| {
         let most = d.min(p);
         let problem = || format!("found {rank}, expected 1 to {most} for matrices of {p} × {d}");
@@ -225,6 +225,7 @@ pub(super) fn profile(profile: &Profile) -> Result<()> {
             ("experts", layer.experts as u64),
             ("top_k", layer.top_k as u64),
             ("width", layer.width as u64),
+            ("latent", layer.latent.unwrap_or(1) as u64),
             ("groups", layer.groups as u64),
             ("top_groups", layer.top_groups as u64),
             ("expert_parameters", layer.expert_parameters),

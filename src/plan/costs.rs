@@ -153,7 +153,7 @@ impl<'a> Costs<'a> {
             bytes: layer.expert_bytes,
             tensors: self.expert_tensors(layer),
         };
-        let (d, p) = (self.profile.hidden_size as u64, layer.width as u64);
+        let (d, p) = (self.profile.expert_io(layer) as u64, layer.width as u64);
         match action {
             Action::Keep => dense,
             Action::Drop | Action::Merge { .. } => Sizes::default(),
@@ -237,7 +237,7 @@ impl<'a> Costs<'a> {
 
     /// The matrices of an expert of this width, as they are stored where they replace others.
     fn matrices(&self, layer: &MoeProfile, width: u64) -> Sizes {
-        let parameters = layer.matrices() * width * self.profile.hidden_size as u64;
+        let parameters = layer.matrices() * width * self.profile.expert_io(layer) as u64;
         let bytes = match layer.factor_bytes {
             0 => stored(layer, parameters),
             each => each * parameters,
@@ -247,7 +247,7 @@ impl<'a> Costs<'a> {
 
     /// What a dense expert has besides its matrices.
     fn biases(&self, layer: &MoeProfile) -> Sizes {
-        let values = layer.matrices() * self.profile.hidden_size as u64 * layer.width as u64;
+        let values = layer.matrices() * self.profile.expert_io(layer) as u64 * layer.width as u64;
         let parameters = layer.expert_parameters.saturating_sub(values);
         let matrices: u64 = layer.matrix_bytes.iter().sum();
         let bytes = match matrices {
@@ -263,7 +263,7 @@ impl<'a> Costs<'a> {
 
     /// An expert with `width` channels left; with all of them it stays as it is.
     fn narrow(&self, layer: &MoeProfile, width: u64) -> Sizes {
-        let (d, p) = (self.profile.hidden_size as u64, layer.width as u64);
+        let (d, p) = (self.profile.expert_io(layer) as u64, layer.width as u64);
         if width == p {
             return self.expert(layer, &Action::Keep);
         }
@@ -323,7 +323,7 @@ impl<'a> Costs<'a> {
     /// Bytes of the dense matrices of an expert that takes in others, as they are and merged: packed ones become plain
     /// numbers.
     fn replaced(&self, layer: &MoeProfile, action: &Action) -> [u64; 2] {
-        let values = self.profile.hidden_size as u64 * layer.width as u64;
+        let values = self.profile.expert_io(layer) as u64 * layer.width as u64;
         let stays = |p: &Projection| match action {
             Action::Keep => true,
             Action::LowRank { rank, .. } => rank.get(*p).is_none(),

@@ -172,6 +172,10 @@ fn check_pair<B: Backend>(original: &Model<'_, B>, compressed: &Model<'_, B>) ->
     match (0..a.layers.len()).find(|&l| a.moe(l).is_some() != b.moe(l).is_some()) {
         Some(l) => return refuse(format!("layer {l} has experts in one of the two only")),
         None if a.moe_layers().next().is_none() => return refuse("no layer has experts".into()),
+        None if a.moe_layers().any(|(_, moe)| moe.latent.is_some()) => {
+            let what = "the experts read and write a latent, for which there is no layer-wise distillation";
+            return Err(Error::Request(format!("{what}; train an adapter and merge it")));
+        }
         None => {}
     }
     // Made by a plan for another checkpoint. A chain of compressions keeps the last plan only, so one that is for neither

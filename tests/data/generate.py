@@ -170,6 +170,49 @@ DEEPSEEK = COMMON | {
     "pretraining_tp": 1,
 }
 
+# Ling, as published, and Ling 2.0, whose projections have biases here.
+BAILING_MOE = COMMON | {
+    "model_type": "bailing_moe",
+    "torch_dtype": "bfloat16",
+    "architectures": ["BailingMoeForCausalLM"],
+    "head_dim": 8,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 16,
+    "num_experts": 6,
+    "num_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 0,
+    "norm_topk_prob": True,
+    "norm_head": False,
+    "norm_softmax": False,
+    "use_bias": False,
+    "use_qkv_bias": False,
+    "multi_gate": False,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 600000,
+    "rope_scaling": None,
+}
+
+BAILING_MOE_V2 = BAILING_MOE | {
+    "architectures": ["BailingMoeV2ForCausalLM"],
+    "head_dim": 12,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_shared_experts": 1,
+    "moe_shared_expert_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+    "score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "use_qk_norm": True,
+    "use_qkv_bias": True,
+    "partial_rotary_factor": 0.5,
+    "rotary_dim": 6,
+    "num_nextn_predict_layers": 1,
+}
+
 # Groups, q_lora, a scale other than 1, mscale != mscale_all_dim, and an rms_norm_eps far enough from the
 # 1e-6 that the two latent norms always use to show in the logits.
 DEEPSEEK_V2 = COMMON | {
@@ -1267,6 +1310,8 @@ FIXTURES = {
     "qwen3_moe_fused": {"config": QWEN3_MOE, "fused": True, "written_config": True},
     "olmoe_clip": {"config": OLMOE, "embedding": 0.02},
     "deepseek": {"config": DEEPSEEK, "dtype": torch.bfloat16},
+    "bailing_moe": {"config": BAILING_MOE, "dtype": torch.bfloat16},
+    "bailing_moe_v2": {"config": BAILING_MOE_V2, "dtype": torch.bfloat16, "multi_token": True},
     "deepseek_v2": {"config": DEEPSEEK_V2, "embedding": 0.02},
     "deepseek_v2_lite_sharded_bf16": {
         "config": DEEPSEEK_V2_LITE,
@@ -1371,6 +1416,11 @@ FIXTURES = {
         "fused": True,
         "written_config": True,
     },
+    "nemotron_h_latent": {
+        "config": NEMOTRON_H
+        | {"num_hidden_layers": 4, "hybrid_override_pattern": "E*EM", "moe_latent_size": 20, "mlp_bias": True},
+        "dtype": torch.bfloat16,
+    },
     "minimax_m2": {"config": MINIMAX_M2, "dtype": torch.bfloat16},
     "glm4_moe_lite": {"config": GLM4_MOE_LITE, "dtype": torch.bfloat16, "embedding": 0.02},
     "deepseek_v32": {"config": DEEPSEEK_V32 | {"num_nextn_predict_layers": 0}, "dtype": torch.bfloat16},
@@ -1434,7 +1484,7 @@ FIXTURES = {
     },
 }
 
-# ----------------------------------------------------------------------- a model that transformers lacks
+# ------------------------------------------------------------------------ models that transformers lacks
 
 
 class DeepseekConfig(DeepseekV2Config):
@@ -1457,11 +1507,71 @@ class DeepseekForCausalLM(DeepseekV2ForCausalLM):
         self.model.rotary_emb = LlamaRotaryEmbedding(config)
         for l, layer in enumerate(self.model.layers):
             layer.self_attn = LlamaAttention(config, l)
+            if config.norm_topk_prob and hasattr(layer.mlp, "gate"):
+                # transformers passes over it.
+                layer.mlp.gate.register_forward_hook(renormalised)
+
+
+def renormalised(router, arguments, output):
+    logits, weights, chosen = output
+    return logits, weights / weights.sum(dim=-1, keepdim=True), chosen
 
 
 transformers.AutoConfig.register("deepseek", DeepseekConfig)
 transformers.AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM)
 register_checkpoint_conversion_mapping("deepseek", get_checkpoint_conversion_mapping("deepseek_v2"))
+
+# How Ling calls what the models below have.
+BAILING_NAMES = {
+    "word_embeddings": "embed_tokens",
+    "attention.dense": "self_attn.o_proj",
+    "attention.query_layernorm": "self_attn.q_norm",
+    "attention.key_layernorm": "self_attn.k_norm",
+    "expert_bias": "e_score_correction_bias",
+}
+
+
+def known(config):
+    """The configuration, of models that transformers lacks that of one with the same layers."""
+    if config["model_type"] != "bailing_moe":
+        return config
+    return config | {
+        "model_type": "glm4_moe" if config.get("score_function") == "sigmoid" else "deepseek",
+        "n_routed_experts": config["num_experts"],
+        "n_shared_experts": config["num_shared_experts"],
+        "attention_bias": config["use_qkv_bias"],
+    }
+
+
+def as_bailing(tensors):
+    """Names of Ling, and queries, keys and values by one matrix."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        for theirs, ours in BAILING_NAMES.items():
+            name = name.replace(ours, theirs)
+        if ".q_proj." in name:
+            parts = [tensors[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            renamed[name.replace("self_attn.q_proj", "attention.query_key_value")] = torch.cat(parts)
+        elif ".self_attn." not in name:
+            renamed[name] = tensor
+    return renamed
+
+
+def from_bailing(tensors, config):
+    """The reverse."""
+    dim, heads, kv_heads = (config[key] for key in ("head_dim", "num_attention_heads", "num_key_value_heads"))
+    renamed = {}
+    for name, tensor in tensors.items():
+        for theirs, ours in BAILING_NAMES.items():
+            name = name.replace(theirs, ours)
+        if ".query_key_value." in name:
+            parts = tensor.split([heads * dim, kv_heads * dim, kv_heads * dim])
+            for part, rows in zip(("q_proj", "k_proj", "v_proj"), parts):
+                renamed[name.replace("attention.query_key_value", f"self_attn.{part}")] = rows.contiguous()
+        else:
+            renamed[name] = tensor
+    return renamed
+
 
 # ------------------------------------------------------------------------------------------- weights
 
@@ -1576,7 +1686,7 @@ def plain(folder, scratch):
         return folder
     tensors = load_file(folder / "model.safetensors")
     behind = [n for n in tensors if n.startswith(("talker.", f"model.layers.{config.get('num_hidden_layers')}."))]
-    if not quantization and not behind:
+    if not quantization and not behind and known(config) == config:
         return folder
     for name in behind:
         del tensors[name]
@@ -1588,7 +1698,9 @@ def plain(folder, scratch):
         stem = name.removesuffix("_scale_inv")
         values = tensors[stem].float()
         tensors[stem] = values * block_scales(tensors.pop(name), values.shape, quantization["weight_block_size"])
-    (scratch / "config.json").write_text(json.dumps(config))
+    if config["model_type"] == "bailing_moe":
+        tensors = from_bailing(tensors, config)
+    (scratch / "config.json").write_text(json.dumps(known(config)))
     save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
     return scratch
 
@@ -1775,7 +1887,7 @@ def write_checkpoint(folder, name, recipe, attempt):
     text = json.dumps(recipe["config"], indent=1) + "\n"
     quantization = recipe["config"].get("quantization_config")
     without = {k: v for k, v in recipe["config"].items() if k != "quantization_config"}
-    (folder / "config.json").write_text(json.dumps(without))
+    (folder / "config.json").write_text(json.dumps(known(without)))
     config = transformers.AutoConfig.from_pretrained(folder)
     model = auto_class(folder).from_config(config, attn_implementation="eager", dtype=torch.float32)
     tied = recipe["config"].get("tie_word_embeddings", False)
@@ -1798,6 +1910,9 @@ def write_checkpoint(folder, name, recipe, attempt):
         # transformers calls the MLP of a dense layer otherwise than the published checkpoint does.
         tensors = load_file(folder / "model.safetensors")
         tensors = {re.sub(r"block_sparse_moe\.(\w+_proj)", r"mlp.\1", name): t for name, t in tensors.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if recipe["config"]["model_type"] == "bailing_moe":
+        tensors = as_bailing(load_file(folder / "model.safetensors"))
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if recipe.get("multi_token"):
         text = config.get_text_config()

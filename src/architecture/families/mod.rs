@@ -2,6 +2,7 @@
 
 mod afmoe;
 mod aria;
+mod bailing_moe;
 mod cohere2_moe;
 mod dbrx;
 mod deepseek;
@@ -41,10 +42,12 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 52] = [
+pub(super) const FAMILIES: [(&str, Read); 54] = [
     ("afmoe", afmoe::read),
     ("aria", aria::read),
     ("axk1", deepseek::axk1),
+    ("bailing_moe", bailing_moe::read),
+    ("bailing_moe_v2", bailing_moe::read),
     ("cohere2_moe", cohere2_moe::read),
     ("dbrx", dbrx::read),
     ("deepseek", deepseek::v1),
@@ -243,6 +246,7 @@ impl<'c> Common<'c> {
             capacity: None,
             experts: self.experts,
             width,
+            latent: None,
             activation: Activation::SwiGlu,
             expert_bias: false,
             router: RouterSpec::softmax(self.top_k, weights),

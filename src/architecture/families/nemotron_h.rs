@@ -14,7 +14,7 @@ enum Kind {
     Mlp,
 }
 
-/// Nemotron-H (arXiv 2504.03624) with experts: layers that are Mamba-2, attention without positions, experts or an MLP alone,
+/// Nemotron-H (arXiv 2504.03624) with experts, in Nemotron 3 Super on a latent: layers that are Mamba-2, attention without positions, experts or an MLP alone,
 /// with max(x, 0)² between two matrices.
 pub(super) fn read(config: &Config) -> Result<Architecture> {
     let matrices = ["up_proj", "", "down_proj"];
@@ -33,6 +33,7 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
         fused_moe: "mixer",
         projections: matrices,
         fused: [["experts.up_proj"; 2], ["experts.down_proj"; 2]],
+        latent: ["fc1_latent_proj", "fc2_latent_proj"],
         shared: ["shared_experts"; 2],
         ..Names::default()
     };
@@ -41,10 +42,6 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
     }
     // transformers passes over biases of the attention.
     config.require("attention_bias", false)?;
-    if let Some(size) = config.size_opt("moe_latent_size")? {
-        let what = format!("is {size}: experts on a latent of their own width are not supported");
-        return Err(Error::invalid("moe_latent_size", what));
-    }
     let defaults =
         Defaults { max_positions: 4096, kv_heads: KvHeads::Fixed(8), head_dim: Some(128), ..Defaults::USUAL };
     let common = Common::read(config, "nemotron_h", names, defaults)?;
@@ -123,7 +120,9 @@ fn mamba(config: &Config) -> Result<Mamba2> {
 fn moe(common: &Common<'_>) -> Result<MoeSpec> {
     let config = common.config;
     let shared = config.positive_or("moe_shared_expert_intermediate_size", 7688)?;
+    let latent = config.get("moe_latent_size").map(|_| config.positive("moe_latent_size")).transpose()?;
     Ok(MoeSpec {
+        latent,
         activation: Activation::SquaredRelu,
         router: common.biased_sigmoid([1, 1], 1.0, true)?,
         shared: Some(SharedSpec::of_width(shared)),

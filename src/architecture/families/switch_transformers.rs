@@ -51,6 +51,7 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
     let moe = MoeSpec {
         experts: config.positive("num_experts")?,
         width,
+        latent: None,
         activation,
         expert_bias: false,
         router: RouterSpec {

@@ -6,11 +6,12 @@ use super::CpuRouting;
 use super::experts::CpuExperts;
 
 /// Per token the packed lower triangle of the inner products of all experts' outputs, and of one vector of `extra`
-/// behind them where there is one. `routing` has just run every expert on `tokens` tokens of width `d`.
+/// behind them where there is one. `routing` has just run every expert on `tokens` tokens; `outputs` holds, for each of
+/// its pairs, a row of `d` values.
 pub(super) fn of_outputs(
     routing: &CpuRouting,
     experts: &CpuExperts,
-    d: usize,
+    (outputs, d): (&[f32], usize),
     tokens: usize,
     extra: Option<&[f32]>,
 ) -> Vec<f32> {
@@ -25,7 +26,7 @@ pub(super) fn of_outputs(
         } else {
             work.slot_pair[token * e + expert] as usize
         };
-        &work.output[pair * d..(pair + 1) * d]
+        &outputs[pair * d..(pair + 1) * d]
     };
     let mut grams = vec![0.0; tokens * size];
     grams.par_chunks_exact_mut(size).enumerate().with_min_len(8).for_each(|(token, gram)| {

@@ -444,12 +444,23 @@ impl Backend for Cpu {
         &self,
         x: &CpuBuffer,
         rows: &[usize],
+        behind: Option<&CpuWeight>,
         extra: Option<&[f32]>,
         experts: &CpuExperts,
         routing: &mut CpuRouting,
     ) -> Result<Vec<f32>> {
         Cpu::run_all(x, rows, experts, routing);
-        Ok(grams::of_outputs(routing, experts, x.cols, rows.len(), extra))
+        let mut mapped = Vec::new();
+        let outputs = match behind {
+            None => (&routing.work.output[..], x.cols),
+            Some(map) => {
+                let outputs = &routing.work.output;
+                mapped.resize(outputs.len() / x.cols * map.rows(), 0.0);
+                linear::linear(&linear::Input::new(outputs, x.cols), map, &mut mapped);
+                (&mapped[..], map.rows())
+            }
+        };
+        Ok(grams::of_outputs(routing, experts, outputs, rows.len(), extra))
     }
 
     fn routes(&self, routing: &CpuRouting) -> Result<Routes> {

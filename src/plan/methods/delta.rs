@@ -98,7 +98,7 @@ impl Method for Delta {
 
 /// d·p/(d + p), the rank at which two factors take as many values as their matrix.
 fn break_even(profile: &Profile, layer: &MoeProfile) -> f64 {
-    crate::linalg::break_even_rank(layer.width, profile.hidden_size)
+    crate::linalg::break_even_rank(layer.width, profile.expert_io(layer))
 }
 
 /// Rank floor(((1 − F)·E − 1)·d·p/(d + p)/E): the base takes the place of one of the E experts.
@@ -107,7 +107,7 @@ fn of_fraction(profile: &Profile, fraction: f64, fractions: &[f64]) -> Result<Ve
     let rank = |(layer, f): (&MoeProfile, &f64)| {
         let experts = layer.experts as f64;
         let left = (1.0 - f) * experts - 1.0;
-        let most = layer.width.min(profile.hidden_size);
+        let most = layer.width.min(profile.expert_io(layer));
         ((left * break_even(profile, layer) / experts + 1e-9).floor().max(0.0) as usize).min(most)
     };
     let layers = || profile.moe_layers.iter().zip(fractions);
@@ -129,7 +129,7 @@ fn of_fraction(profile: &Profile, fraction: f64, fractions: &[f64]) -> Result<Ve
 fn of_size(costs: &Costs<'_>, size: u64) -> Result<Vec<usize>> {
     budget::refuse_enough(size, costs)?;
     let (profile, layers) = (costs.profile, &costs.profile.moe_layers);
-    let most = |layer: &MoeProfile| layer.width.min(profile.hidden_size);
+    let most = |layer: &MoeProfile| layer.width.min(profile.expert_io(layer));
     let largest = layers.iter().map(most).max().unwrap_or(1);
     let ranks =
         |rank: usize| -> Vec<usize> { layers.iter().map(|l| (most(l) * rank / largest).max(1)).collect() };

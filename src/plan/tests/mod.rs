@@ -20,6 +20,7 @@ pub(super) fn layer(layer: usize, experts: usize, top_k: usize) -> MoeProfile {
         experts,
         top_k,
         width: 12,
+        latent: None,
         ungated: false,
         groups: 1,
         top_groups: 1,

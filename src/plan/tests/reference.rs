@@ -34,6 +34,7 @@ impl Reference {
             experts,
             top_k: number("top_k") as usize,
             width: number("expert_width") as usize,
+            latent: None,
             ungated: false,
             groups: 1,
             top_groups: 1,

@@ -133,7 +133,7 @@ fn fused(
     resolved: &mut Resolved,
 ) -> std::result::Result<(), String> {
     let Some(moe) = architecture.moe(l) else { return Ok(()) };
-    let (names, d, p) = (&architecture.names, architecture.hidden_size, moe.width);
+    let (names, d, p) = (&architecture.names, architecture.expert_io(moe), moe.width);
     let module = &update.module;
     if update.experts() != moe.experts {
         let (found, expected) = (update.experts(), moe.experts);

@@ -119,8 +119,8 @@ impl Method for MSmoe {
         if self.compress {
             let rank = options::integer(&job.options, "rank").unwrap_or(32) as usize;
             let rows = options::fraction(&job.options, "dense_rows").unwrap_or(0.1);
-            let hidden = request.profile.hidden_size;
             for (i, layer) in job.layers() {
+                let hidden = request.profile.expert_io(layer);
                 let most = hidden.min(layer.width);
                 if rank > most && request.options.contains_key("rank") {
                     let (layer, width) = (layer.layer, layer.width);

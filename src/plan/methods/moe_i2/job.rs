@@ -131,7 +131,7 @@ impl<'a> Job<'a> {
         }
         if let Target::Rank(rank) = target {
             for layer in &profile.moe_layers {
-                let (l, most) = (layer.layer, profile.hidden_size.min(layer.width));
+                let (l, most) = (layer.layer, profile.expert_io(layer).min(layer.width));
                 if rank > most {
                     let expected = format!("expected at most {most} for the matrices of layer {l}");
                     return Err(Error::Option { option: "rank".into(), value: rank.to_string(), expected });

@@ -105,7 +105,7 @@ impl Job<'_> {
             let kept: Vec<usize> =
                 plan.experts.iter().filter(|e| e.action == Action::Keep).map(|e| e.expert).collect();
             let values: Vec<f64> = kept.iter().map(|&e| importance[i][e]).collect();
-            let most = self.profile.hidden_size.min(layer.width);
+            let most = self.profile.expert_io(layer).min(layer.width);
             for (&expert, rank) in kept.iter().zip(ranks_by_importance(&values, *average, most, rule)) {
                 let rank: Ranks = shape.ranks(rank);
                 if !rank.is_dense() {

@@ -1,0 +1,66 @@
+use super::feed_forward;
+use super::{
+    Architecture, AttentionSpec, Common, Config, Defaults, Error, GroupedAttention, LayerSpec, MoeSpec,
+    Names, QkNorm, Result, WeightRule,
+};
+
+/// Ling and Ring (arXiv 2503.05139), which transformers does not have: the attention of Llama, its inputs by one matrix, and
+/// a softmax router. From 2.0 on queries and keys have norms, and choices are those of DeepSeek-V3. Layers for multi-token
+/// prediction are not part of the forward pass.
+pub(super) fn read(config: &Config) -> Result<Architecture> {
+    let names = Names {
+        embedding: "word_embeddings",
+        attention: "attention",
+        fused_qkv: Some("query_key_value"),
+        attention_output: "dense",
+        qk_norms: ["query_layernorm", "key_layernorm"],
+        choice_bias: ["gate.expert_bias"; 2],
+        shared: ["shared_experts"; 2],
+        ..Names::default()
+    };
+    for key in ["norm_head", "multi_gate"] {
+        config.require(key, false)?;
+    }
+    let is_second = is_second(config)?;
+    let defaults = Defaults { max_positions: if is_second { 32768 } else { 16384 }, ..Defaults::USUAL };
+    let common = Common::read(config, "bailing_moe", names, defaults)?;
+    let normed = config.flag_or("use_qk_norm", is_second)?;
+    let attention = GroupedAttention {
+        qkv_bias: config.flag_or("use_qkv_bias", false)?,
+        output_bias: config.flag_or("use_bias", !is_second)?,
+        qk_norm: if normed { QkNorm::PerHead } else { QkNorm::None },
+        ..common.grouped()?
+    };
+    let width = config.positive("moe_intermediate_size")?;
+    let shared = common.shared("num_shared_experts", 0, width)?;
+    let moe = if is_second {
+        config.require("moe_router_enable_expert_bias", true)?;
+        let router = common.biased_sigmoid([8, 4], 2.5, true)?;
+        MoeSpec { router, shared, ..common.moe(width, WeightRule::RENORMALISED) }
+    } else {
+        // A single weight is never renormalised.
+        let renormalise = config.flag_or("norm_topk_prob", true)? && common.top_k > 1;
+        let weights = if renormalise { WeightRule::RENORMALISED } else { WeightRule::Scaled(1.0) };
+        MoeSpec { shared, ..common.moe(width, weights) }
+    };
+    let first = config.size_or("first_k_dense_replace", 0)?;
+    let dense_width = config.positive("intermediate_size")?;
+    common.architecture(|l| LayerSpec {
+        attention: AttentionSpec::Grouped(attention.clone()),
+        feed_forward: feed_forward(l >= first, &moe, dense_width),
+    })
+}
+
+/// Both versions have one `model_type` in published configs.
+fn is_second(config: &Config) -> Result<bool> {
+    const SCORES: &str = "score_function";
+    match config.get(SCORES).map(|_| config.string(SCORES)).transpose()?.as_deref() {
+        None => {
+            let classes = config.strings("architectures")?.unwrap_or_default();
+            Ok(classes.iter().any(|class| class.starts_with("BailingMoeV2")))
+        }
+        Some("softmax") => Ok(false),
+        Some("sigmoid") => Ok(true),
+        Some(other) => Err(Error::invalid(SCORES, format!("is `{other}`; known: sigmoid, softmax"))),
+    }
+}
