@@ -206,6 +206,38 @@ fn deepseek_moonlight_and_kimi() {
     assert_eq!(sizes(&read(&of_images)), [61, 60, 384, 8, 2048]);
 }
 
+/// Kimi-VL-A3B, InternVL3.5-30B-A3B and -GPT-OSS-20B: families within models of text and images.
+#[test]
+fn language_models_within_others() {
+    let mut moonlight = with(
+        &deepseek_v3(),
+        json!({"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+        "n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1408, "num_experts_per_tok": 6,
+        "num_hidden_layers": 27, "q_lora_rank": null, "rope_scaling": null}),
+    );
+    moonlight.as_object_mut().unwrap().remove("model_type");
+    let kimi = json!({"model_type": "kimi_vl", "text_config": moonlight, "vision_config": {}});
+    assert_eq!(sizes(&read(&kimi)), [27, 26, 64, 6, 2816]);
+    let intern = |section: &str, kind: &str, text: Value| {
+        read(&json!({"model_type": kind, section: text, "vision_config": {"model_type": "intern_vit_6b"}}))
+    };
+    let published = intern("llm_config", "internvl_chat", qwen3());
+    assert_eq!(
+        (published.family, published.names.embedding()),
+        ("internvl_chat", "language_model.model.embed_tokens.weight".into())
+    );
+    assert_eq!(sizes(&published), [48, 48, 128, 8, 0]);
+    assert!(!published.tied_embeddings);
+    assert_eq!(sizes(&intern("text_config", "internvl", qwen3())), [48, 48, 128, 8, 0]);
+    refused(&json!({"model_type": "internvl_chat"}), "llm_config is missing");
+    for inner in ["qwen3", "qwen3_5_moe"] {
+        let text = with(&qwen3(), json!({"model_type": inner, "text_config": qwen3()}));
+        let expected = format!("llm_config.model_type is `{inner}`, which is no language model with experts");
+        refused(&json!({"model_type": "internvl_chat", "llm_config": text}), &expected);
+    }
+    refused(&json!({"model_type": "kimi_vl", "text_config": {"model_type": 3}}), "model_type is 3");
+}
+
 #[test]
 fn glm_dots_ernie_and_phi() {
     let glm = json!({"attention_bias": true, "eos_token_id": [151_329, 151_336], "first_k_dense_replace": 1, "head_dim": 128,

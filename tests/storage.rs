@@ -599,6 +599,42 @@ fn four_bit_experts_as_published() {
     }
 }
 
+/// A family within a model of text and images gives what it gives alone, and stays there when it loses experts.
+#[test]
+fn a_language_model_within_another() {
+    let image = Tensor::from_f32("", Dtype::F32, vec![3], &[1.0, 2.0, 3.0]);
+    for (inner, family, section, experts) in [
+        ("qwen3_moe", "internvl_chat", "llm_config", 3),
+        ("deepseek_v3", "kimi_vl", "text_config", 4),
+        ("qwen3_moe_fused", "internvl", "text_config", 3),
+    ] {
+        let whole = Mutant::of(inner);
+        whole.edit_tensors(|tensors| {
+            let renamed = std::mem::take(tensors).into_iter();
+            tensors.extend(renamed.map(|(name, tensor)| (format!("language_model.{name}"), tensor)));
+            tensors.insert("vision_model.patches".into(), image.clone());
+        });
+        whole.edit_text("config.json", |text| {
+            let text: Value = serde_json::from_str(&text).unwrap();
+            json!({"model_type": family, section: text, "vision_config": {"hidden_size": 7}}).to_string()
+        });
+        let alone = run(&data(inner), &tokens()).logits;
+        assert!(bits(&run(whole.path(), &tokens()).logits) == bits(&alone), "{family}");
+        let plan = plan(whole.path(), "reap", Some(Budget::Experts(experts)), &[]);
+        let out = tempfile::tempdir().unwrap();
+        let dir = out.path().join("stock");
+        assert_eq!(apply(whole.path(), &plan, &STOCK, &dir).unwrap().layout, "hf");
+        assert!(
+            bits(&run(&dir, &tokens()).logits) == bits(&masked(whole.path(), &plan, &tokens())),
+            "{family}"
+        );
+        assert_eq!(tensor(&dir, "vision_model.patches").bytes(), image.bytes());
+        let config: Value =
+            serde_json::from_str(&std::fs::read_to_string(dir.join("config.json")).unwrap()).unwrap();
+        assert_eq!(config["vision_config"]["hidden_size"], 7);
+    }
+}
+
 /// What is beside the weights comes along, other weights and other folders do not.
 #[test]
 fn companions_come_along() {

@@ -31,6 +31,7 @@ mod phimoe;
 mod qwen;
 mod qwen3_next;
 mod switch_transformers;
+mod wrapped;
 
 use super::config::Config;
 use super::rope::{RopeConfig, RopeDefaults};
@@ -42,7 +43,7 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 54] = [
+pub(super) const FAMILIES: [(&str, Read); 57] = [
     ("afmoe", afmoe::read),
     ("aria", aria::read),
     ("axk1", deepseek::axk1),
@@ -71,10 +72,13 @@ pub(super) const FAMILIES: [(&str, Read); 54] = [
     ("granitemoeshared", granite::shared),
     ("hunyuan_v1_moe", hunyuan_v1_moe::read),
     ("hy_v3", hy_v3::read),
+    ("internvl", wrapped::internvl),
+    ("internvl_chat", wrapped::internvl_chat),
     ("jamba", jamba::read),
     ("kimi_k2", deepseek::v3),
     ("kimi_k25", deepseek::kimi_of_images),
     ("kimi_linear", kimi_linear::read),
+    ("kimi_vl", wrapped::kimi_vl),
     ("laguna", laguna::read),
     ("lfm2_moe", lfm2_moe::read),
     ("llama4", llama4::published),
