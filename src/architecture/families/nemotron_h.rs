@@ -14,8 +14,8 @@ enum Kind {
     Mlp,
 }
 
-/// Nemotron-H (arXiv 2504.03624) with experts, in Nemotron 3 Super on a latent: layers that are Mamba-2, attention without positions, experts or an MLP alone,
-/// with max(x, 0)² between two matrices.
+/// Nemotron-H (arXiv 2504.03624) with experts: layers that are Mamba-2, attention without positions, experts or an MLP alone,
+/// with max(x, 0)² between two matrices. The experts of Nemotron 3 Super work on a latent.
 pub(super) fn read(config: &Config) -> Result<Architecture> {
     let matrices = ["up_proj", "", "down_proj"];
     let names = Names {

@@ -32,8 +32,8 @@ impl Amx {
         found.then_some(Amx(()))
     }
 
-    /// sums `[ROWS, columns]` = or, where `accumulate`, += W · x, for x as `[steps, tiles, SIDE, width]` pairs of bf16 (columns of W, then columns of
-    /// x) with the sizes of `shape`.
+    /// sums `[ROWS, columns]` = or, where `accumulate`, += W · x, for x as `[steps, tiles, SIDE, width]` pairs of bf16
+    /// (columns of W, then columns of x) with the sizes of `shape`.
     ///
     /// `ahead` is fetched meanwhile.
     #[inline]
