@@ -146,7 +146,8 @@ impl Tokenizer {
         self.first_windows(files, length, usize::MAX)
     }
 
-    /// The first `most` of each file's [`Tokenizer::windows`]; the documents behind them are not tokenised.
+    /// The first `most` of each file's [`Tokenizer::windows`]; what stands behind them is not tokenised. A document is cut
+    /// off 256 tokens behind what is needed: the tokens before do not depend on what is so far away.
     ///
     /// # Errors
     /// Those of [`Tokenizer::windows`].
@@ -172,10 +173,8 @@ impl Tokenizer {
         Ok(windows)
     }
 
-    /// Token ids of the first documents, at least `enough` where all of them have as many.
+    /// Token ids of the first documents, the last of them as far as needed: at least `enough` where all have as many.
     fn encode_documents(&self, documents: &[&str], enough: usize) -> Result<Vec<u32>> {
-        /// A guess that decides how many documents are tokenised at a time.
-        const BYTES_PER_TOKEN: usize = 4;
         let (mut ids, mut rest) = (Vec::new(), documents);
         while ids.len() < enough && !rest.is_empty() {
             let wanted = (enough - ids.len()).saturating_mul(BYTES_PER_TOKEN);
@@ -186,13 +185,34 @@ impl Tokenizer {
             };
             let count = rest.iter().position(reaches).map_or(rest.len(), |last| last + 1);
             let (next, others) = rest.split_at(count);
-            let encoded = next.par_iter().map(|document| self.encode_document(document));
+            let missing = enough - ids.len();
+            let encoded = next.par_iter().map(|document| self.encode_beginning(document, missing));
             ids.extend(encoded.collect::<Result<Vec<_>>>()?.concat());
             rest = others;
         }
         Ok(ids)
     }
+
+    /// Token ids of a document, or the first of them: at least `enough` where it has as many.
+    fn encode_beginning(&self, document: &str, enough: usize) -> Result<Vec<u32>> {
+        /// Tokens before a cut that may be others than in the whole document.
+        const UNSURE: usize = 256;
+        let mut bytes = enough.saturating_add(UNSURE).saturating_mul(BYTES_PER_TOKEN);
+        while bytes < document.len() {
+            let cut = (0..=bytes).rev().find(|&at| document.is_char_boundary(at)).unwrap_or(0);
+            let mut ids = self.encode_document(&document[..cut])?;
+            ids.truncate(ids.len().saturating_sub(UNSURE));
+            if ids.len() >= enough {
+                return Ok(ids);
+            }
+            bytes = bytes.saturating_mul(2);
+        }
+        self.encode_document(document)
+    }
 }
+
+/// A guess that decides how much text is tokenised at a time.
+const BYTES_PER_TOKEN: usize = 4;
 
 /// The file's name, or its path as given where another file of the list has the same name.
 fn short_name(path: &Path, files: &[PathBuf]) -> String {
@@ -214,6 +234,8 @@ fn read_json(path: &Path) -> Result<Value> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     /// A tokeniser that knows two words and fails at any other.
@@ -250,5 +272,39 @@ mod tests {
         }
         assert_eq!(tokenizer.first_windows(&[all], 3, 39).unwrap(), expected);
         assert!(tokenizer.windows(&[spoilt], 3).is_err());
+    }
+
+    /// Word by word, and with the whole document as one word, as SentencePiece has it.
+    #[test]
+    fn a_long_document_is_read_as_far_as_needed() {
+        let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/data");
+        let by_word = read_json(&examples.join("model/tokenizer.json")).unwrap();
+        let marks = [(" ", "Ġ"), ("\n", "Ċ")];
+        let replace =
+            marks.map(|(from, to)| json!({"type": "Replace", "pattern": {"String": from}, "content": to}));
+        let mut as_one = by_word.clone();
+        as_one["pre_tokenizer"] = Value::Null;
+        as_one["normalizer"] = json!({"type": "Sequence", "normalizers": replace});
+        let mut files: Vec<PathBuf> =
+            std::fs::read_dir(examples.join("text")).unwrap().map(|entry| entry.unwrap().path()).collect();
+        files.sort();
+        let text: String = files.iter().map(|file| std::fs::read_to_string(file).unwrap()).collect();
+        let text = text.replace('\0', "\n");
+        assert!(text.len() > 100_000);
+        for tokenizer in [by_word, as_one] {
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+            let document = folder.path().join("document");
+            std::fs::write(&document, &text).unwrap();
+            let tokenizer = Tokenizer::open(folder.path(), Bos::Auto).unwrap();
+            let files = std::slice::from_ref(&document);
+            let all = tokenizer.windows(files, 32).unwrap();
+            for most in [1, 2, 5, 30, 200, all.count - 1, all.count, all.count + 1] {
+                let mut expected = all.clone();
+                expected.truncate_files(most);
+                assert_eq!(tokenizer.first_windows(files, 32, most).unwrap(), expected, "{most}");
+            }
+            assert!(tokenizer.encode_beginning(&text, 100).unwrap().len() < 1500);
+        }
     }
 }
