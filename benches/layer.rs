@@ -11,7 +11,7 @@ use std::time::Instant;
 use layers::{Format, Layer, SHAPES};
 use moepress::backend::cpu::Isa;
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let [shape, format, form, threads, isa @ ..] = &args[..] else {
         // Run by `cargo bench` with the others: nothing to do.
@@ -27,7 +27,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         isa.parse::<Isa>()?.select()?;
     }
     rayon::ThreadPoolBuilder::new().num_threads(threads.parse()?).build_global()?;
-    let mut layer = Layer::new(shape, format, form.parse().ok());
+    let layer = Layer::new(shape, format, form.parse().ok());
+    // Programs are told to compute on a thread of the pool.
+    rayon::scope(|_| serve(layer))
+}
+
+/// Answers the lines of standard input.
+fn serve(mut layer: Layer) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "ready")?;
     for line in std::io::stdin().lock().lines() {

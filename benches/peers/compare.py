@@ -62,8 +62,8 @@ def machine():
 def measure(runners, tokens, rounds):
     """Medians of `rounds` runs each, taken in turns; None where a runner cannot do it."""
     times = {name: [] for name in runners}
-    # A processor and its memory need some milliseconds to reach their speed.
-    runs = {1: 30, 16: 5}.get(tokens, 1)
+    # A processor and its memory need some milliseconds to reach their speed, and a system some more to place threads.
+    runs = {1: 100, 16: 5}.get(tokens, 1)
     for round_ in range(rounds + 1):
         for name, runner in runners.items():
             if times[name] is None:
