@@ -19,7 +19,8 @@ pub trait Gpu: Memory {
     /// Memory with this content, for kernels to read.
     fn upload(&self, bytes: &[u8]) -> Self::Block;
 
-    /// Memory for kernels to write, full of NaN.
+    /// Memory for kernels to write, full of NaN; with `MOEPRESS_UNWRITTEN=1` on a real GPU as it was, so that compute-sanitizer
+    /// (initcheck) can tell what was never written.
     fn room(&self, bytes: usize) -> Self::Block;
 
     /// The content, after all that was enqueued.
@@ -55,6 +56,9 @@ impl Gpu for Arc<Device> {
     }
 
     fn room(&self, bytes: usize) -> DeviceBlock {
+        if std::env::var("MOEPRESS_UNWRITTEN").is_ok_and(|v| v == "1") {
+            return self.allocate(bytes).unwrap();
+        }
         Gpu::upload(self, &vec![0xff; bytes])
     }
 
@@ -70,14 +74,20 @@ impl Gpu for Arc<Device> {
     }
 }
 
+/// Says that a test of a real GPU cannot run. `MOEPRESS_REQUIRE_GPU=1` makes that a failure.
+#[track_caller]
+pub fn skipped(why: &str) {
+    let required = std::env::var("MOEPRESS_REQUIRE_GPU").is_ok_and(|v| v == "1");
+    assert!(!required, "MOEPRESS_REQUIRE_GPU=1: {why}");
+    eprintln!("skipped: {why}");
+}
+
 /// GPU 0, opened once for all tests that run at the same time; `None`, with a line on standard error, where there is none.
 /// `MOEPRESS_REQUIRE_GPU=1` makes that a failure.
 pub fn device() -> Option<Arc<Device>> {
     static DEVICE: Mutex<Weak<Device>> = Mutex::new(Weak::new());
     if let Err(why) = availability() {
-        let required = std::env::var("MOEPRESS_REQUIRE_GPU").is_ok_and(|v| v == "1");
-        assert!(!required, "MOEPRESS_REQUIRE_GPU=1: {why}");
-        eprintln!("skipped: {why}");
+        skipped(&why.to_string());
         return None;
     }
     let mut known = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
