@@ -442,8 +442,8 @@ impl<L: Launch + ?Sized> Pass<'_, L> {
             Activation::ClampedSwiGlu { limit, slope } => (1, limit, slope),
             // An up projection that is not there counts as 1.
             Activation::GeluTanh | Activation::GeGluTanh => (2, 0.0, 0.0),
-            Activation::Relu => (4, 0.0, 0.0),
-            Activation::SquaredRelu => (5, 0.0, 0.0),
+            Activation::Relu => (3, 0.0, 0.0),
+            Activation::SquaredRelu => (4, 0.0, 0.0),
         };
         let ld_input = match self.tables.target {
             WeightTarget::Output => self.args.x.stride,
@@ -531,7 +531,6 @@ impl<L: Launch + ?Sized> Pass<'_, L> {
             ldy: stride(tables.hidden) as i32,
             ld_residual: args.residual.map_or(0, |rows| rows.stride as i32),
             ld_out: args.out.stride as i32,
-            ..bytemuck::Zeroable::zeroed()
         };
         let kernel = kernels::COMBINE.of(tables.element);
         let grid = [args.tokens, tables.hidden.div_ceil(COMBINE_COLS)];
