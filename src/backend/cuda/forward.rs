@@ -36,18 +36,18 @@ pub enum Routing {
     Router,
     /// By the layer's rule, from logits.
     Logits {
-        /// Address of f32 `[tokens, MoeLayer::logits]`.
+        /// Address of f32 `[tokens, MoeLayer::logits]`, a multiple of 4.
         address: u64,
-        /// Elements from one row to the next.
+        /// Elements from one row to the next: [`MoeLayer::logits`] or more.
         stride: usize,
     },
     /// As the caller says.
     Given {
-        /// Address of i32 `[tokens, MoeLayer::slots]`. A negative id, or one that is not below
+        /// Address of i32 `[tokens, MoeLayer::slots]`, a multiple of 4. A negative id, or one that is not below
         /// [`MoeLayer::experts`], stands for nothing; with a shared expert, that number is its id. The weights of an id
         /// that a token has more than once add up.
         ids: u64,
-        /// Address of f32, of the same shape.
+        /// Address of f32, of the same shape, a multiple of 4.
         weights: u64,
     },
 }
@@ -55,9 +55,9 @@ pub enum Routing {
 /// The arguments of a forward pass; all memory is the device's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Forward {
-    /// Number of tokens; 0 is allowed.
+    /// Number of tokens, 0 to 4 067 203.
     pub tokens: usize,
-    /// The tokens, `[tokens, hidden]`.
+    /// The tokens, `[tokens, hidden]`, of the layer's element type as all [`Rows`] here.
     pub x: Rows,
     /// Receives Σ weight · expert(x), `[tokens, hidden]`. May be `residual`, not `x`.
     pub out: Rows,
@@ -65,7 +65,7 @@ pub struct Forward {
     pub routing: Routing,
     /// Added to the result, `[tokens, hidden]`: the residual stream, or a shared expert that was run elsewhere.
     pub residual: Option<Rows>,
-    /// Address of the workspace, a multiple of 256. Its content before and after means nothing.
+    /// Address of the workspace, a multiple of 256 and not null. Its content before and after means nothing.
     pub workspace: u64,
     /// Its length: [`MoeLayer::workspace_bytes`] of `tokens` or more.
     pub workspace_bytes: usize,
