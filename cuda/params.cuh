@@ -41,7 +41,7 @@
 // t128. Every family is correct for every number of tokens; a result does not depend on the grid, but families differ
 // in the order of their sums. f32 has one family, t64. `moe_GEMM_tN_DTYPE` with DTYPE bf16, f16 or f32.
 //
-// Alignment: x, weights, z, h, y: base addresses multiples of 16 bytes, rows (leading dimensions) multiples of 8 elements
+// Alignment: x, out, residual, weights, z, h, y: base addresses multiples of 16 bytes, rows (leading dimensions) multiples of 8 elements
 // (4 for f32). Columns between a row's end and its leading dimension are never read. z, h and y rows are written up to
 // the next multiple of 8 columns.
 #pragma once
@@ -107,10 +107,10 @@ struct MoeMatrix {
     const void* weight;       // dense: W [out, k = in]; low rank: U [out, k = rank]; may be null where k = 0
     const int32_t* row_slot;  // [out]: the column of the pair's z that this output adds, or -1; null without sparse rows
     const float* bias;        // [out], or null
-    int32_t ld;               // elements from one row of `weight` to the next, a multiple of 8
+    int32_t ld;               // elements from one row of `weight` to the next, a multiple of 8 (4 in f32)
     int32_t k;                // columns of `weight`; 0 is allowed
     int32_t z_first;          // low rank: first column of V x in the pair's z, a multiple of 8
-    uint32_t flags;           // MOE_LOW_RANK, MOE_BASE
+    uint32_t flags;           // MOE_LOW_RANK, MOE_BASE, MOE_ABSENT
 };
 
 // One expert; static after the layer is prepared.
@@ -123,9 +123,9 @@ struct MoeExpert {
     int32_t form;           // MoeForm
     int32_t width;          // of the hidden vector
     int32_t v_in_rows;      // 0 where gate and up are dense
-    int32_t v_in_ld;        // a multiple of 8
+    int32_t v_in_ld;        // a multiple of 8 (4 in f32)
     int32_t v_down_rows;
-    int32_t v_down_ld;      // a multiple of 8
+    int32_t v_down_ld;      // a multiple of 8 (4 in f32)
     int32_t reserved[22];
 };
 
@@ -274,7 +274,7 @@ struct MoeGemmParams {
     int32_t activation;              // MoeActivation
     float limit;
     float slope;
-    int32_t next_stage;              // MoeStage: hidden behind project_in, one of the last two behind hidden
+    int32_t next_stage;              // MoeStage of next_tile_first: hidden behind project_in, then one of those behind it
     int32_t reserved;
 };
 

@@ -74,12 +74,12 @@ pub struct Forward {
 impl<B> MoeLayer<B> {
     /// Enqueues the forward pass, and nothing else: no allocation, no waiting, no copy to the host, so that it can be
     /// captured into a CUDA graph and replayed with other tokens and other routing in the same memory. What is launched
-    /// depends on the number of tokens alone, and results on nothing but the arguments: repeated runs are equal bit for
-    /// bit.
+    /// depends on the layer, the number of tokens, the kind of routing and the device, not on what is in memory; results
+    /// depend on the arguments alone: repeated runs are equal bit for bit.
     ///
     /// Few tokens take fewer kernels and smaller tiles. Logits are made by blocks of 8 tokens and 2 rows up to 256 tokens, of
-    /// 32 and 64 beyond, or 64 and 64 in f32. Up to 8 tokens, routing and sorting are one kernel; up to 2048 slots, sorting is one kernel, beyond
-    /// three.
+    /// 32 and 64 beyond, or 64 and 64 in f32 and for router weights that are beyond the element type. Up to 8 tokens, routing
+    /// and sorting are one kernel; up to 2048 slots, sorting is one kernel, beyond three.
     ///
     /// The GEMM kernels come in families. With rows = ⌈tokens · slots / experts⌉, the expected tokens of an expert: tiles of 8
     /// tokens up to 8 tokens; else the smallest tile of 16, 32, 64 that holds 2 · rows; else tiles of 128. In f32 there is
