@@ -28,6 +28,9 @@ pub trait Gpu: Memory {
 
     /// Calls `enqueue` with a stream.
     fn enqueue(&self, enqueue: &mut dyn FnMut(&dyn Launch) -> Result<()>) -> Result<()>;
+
+    /// Whether a CPU runs its kernels: slow, so that tests ask less of it.
+    fn is_emulated(&self) -> bool;
 }
 
 impl Gpu for Emulator {
@@ -45,6 +48,10 @@ impl Gpu for Emulator {
 
     fn enqueue(&self, enqueue: &mut dyn FnMut(&dyn Launch) -> Result<()>) -> Result<()> {
         enqueue(self)
+    }
+
+    fn is_emulated(&self) -> bool {
+        true
     }
 }
 
@@ -71,6 +78,10 @@ impl Gpu for Arc<Device> {
     fn enqueue(&self, enqueue: &mut dyn FnMut(&dyn Launch) -> Result<()>) -> Result<()> {
         // SAFETY: the default stream, for which copies wait.
         enqueue(&unsafe { self.stream(std::ptr::null_mut()) })
+    }
+
+    fn is_emulated(&self) -> bool {
+        is_stand_in()
     }
 }
 
@@ -99,7 +110,7 @@ pub fn device() -> Option<Arc<Device>> {
 /// The variable that names the library of kernels to the stand-in for the driver.
 const EMULATOR: &str = "MOEPRESS_EMULATOR";
 
-/// Whether [`device`] is the stand-in's: slow, so that tests ask less of it.
+/// Whether [`device`] is the stand-in's.
 pub fn is_stand_in() -> bool {
     std::env::var_os(EMULATOR).is_some()
 }
