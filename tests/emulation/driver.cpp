@@ -303,6 +303,12 @@ API cuMemcpyDtoH_v2(void* to, uint64_t from, size_t bytes) {
     return std::memcpy(to, reinterpret_cast<const void*>(from), bytes), error;
 }
 
+API cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void* stream) {
+    NEED_CONTEXT;
+    if (!allocated(to, bytes)) return INVALID_VALUE;
+    return enqueue(stream_of(stream), [=] { return std::memset(reinterpret_cast<void*>(to), value, bytes), SUCCESS; }), SUCCESS;
+}
+
 API cuStreamCreate(Stream** stream, unsigned flags) {
     NOT_IN_CAPTURE;
     const std::lock_guard<std::mutex> lock(guard);

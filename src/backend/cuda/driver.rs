@@ -153,6 +153,12 @@ impl Device {
         &self.name
     }
 
+    /// Whether a kernel of a pass may start while the one before it ends: kernels compiled for compute capability 9.0 or later,
+    /// without `MOEPRESS_CUDA_SERIAL=1`.
+    pub fn overlaps(&self) -> bool {
+        self.overlaps && self.functions.values().all(|function| function.waits)
+    }
+
     /// The stream `raw`, a `CUstream` or `cudaStream_t`; null is the default stream.
     ///
     /// # Safety
