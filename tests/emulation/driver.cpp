@@ -394,6 +394,7 @@ API cuGetErrorName(int code, const char** name) {
     static const std::map<int, const char*> names{
         {INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE"},
         {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT"},
+        {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"},
         {LAUNCH_FAILED, "CUDA_ERROR_LAUNCH_FAILED"},
         {CAPTURE_UNSUPPORTED, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"},
     };
