@@ -160,12 +160,12 @@ for what in "$@"; do
             ;;
         bench)
             find_peak
-            lines 130 layer ./bench-cuda "${peak[@]}" --tokens 1,2,4,8,16,32,64,128,256,512,1024,4096,16384
+            lines 180 layer ./bench-cuda "${peak[@]}" --tokens 1,2,4,8,16,32,64,128,256,512,1024,4096,16384
             ;;
         peers)
             if has_torch "peers are not measured"; then
                 step 30 peers-check python3 gpu.py --check
-                lines 130 peers python3 gpu.py --tokens 1,4,16,64,256,1024,4096,16384
+                lines 160 peers python3 gpu.py --tokens 1,8,32,128,512,4096,16384
             fi
             ;;
         kernels) lines 30 kernels ./bench-cuda --kernels --tokens 1,32,512,4096 ;;

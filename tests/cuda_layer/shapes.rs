@@ -19,7 +19,7 @@ struct Shape {
     batches: &'static [usize],
 }
 
-/// Qwen1.5-MoE-A2.7B. The batches take tiles of 8, 8, 16, 16, 32, 64, 128 and 128 tokens.
+/// Qwen1.5-MoE-A2.7B. In 16 bits the batches take tiles of 8, 8, 16, 16, 32, 64, 128 and 128 tokens.
 const REAL: Shape = Shape {
     hidden: 2048,
     width: 1408,
