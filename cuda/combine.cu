@@ -1,7 +1,7 @@
 // The kernels with one block per token or pair around the GEMMs, all bound by memory: 16-byte accesses, f32 sums.
 //
-//   moe_combine       out = residual + shared + base + sum of weight · y, in slot order, so the result does not depend on
-//                     how pairs lie in memory. Reads (slots + 1) · H elements per token, writes H.
+//   moe_combine       out = residual + base + sum of weight · y, in slot order, so the result does not depend on how
+//                     pairs lie in memory. Reads (slots + 1) · H elements per token, writes H.
 //   moe_base_hidden   sum of weight · h over the token's delta experts: the base's down runs once per token, since
 //                     sum of w_e (B + D_e) h_e = B (sum of w_e h_e) + sum of w_e D_e h_e.
 //   moe_scale_input   x · weight of each pair, where weights multiply inputs.
@@ -13,10 +13,6 @@ namespace {
 template <class T>
 __device__ const T* row_of(const void* base, int64_t row, int ld) {
     return static_cast<const T*>(base) + row * ld;
-}
-
-__device__ bool is_aligned(const void* p, int64_t row_bytes) {
-    return reinterpret_cast<uintptr_t>(p) % 16 == 0 && row_bytes % 16 == 0;
 }
 
 // Adds weight · y of the token's slots, in their order. Four slots are read before one is added: with one token, latency
@@ -55,24 +51,18 @@ __device__ void combine(const MoeCombineParams& p) {
     const int64_t token = blockIdx.x;
     const int col = blockIdx.y * MOE_COMBINE_COLS + threadIdx.x * VECTOR;
     if (col >= p.hidden) return;
-    const auto aligned = [](const void* base, int ld) { return is_aligned(base, ld * static_cast<int64_t>(sizeof(T))); };
     float sum[VECTOR] = {}, v[VECTOR];
     add_slots<T>(p, token, col, sum);
     if (p.base) {
         load_vector(row_of<T>(p.base, token, p.ldy) + col, v);
         for (int i = 0; i < VECTOR; ++i) sum[i] += v[i];
     }
-    if (p.shared) {
-        const float weight = p.shared_weight ? p.shared_weight[token] : 1.0f;
-        load_columns(row_of<T>(p.shared, token, p.ld_shared), col, p.hidden, aligned(p.shared, p.ld_shared), v);
-        for (int i = 0; i < VECTOR; ++i) sum[i] += weight * v[i];
-    }
     if (p.residual) {
-        load_columns(row_of<T>(p.residual, token, p.ld_residual), col, p.hidden, aligned(p.residual, p.ld_residual), v);
+        load_columns(row_of<T>(p.residual, token, p.ld_residual), col, p.hidden, true, v);
         for (int i = 0; i < VECTOR; ++i) sum[i] += v[i];
     }
     T* const out = static_cast<T*>(p.out) + token * p.ld_out + col;
-    if (aligned(p.out, p.ld_out) && col + VECTOR <= p.hidden) {
+    if (col + VECTOR <= p.hidden) {
         store_vector(out, sum);
     } else {
         for (int i = 0; i < VECTOR && col + i < p.hidden; ++i) store_element(out + i, sum[i]);

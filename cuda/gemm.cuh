@@ -120,7 +120,6 @@ __device__ __forceinline__ float activate(const MoeGemmParams& p, float g, float
             return silu<T>(g, p.slope) * (u + 1.0f);
         }
         case MOE_GELU_TANH: return 0.5f * g * (1.0f + tanhf(0.7978845608f * (g + 0.044715f * g * g * g))) * u;
-        case MOE_GELU_ERF: return 0.5f * g * (1.0f + erff(0.7071067812f * g)) * u;
         case MOE_RELU: return (g < 0.0f ? 0.0f : g) * u;
         case MOE_SQUARED_RELU: return (g < 0.0f ? 0.0f : g * g) * u;
         default: return silu<T>(g) * u;

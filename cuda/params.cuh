@@ -24,11 +24,11 @@
 //   moe_output_*                persistent                        h or z -> y [P, ldy] = down(h), without combine weight
 //   moe_base_hidden_*           T, 128      down has a base       h, weights -> hb [T, ldh] = sum of w h
 //   moe_output_*                with the table of the base        hb -> yb [T, ldy]
-//   moe_combine_*               (T, ceil(H/1024)), 128            y, constants, yb, shared, residual -> out [T, H]
+//   moe_combine_*               (T, ceil(H/1024)), 128            y, constants, yb, residual -> out [T, H]
 //
 // A layer without low-rank matrices needs no moe_project_*: the host knows which forms a layer has.
 // A shared expert is an expert that every token visits: MoeRouteParams::shared_expert appends it as one more slot (its
-// weight is 1, or the sigmoid of one more row of the logits). A shared output computed elsewhere can be added in combine.
+// weight is 1, or the sigmoid of one more row of the logits). One computed elsewhere can be the residual of combine.
 // The base of a layer of "base + delta" experts is itself a table of one MoeExpert and `offsets` {0, T}, run by the
 // kernels of the stages: moe_project_in_* with v_in = the stacked base of gate and up, moe_output_* with down = the base.
 //
@@ -41,7 +41,7 @@
 // t128. Every family is correct for every number of tokens; a result does not depend on the grid, but families differ
 // in the order of their sums. f32 has one family, t64. `moe_GEMM_tN_DTYPE` with DTYPE bf16, f16 or f32.
 //
-// Alignment: x, weights, z, h, y: base addresses multiples of 16 bytes, rows (leading dimensions) multiples of 8 elements
+// Alignment: x, out, residual, weights, z, h, y: base addresses multiples of 16 bytes, rows (leading dimensions) multiples of 8 elements
 // (4 for f32). Columns between a row's end and its leading dimension are never read. z, h and y rows are written up to
 // the next multiple of 8 columns.
 #pragma once
@@ -107,10 +107,10 @@ struct MoeMatrix {
     const void* weight;       // dense: W [out, k = in]; low rank: U [out, k = rank]; may be null where k = 0
     const int32_t* row_slot;  // [out]: the column of the pair's z that this output adds, or -1; null without sparse rows
     const float* bias;        // [out], or null
-    int32_t ld;               // elements from one row of `weight` to the next, a multiple of 8
+    int32_t ld;               // elements from one row of `weight` to the next, a multiple of 8 (4 in f32)
     int32_t k;                // columns of `weight`; 0 is allowed
     int32_t z_first;          // low rank: first column of V x in the pair's z, a multiple of 8
-    uint32_t flags;           // MOE_LOW_RANK, MOE_BASE
+    uint32_t flags;           // MOE_LOW_RANK, MOE_BASE, MOE_ABSENT
 };
 
 // One expert; static after the layer is prepared.
@@ -123,9 +123,9 @@ struct MoeExpert {
     int32_t form;           // MoeForm
     int32_t width;          // of the hidden vector
     int32_t v_in_rows;      // 0 where gate and up are dense
-    int32_t v_in_ld;        // a multiple of 8
+    int32_t v_in_ld;        // a multiple of 8 (4 in f32)
     int32_t v_down_rows;
-    int32_t v_down_ld;      // a multiple of 8
+    int32_t v_down_ld;      // a multiple of 8 (4 in f32)
     int32_t reserved[22];
 };
 
@@ -248,9 +248,8 @@ enum MoeActivation : int32_t {
     MOE_SWIGLU = 0,          // silu(g) · u
     MOE_CLAMPED_SWIGLU = 1,  // g' · sigmoid(slope · g') · (u' + 1), g' = min(g, limit), u' = u within ± limit
     MOE_GELU_TANH = 2,       // gelu(g) · u by the tanh formula
-    MOE_GELU_ERF = 3,        // gelu(g) · u by erf
-    MOE_RELU = 4,            // relu(g) · u
-    MOE_SQUARED_RELU = 5,    // relu(g)² · u
+    MOE_RELU = 3,            // relu(g) · u
+    MOE_SQUARED_RELU = 4,    // relu(g)² · u
 };
 
 // One GEMM stage: moe_project_in_*, moe_hidden_*, moe_project_hidden_*, moe_output_*.
@@ -275,7 +274,7 @@ struct MoeGemmParams {
     int32_t activation;              // MoeActivation
     float limit;
     float slope;
-    int32_t next_stage;              // MoeStage: hidden behind project_in, one of the last two behind hidden
+    int32_t next_stage;              // MoeStage of next_tile_first: hidden behind project_in, then one of those behind it
     int32_t reserved;
 };
 
@@ -296,25 +295,21 @@ struct MoeBaseHiddenParams {
     int32_t reserved;
 };
 
-// out = residual + shared + base + sum over slots, in slot order, of weight · y, in f32: moe_combine_*.
+// out = residual + base + sum over slots, in slot order, of weight · y, in f32: moe_combine_*.
 struct MoeCombineParams {
     const MoeExpert* experts;    // for constants
     const int32_t* slot_source;  // [tokens, slots]
     const float* slot_weight;    // [tokens, slots]
     const void* y;               // [P, ldy]
     const void* base;            // [tokens, ldy], or null
-    const void* shared;          // [tokens, ld_shared], or null
-    const float* shared_weight;  // [tokens], or null: 1
     const void* residual;        // [tokens, ld_residual], or null
     void* out;                   // [tokens, ld_out]
     int32_t tokens;
     int32_t slots;
     int32_t hidden;
     int32_t ldy;
-    int32_t ld_shared;
     int32_t ld_residual;
     int32_t ld_out;
-    int32_t reserved;
 };
 
 static_assert(sizeof(MoeMatrix) == 40 && offsetof(MoeMatrix, flags) == 36, "MoeMatrix");
@@ -327,4 +322,4 @@ static_assert(sizeof(MoeBasePlanParams) == 56 && offsetof(MoeBasePlanParams, tok
 static_assert(sizeof(MoeScaleInputParams) == 56, "MoeScaleInputParams");
 static_assert(sizeof(MoeGemmParams) == 128 && offsetof(MoeGemmParams, experts_count) == 80, "MoeGemmParams");
 static_assert(sizeof(MoeBaseHiddenParams) == 80, "MoeBaseHiddenParams");
-static_assert(sizeof(MoeCombineParams) == 104 && offsetof(MoeCombineParams, tokens) == 72, "MoeCombineParams");
+static_assert(sizeof(MoeCombineParams) == 80 && offsetof(MoeCombineParams, tokens) == 56, "MoeCombineParams");

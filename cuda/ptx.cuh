@@ -14,9 +14,10 @@ constexpr unsigned WHOLE_WARP = 0xFFFFFFFFu;  // the mask of all lanes
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const __grid_constant__ PARAMS p)
 #define MOE_SHARED(NAME) extern __shared__ __align__(1024) unsigned char NAME[]
 
-// The first statement of every kernel. Where kernels are launched dependent on each other (sm_90 and later), one may start
-// while the one before it still runs: this waits until that one has ended and what it wrote can be seen, then lets the
-// next one start. All threads must come here, or the kernel could end before the one that it follows.
+// Every kernel begins with this; before it, a kernel may only call ahead what no kernel of a pass writes. Where kernels are
+// launched dependent on each other (sm_90 and later), one may start while the one before it still runs: this waits until
+// that one has ended and what it wrote can be seen, then lets the next one start. All threads must come here, or the kernel
+// could end before the one that it follows.
 __device__ __forceinline__ void follow_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -4,9 +4,10 @@
  * the caller's workspace, with plain device pointers. It allocates nothing, waits for nothing and copies nothing to the
  * host: it can be captured in a CUDA graph.
  *
- * Every function returns a status (0 is success); moepress_last_error() then says in one line what was wrong and what
- * would be right. Functions may be called from any thread. Structures begin with their size, which the caller sets:
- * fields added later at their end read as zero where a caller does not know them. Zeroed fields are the defaults.
+ * Functions that can fail return a status (0 is success); moepress_last_error() then says in one line what was wrong and
+ * what would be right. Functions may be called from any thread. The structures that functions take, and the router, begin
+ * with their size, which the caller sets: fields added later at their end read as zero where a caller does not know them.
+ * Where a field may be zero, that is its default.
  *
  * Build the library with  cargo rustc --release --lib --crate-type cdylib  (or staticlib).
  */
@@ -107,7 +108,7 @@ typedef struct moepress_router {
     int32_t groups_kept;
     int32_t groups_by_two;    /* score of a group: 0 its largest choice value, 1 the sum of the two largest */
     int32_t renormalise;      /* 0: score * scale; 1: score / max(sum of the chosen + added, least) * scale */
-    float scale;
+    float scale; /* 0: 1 */
     float added;
     float least;
     float sparse_mixer_threshold;
@@ -124,13 +125,13 @@ typedef struct moepress_router {
 
 typedef struct moepress_layer_spec {
     size_t struct_size;
-    int32_t hidden;
+    int32_t hidden;   /* 1 to 67107840 */
     int32_t dtype;    /* moepress_dtype of activations and weights; sums are f32 */
     int32_t location; /* moepress_location of the experts: HOST copies them, DEVICE uses them where they lie */
-    int32_t top_k;    /* experts per token, without the shared one */
+    int32_t top_k;    /* experts per token, without the shared one: 1 to 32 */
     int32_t experts_count;
     int32_t activation; /* moepress_activation */
-    float limit, slope; /* of MOEPRESS_CLAMPED_SWIGLU */
+    float limit, slope; /* of MOEPRESS_CLAMPED_SWIGLU; 0: 7 and 1.702, those of gpt-oss */
     int32_t weights_multiply_inputs; /* 1: Llama 4 */
     /* Expert parallelism: experts of the whole model; for each its index in `experts`, or -1. 0 and null: all are here.
      * Ids and router rows are the model's. */
@@ -151,10 +152,12 @@ typedef enum moepress_routing {
     MOEPRESS_ROUTE_TOKENS = 2  /* the layer's router */
 } moepress_routing;
 
-/* A forward pass. All pointers are device memory; strides in elements, 0 for rows without gaps. */
+/* A forward pass. All pointers are device memory. Strides are in elements, 0 for rows without gaps. Rows of x, out and
+ * residual are of the layer's dtype; their addresses and strides are multiples of 16 bytes, so that a stride of 0 needs a
+ * `hidden` that is a multiple of 8 (of 4 in f32). Ids, weights and logits lie at multiples of 4 bytes. */
 typedef struct moepress_forward_args {
     size_t struct_size;
-    int64_t tokens; /* 0 is allowed */
+    int64_t tokens; /* 0 to 4067203 */
     const void *x;  /* [tokens, hidden] */
     int64_t x_stride;
     void *out; /* [tokens, hidden]; may be `residual`, not `x` */
@@ -169,7 +172,7 @@ typedef struct moepress_forward_args {
     const float *logits;  /* [tokens, experts, + 1 with a gated shared expert (before the sigmoid)] */
     int64_t logits_stride;
     void *workspace; /* 256-byte aligned, any content, for one stream at a time */
-    size_t workspace_bytes;
+    size_t workspace_bytes; /* moepress_layer_workspace_bytes of `tokens` or more */
 } moepress_forward_args;
 
 typedef struct moepress_device moepress_device;
@@ -198,10 +201,11 @@ moepress_status moepress_layer_create(const moepress_device *device, const moepr
 /* What was enqueued with the layer must have ended. Null is allowed. */
 void moepress_layer_destroy(moepress_layer *layer);
 
-/* Workspace for up to max_tokens tokens; never less for more tokens. */
+/* Workspace for up to max_tokens tokens, 4067203 at most; never less for more tokens. */
 moepress_status moepress_layer_workspace_bytes(const moepress_layer *layer, int64_t max_tokens, size_t *bytes);
 
-/* Several threads may use one layer at a time, each with a stream and a workspace of its own. Enqueues a forward pass on a CUstream or cudaStream_t of the device; null is the default stream. */
+/* Enqueues a forward pass on a CUstream or cudaStream_t of the device; null is the default stream. Several threads may use
+ * one layer at a time, each with a stream and a workspace of its own. */
 moepress_status moepress_layer_forward(const moepress_layer *layer, const moepress_forward_args *args, void *stream);
 
 #ifdef __cplusplus

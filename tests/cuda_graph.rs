@@ -162,6 +162,7 @@ fn only_the_first_kernel_of_a_graph_waits_for_all_before_it() {
     pass.enqueue();
     // Routing with the sort, four GEMMs, combine.
     let serial = std::env::var("MOEPRESS_CUDA_SERIAL").is_ok_and(|v| v == "1");
+    assert_eq!(pass.device.overlaps(), !serial);
     assert_eq!(overlapping() - before, if serial { 0 } else { 5 });
     pass.result();
 }

@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod gpu;
+#[path = "cuda_layer/shapes.rs"]
+mod shapes;
 
 use gpu::Gpu;
 use gpu::emulator::{Emulator, Mode};
@@ -186,7 +188,7 @@ fn with_router<'a, W, V>(
     LayerSpec { router: Some(router), target: rule.spec.target, ..spec }
 }
 
-/// A layer on a GPU.
+/// A prepared layer and its GPU.
 struct Bench<'g, G: Gpu> {
     gpu: &'g G,
     layer: MoeLayer<G::Block>,
@@ -210,13 +212,14 @@ impl<'g, G: Gpu> Bench<'g, G> {
 
     fn run(&self, x: &[f32], by: &By<'_>, residual: Option<&[f32]>) -> Vec<f32> {
         let element = self.layer.element();
-        let tokens = x.len() / HIDDEN;
+        let hidden = self.layer.hidden();
+        let tokens = x.len() / hidden;
         let upload = |values: &[f32]| self.gpu.upload(&encode_f32(dtype(element), values));
         let (x, residual) = (upload(x), residual.map(upload));
-        let out = self.gpu.room(tokens * HIDDEN * element.bytes());
+        let out = self.gpu.room(tokens * hidden * element.bytes());
         let bytes = self.layer.workspace_bytes(tokens).unwrap();
         let workspace = self.gpu.room(bytes);
-        let rows = |block: &G::Block| Rows { address: block.address(), stride: HIDDEN };
+        let rows = |block: &G::Block| Rows { address: block.address(), stride: hidden };
         let words = |values: &[f32]| self.gpu.upload(&encode_f32(Dtype::F32, values));
         let (one, two);
         let routing = match by {
@@ -282,10 +285,13 @@ fn tolerance(element: Element) -> f32 {
     }
 }
 
-/// All forms, all types, batches on both sides of every boundary between families and sorts.
+/// All forms, all types. In 16 bits, batches for every family of GEMM kernels; in bf16 for every sort too.
 fn every_form_against_the_cpu(gpu: &impl Gpu) {
-    let cases: [(Element, &[usize]); 3] =
-        [(Element::F32, &[1, 70]), (Element::F16, &[3, 40]), (Element::Bf16, &[1, 8, 9, 40, 150, 1400])];
+    let cases: [(Element, &[usize]); 3] = [
+        (Element::F32, &[1, 70]),
+        (Element::F16, &[3, 12, 40, 70, 150]),
+        (Element::Bf16, &[1, 8, 9, 40, 70, 150, 1400]),
+    ];
     let rule = rule(RouterSpec::softmax(TOP_K, WeightRule::RENORMALISED));
     let weights = router_weights(&rule);
     for (element, batches) in cases {
@@ -556,6 +562,8 @@ fn borrowed_weights(gpu: &impl Gpu) {
     assert!(mine.layer.bytes() < copied.layer.bytes());
 }
 
+use shapes::real_shapes_against_f64;
+
 on_every_gpu! {
     every_form_against_the_cpu
     deltas_against_the_cpu
@@ -568,4 +576,5 @@ on_every_gpu! {
     an_expert_map_splits_the_layer
     borrowed_weights
     repeats
+    real_shapes_against_f64
 }

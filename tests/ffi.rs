@@ -135,7 +135,7 @@ impl moepress::ffi::Gpu for Emulated {
 }
 
 /// Compiles and loads check.c, together with what the library says about the header's structures; `None`, with a line on
-/// standard error, where there is no C compiler.
+/// standard error, where there is no C compiler, which `MOEPRESS_REQUIRE_GPU=1` makes a failure.
 fn checks() -> Option<Library> {
     // In the program, so that it runs without the sources.
     const HEADER: &str = include_str!("../include/moepress.h");
@@ -157,7 +157,7 @@ fn checks() -> Option<Library> {
     compiler.args(["-std=c11", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]);
     compiler.args(["check.c", "claims.c"].map(|name| folder.path().join(name)));
     let Ok(output) = compiler.arg("-o").arg(&library).arg("-lm").output() else {
-        eprintln!("skipped: no C compiler (cc)");
+        gpu::skipped("no C compiler (cc)");
         return None;
     };
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

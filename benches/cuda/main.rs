@@ -1,10 +1,11 @@
 //! MoE layers on a GPU: time of a forward pass, replayed as a CUDA graph, for four model shapes, dense and low rank, from
-//! one token to 16384. Does nothing, saying so, where there is no GPU.
+//! one token to 16384. Does nothing, saying so, where there is no GPU; `MOEPRESS_REQUIRE_GPU=1` makes that an error.
 //!
 //! `cargo bench --bench cuda -- [--shape NAME] [--form NAME] [--tokens N,N] [--runs N] [--peak TFLOP/s TB/s] [--kernels]`. One
 //! line of JSON per measurement on standard output. With `--peak`, what the device reaches in a large GEMM and in a copy, also the fraction
 //! of the floor: the time for the arithmetic, or for reading the visited experts and the tokens once and writing the
-//! results, whichever is longer. With `--kernels`, the time of each kernel instead, those of the router among them.
+//! results, whichever is longer. With `--kernels`, the time of each kernel instead, those of the router among them. `overlap`
+//! says whether kernels start while those before them end.
 
 mod layer;
 mod timing;
@@ -14,7 +15,7 @@ use std::io::Write;
 
 use layer::{Case, FORMS, Form, Layer, SHAPES, Shape};
 use moepress::backend::cuda::{Device, availability};
-use timing::{Gpu, Timed};
+use timing::{FEWEST, Gpu, Timed, warm_up};
 
 /// What to measure.
 #[derive(Default)]
@@ -25,7 +26,7 @@ struct Options {
     /// TFLOP/s and TB/s of the device.
     peak: Option<[f64; 2]>,
     kernels: bool,
-    /// Replays of which the median is taken.
+    /// Most replays of which the median is taken.
     runs: usize,
 }
 
@@ -55,6 +56,9 @@ fn options() -> Result<Options, Box<dyn Error>> {
 fn main() -> Result<(), Box<dyn Error>> {
     let options = options()?;
     if let Err(why) = availability() {
+        if std::env::var("MOEPRESS_REQUIRE_GPU").is_ok_and(|v| v == "1") {
+            return Err(format!("MOEPRESS_REQUIRE_GPU=1: {why}").into());
+        }
         eprintln!("skipped: {why}");
         return Ok(());
     }
@@ -81,14 +85,16 @@ fn measure(gpu: &Gpu, layer: &Layer, tokens: usize, options: &Options) -> Result
     let cases = (0..COPIES).map(|copy| Case::new(&gpu.device, layer, tokens, copy as u64));
     let cases = cases.collect::<Result<Vec<_>, _>>()?;
     let mut line = serde_json::json!({ "device": device, "shape": shape, "form": form, "tokens": tokens });
+    line["overlap"] = gpu.device.overlaps().into();
     if options.kernels {
-        let timed = Timed::new(gpu);
-        cases[0].enqueue(layer, true, &timed)?;
+        let timed = Timed::new(gpu)?;
+        let pass = |number: usize| timed.pass(|timed| cases[number % COPIES].enqueue(layer, true, timed));
+        warm_up(pass)?;
         timed.clear();
-        for case in &cases {
-            case.enqueue(layer, true, &timed)?;
+        while timed.passes() < FEWEST {
+            pass(timed.passes())?;
         }
-        line["kernels"] = serde_json::json!(timed.microseconds()?);
+        line["kernels"] = serde_json::json!(timed.microseconds());
     } else {
         // A first run outside of a capture: whatever a driver does at a kernel's first launch is done.
         gpu.run(|stream| cases[0].enqueue(layer, false, stream))?;

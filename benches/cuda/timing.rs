@@ -1,17 +1,34 @@
 //! Times on the device: CUDA graphs between events, or events around each kernel.
+//!
+//! A long write of memory goes ahead of what is measured: it is enqueued while that runs, so that the host's time is not in the
+//! numbers, and nothing of a run before is in the cache.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::{self, CUevent_flags as EventFlags, CUstreamCaptureMode as CaptureMode};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result};
-use moepress::backend::cuda::{Device, Error, Launch, Result, Stream};
+use moepress::backend::cuda::{Block, Device, DeviceBlock, Error, Launch, Memory, Result, Stream};
+
+/// Bytes of the write: more than any cache, and 60 µs or so on a fast GPU.
+const WRITTEN: usize = 256 << 20;
+
+/// Runs before any is measured: clocks rise, and what a driver does at first is done.
+const WARM_UP: Duration = Duration::from_millis(50);
+
+/// Fewest measurements of which a median is taken.
+pub(crate) const FEWEST: usize = 20;
+
+/// After the fewest, none begins later than this.
+const LONGEST: Duration = Duration::from_millis(500);
 
 /// A GPU with a stream.
 pub(crate) struct Gpu {
     pub(crate) device: Arc<Device>,
     stream: Arc<CudaStream>,
+    written: DeviceBlock,
 }
 
 /// A captured forward pass.
@@ -25,16 +42,40 @@ fn event() -> Result<sys::CUevent> {
     result::event::create(EventFlags::CU_EVENT_DEFAULT).map_err(failed("an event"))
 }
 
+/// Calls `run` with its number until [`WARM_UP`] is over.
+pub(crate) fn warm_up(mut run: impl FnMut(usize) -> Result<()>) -> Result<()> {
+    let start = Instant::now();
+    let mut number = 0;
+    while number == 0 || start.elapsed() < WARM_UP {
+        run(number)?;
+        number += 1;
+    }
+    Ok(())
+}
+
+fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
 impl Gpu {
     pub(crate) fn new(device: Arc<Device>) -> Result<Self> {
         let context = CudaContext::new(0).map_err(failed("the context"))?;
         let stream = context.new_stream().map_err(failed("a stream"))?;
-        Ok(Gpu { device, stream })
+        let written = device.allocate(WRITTEN)?;
+        Ok(Gpu { device, stream, written })
     }
 
     fn launcher(&self) -> Stream {
         // SAFETY: a stream of the device's primary context; it lives as long as `self`.
         unsafe { self.device.stream(self.stream.cu_stream().cast()) }
+    }
+
+    /// Enqueues the long write.
+    fn write(&self) -> Result<()> {
+        let (address, stream) = (self.written.address(), self.stream.cu_stream());
+        // SAFETY: within the block, which lives as long as `self`.
+        unsafe { result::memset_d8_async(address, 0, WRITTEN, stream) }.map_err(failed("writing"))
     }
 
     /// Runs what `enqueue` enqueues, and waits for it.
@@ -57,57 +98,85 @@ impl Gpu {
         graph.map(Graph).map_err(failed("a graph"))
     }
 
-    /// Microseconds of one replay: the median over `runs`, the graphs by turns.
+    /// Microseconds of one replay: the median over `runs`, or over as many as there is time for, the graphs by turns.
     pub(crate) fn median(&self, graphs: &[Graph], runs: usize) -> Result<f64> {
         let stream = self.stream.cu_stream();
         let (start, end) = (event()?, event()?);
-        let mut times = Vec::with_capacity(runs);
-        for run in 0..runs + graphs.len() {
+        let replay = |number: usize| {
+            self.write()?;
             // SAFETY: events and stream live; the memory of the graphs does too.
             let elapsed = unsafe {
                 result::event::record(start, stream)
-                    .and_then(|()| result::graph::launch(graphs[run % graphs.len()].0, stream))
+                    .and_then(|()| result::graph::launch(graphs[number % graphs.len()].0, stream))
                     .and_then(|()| result::event::record(end, stream))
                     .and_then(|()| result::event::synchronize(end))
                     .and_then(|()| result::event::elapsed(start, end))
             };
-            times.push(f64::from(elapsed.map_err(failed("timing"))?) * 1e3);
+            elapsed.map(|milliseconds| f64::from(milliseconds) * 1e3).map_err(failed("timing"))
+        };
+        warm_up(|number| replay(number).map(drop))?;
+        let (mut times, begin) = (Vec::with_capacity(runs), Instant::now());
+        while times.len() < runs && (times.len() < FEWEST || begin.elapsed() < LONGEST) {
+            times.push(replay(times.len())?);
         }
-        // The first replays warm up.
-        times.drain(..graphs.len());
-        times.sort_by(f64::total_cmp);
-        Ok(times[times.len() / 2])
+        Ok(median(times))
     }
 }
+
+/// Launches of a pass that [`Timed`] can measure.
+const MOST_LAUNCHES: usize = 32;
 
 /// A stream that measures each kernel on its own.
 pub(crate) struct Timed<'a> {
     gpu: &'a Gpu,
-    events: RefCell<Vec<(&'static str, sys::CUevent, sys::CUevent)>>,
+    /// Two for each launch.
+    events: Vec<sys::CUevent>,
+    launched: RefCell<Vec<&'static str>>,
+    times: RefCell<BTreeMap<&'static str, Vec<f64>>>,
+    passes: Cell<usize>,
 }
 
 impl<'a> Timed<'a> {
-    pub(crate) fn new(gpu: &'a Gpu) -> Self {
-        Timed { gpu, events: RefCell::default() }
+    pub(crate) fn new(gpu: &'a Gpu) -> Result<Self> {
+        let events = (0..2 * MOST_LAUNCHES).map(|_| event()).collect::<Result<_>>()?;
+        let (launched, times) = (RefCell::default(), RefCell::default());
+        Ok(Timed { gpu, events, launched, times, passes: Cell::new(0) })
     }
 
     /// Forgets what was measured.
     pub(crate) fn clear(&self) {
-        self.events.borrow_mut().clear();
+        self.times.borrow_mut().clear();
+        self.passes.set(0);
     }
 
-    /// Mean time of each kernel.
-    pub(crate) fn microseconds(&self) -> Result<BTreeMap<String, f64>> {
-        self.gpu.stream.synchronize().map_err(failed("waiting"))?;
-        let mut sums: BTreeMap<String, (f64, f64)> = BTreeMap::new();
-        for &(kernel, start, end) in self.events.borrow().iter() {
-            // SAFETY: recorded, and passed by the stream.
-            let elapsed = unsafe { result::event::elapsed(start, end) }.map_err(failed("timing"))?;
-            let (sum, count) = sums.entry(kernel.into()).or_default();
-            *sum += f64::from(elapsed) * 1e3;
-            *count += 1.0;
+    /// Passes that were measured.
+    pub(crate) fn passes(&self) -> usize {
+        self.passes.get()
+    }
+
+    /// Measures the pass that `enqueue` enqueues, and waits for it.
+    pub(crate) fn pass(&self, enqueue: impl FnOnce(&Self) -> Result<()>) -> Result<()> {
+        self.launched.borrow_mut().clear();
+        // A pass takes the host longer than a graph.
+        for _ in 0..4 {
+            self.gpu.write()?;
         }
-        Ok(sums.into_iter().map(|(kernel, (sum, count))| (kernel, sum / count)).collect())
+        enqueue(self)?;
+        self.gpu.stream.synchronize().map_err(failed("waiting"))?;
+        let mut times = self.times.borrow_mut();
+        for (&kernel, events) in self.launched.borrow().iter().zip(self.events.chunks_exact(2)) {
+            // SAFETY: recorded, and passed by the stream.
+            let elapsed =
+                unsafe { result::event::elapsed(events[0], events[1]) }.map_err(failed("timing"))?;
+            times.entry(kernel).or_default().push(f64::from(elapsed) * 1e3);
+        }
+        self.passes.set(self.passes.get() + 1);
+        Ok(())
+    }
+
+    /// Median time of each kernel.
+    pub(crate) fn microseconds(&self) -> BTreeMap<&'static str, f64> {
+        self.times.take().into_iter().map(|(kernel, times)| (kernel, median(times))).collect()
     }
 }
 
@@ -122,14 +191,15 @@ impl Launch for Timed<'_> {
         follows: bool,
     ) -> Result<()> {
         let stream = self.gpu.stream.cu_stream();
-        let (start, end) = (event()?, event()?);
+        let number = self.launched.borrow().len();
+        let [start, end] = [0, 1].map(|i| self.events[2 * number + i]);
         // SAFETY: events and stream live.
         unsafe { result::event::record(start, stream) }.map_err(failed("timing"))?;
         // SAFETY: the caller's promise.
         unsafe { self.gpu.launcher().launch(kernel, grid, block, shared, params, follows) }?;
         // SAFETY: as above.
         unsafe { result::event::record(end, stream) }.map_err(failed("timing"))?;
-        self.events.borrow_mut().push((kernel, start, end));
+        self.launched.borrow_mut().push(kernel);
         Ok(())
     }
 

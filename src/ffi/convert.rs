@@ -51,9 +51,10 @@ pub(super) fn element(dtype: i32) -> Result<Element> {
 }
 
 pub(super) fn activation(spec: &types::LayerSpec) -> Result<Activation> {
+    let or = |value: f32, default: f32| if value == 0.0 { default } else { value };
     match spec.activation {
         0 => Ok(Activation::SwiGlu),
-        1 => Ok(Activation::ClampedSwiGlu { limit: spec.limit, slope: spec.slope }),
+        1 => Ok(Activation::ClampedSwiGlu { limit: or(spec.limit, 7.0), slope: or(spec.slope, 1.702) }),
         2 => Ok(Activation::Relu),
         3 => Ok(Activation::GeluTanh),
         4 => Ok(Activation::GeGluTanh),

@@ -73,6 +73,7 @@ fn spec(
     groups: Option<GroupLimit>,
     target: WeightTarget,
 ) -> Result<RouterSpec> {
+    let scale = if router.scale == 0.0 { 1.0 } else { router.scale };
     Ok(RouterSpec {
         top_k,
         bias: !router.bias.is_null(),
@@ -90,8 +91,8 @@ fn spec(
         },
         groups,
         weights: match router.renormalise {
-            0 => WeightRule::Scaled(router.scale),
-            _ => WeightRule::Renormalised { added: router.added, least: router.least, scale: router.scale },
+            0 => WeightRule::Scaled(scale),
+            _ => WeightRule::Renormalised { added: router.added, least: router.least, scale },
         },
         expert_scales: false,
         target,

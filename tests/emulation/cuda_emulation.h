@@ -23,7 +23,7 @@
 // A kernel with its parameters by value, found by name.
 #define MOE_KERNEL(NAME, PARAMS, THREADS, BLOCKS)                                                                     \
     static void NAME(const PARAMS p);                                                                                 \
-    static const emulation::Registration register_##NAME(#NAME, sizeof(PARAMS), [](const void* params) {             \
+    static const emulation::Registration register_##NAME(#NAME, __FILE__, sizeof(PARAMS), [](const void* params) {   \
         NAME(*static_cast<const PARAMS*>(params));                                                                    \
     });                                                                                                               \
     static void NAME(const PARAMS p)

@@ -128,7 +128,6 @@ pub(crate) enum Activation {
     SwiGlu,
     Clamped { limit: f32, slope: f32 },
     GeluTanh,
-    GeluErf,
     Relu,
     SquaredRelu,
 }

@@ -313,9 +313,8 @@ impl<'a> Prepared<'a> {
             Activation::SwiGlu => (0, 0.0, 0.0),
             Activation::Clamped { limit, slope } => (1, limit, slope),
             Activation::GeluTanh => (2, 0.0, 0.0),
-            Activation::GeluErf => (3, 0.0, 0.0),
-            Activation::Relu => (4, 0.0, 0.0),
-            Activation::SquaredRelu => (5, 0.0, 0.0),
+            Activation::Relu => (3, 0.0, 0.0),
+            Activation::SquaredRelu => (4, 0.0, 0.0),
         };
         let common = MoeGemmParams {
             experts: self.experts.address(),
@@ -426,7 +425,7 @@ impl<'a> Prepared<'a> {
             };
             self.gemm(OUTPUT, plan, &params)?;
         }
-        let out = elements(tokens * hidden);
+        let out = elements(tokens * ldx);
         let combine = MoeCombineParams {
             experts: self.experts.address(),
             slot_source: slot_source.address(),
@@ -438,7 +437,7 @@ impl<'a> Prepared<'a> {
             slots: slots as i32,
             hidden: hidden as i32,
             ldy: ldx as i32,
-            ld_out: hidden as i32,
+            ld_out: ldx as i32,
             ..MoeCombineParams::zeroed()
         };
         if tokens > 0 {
@@ -447,7 +446,7 @@ impl<'a> Prepared<'a> {
             gpu.run(&name, row_grid, [ROW_THREADS, 1, 1], 0, bytes_of(&combine))?;
         }
         Ok(Run {
-            out: dtype.decode(out.contents()),
+            out: dtype.decode(out.contents()).chunks(ldx).flat_map(|row| &row[..hidden]).copied().collect(),
             offsets: offsets.read(),
             pair_token: pair_token.read(),
             pair_weight: pair_weight.read(),

@@ -81,7 +81,19 @@ struct LaunchConfig {
     uint32_t attribute_count;
 };
 
-int context_object, module_object;
+// A loaded fat binary.
+struct Module {
+    const char* image;
+    size_t bytes;
+
+    // Whether it was compiled from the file at this path. A fat binary names its source as nvcc was given it.
+    bool is_of(const std::string& path) const {
+        const std::string name = "cuda" + path.substr(path.rfind('/'));
+        return memmem(image, bytes, name.c_str(), name.size() + 1) != nullptr;
+    }
+};
+
+int context_object;
 thread_local std::vector<void*> current;
 std::atomic<int> contexts{0}, modules{0}, captures{0};
 std::atomic<uint64_t> overlapping{0};  // launches that may start while the kernel before them ends
@@ -213,24 +225,30 @@ API cuCtxSynchronize() {
     return drain_where(false);
 }
 
-// Fat binaries as nvcc makes them begin with a magic number.
-API cuModuleLoadData(void** module, const void* image) {
+// Fat binaries as nvcc makes them begin with a magic number, a version, the length of this header and that of the rest.
+API cuModuleLoadData(Module** module, const char* image) {
     NOT_IN_CAPTURE;
-    uint32_t magic;
-    std::memcpy(&magic, image, 4);
-    if (magic != 0xba55ed50 || reinterpret_cast<uintptr_t>(image) % 16) return NO_BINARY;
-    return ++modules, *module = &module_object, SUCCESS;
+    struct {
+        uint32_t magic;
+        uint16_t version, bytes;
+        uint64_t rest;
+    } header;
+    std::memcpy(&header, image, sizeof header);
+    if (header.magic != 0xba55ed50 || reinterpret_cast<uintptr_t>(image) % 16) return NO_BINARY;
+    return ++modules, *module = new Module{image, header.bytes + header.rest}, SUCCESS;
 }
 
-API cuModuleUnload(void*) {
+API cuModuleUnload(Module* module) {
     NEED_CONTEXT;
+    delete module;
     return --modules, drain_where(false);
 }
 
-API cuModuleGetFunction(Function** function, void*, const char* name) {
+API cuModuleGetFunction(Function** function, const Module* module, const char* name) {
     NEED_CONTEXT;
+    const char* const source = emulator<const char*(const char*)>("emu_source")(name);
+    if (!source || !module->is_of(source)) return NOT_FOUND;
     const size_t bytes = emulator<size_t(const char*)>("emu_params_bytes")(name);
-    if (!bytes) return NOT_FOUND;
     const std::lock_guard<std::mutex> lock(guard);
     return *function = &functions.try_emplace(name, Function{name, bytes}).first->second, SUCCESS;
 }
@@ -283,6 +301,12 @@ API cuMemcpyDtoH_v2(void* to, uint64_t from, size_t bytes) {
     if (!allocated(from, bytes)) return INVALID_VALUE;
     const int error = drain_where(true);
     return std::memcpy(to, reinterpret_cast<const void*>(from), bytes), error;
+}
+
+API cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void* stream) {
+    NEED_CONTEXT;
+    if (!allocated(to, bytes)) return INVALID_VALUE;
+    return enqueue(stream_of(stream), [=] { return std::memset(reinterpret_cast<void*>(to), value, bytes), SUCCESS; }), SUCCESS;
 }
 
 API cuStreamCreate(Stream** stream, unsigned flags) {
@@ -370,6 +394,7 @@ API cuGetErrorName(int code, const char** name) {
     static const std::map<int, const char*> names{
         {INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE"},
         {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT"},
+        {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"},
         {LAUNCH_FAILED, "CUDA_ERROR_LAUNCH_FAILED"},
         {CAPTURE_UNSUPPORTED, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"},
     };

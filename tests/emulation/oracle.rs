@@ -84,19 +84,6 @@ fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 
-/// erf by its series and, far out, its limit.
-fn erf(x: f64) -> f64 {
-    if x.abs() > 5.0 {
-        return x.signum();
-    }
-    let (mut term, mut sum) = (x, x);
-    for n in 1..200 {
-        term *= -x * x / f64::from(n);
-        sum += term / f64::from(2 * n + 1);
-    }
-    sum * 2.0 / std::f64::consts::PI.sqrt()
-}
-
 /// f(g) · (u + c): every activation has this form, with a derivative of f below 1.13; that of the squared one is 2g.
 fn activate(activation: Activation, g: Bounded, u: Bounded) -> Bounded {
     let x = g.value;
@@ -111,7 +98,6 @@ fn activate(activation: Activation, g: Bounded, u: Bounded) -> Bounded {
             let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x);
             (0.5 * x * (1.0 + inner.tanh()), u.value)
         }
-        Activation::GeluErf => (0.5 * x * (1.0 + erf(x / 2f64.sqrt())), u.value),
         Activation::Relu => (x.max(0.0), u.value),
         Activation::SquaredRelu => (x.max(0.0).powi(2), u.value),
     };

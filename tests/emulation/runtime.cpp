@@ -51,6 +51,7 @@ thread_local Fibre* current = nullptr;
 namespace {
 
 struct KernelEntry {
+    const char* source;  // path of its file
     size_t params_bytes;
     Kernel kernel;
 };
@@ -452,8 +453,8 @@ unsigned char* shared_at(uint32_t offset, uint32_t bytes, uint32_t alignment, Si
 
 void count_conflicts(uint64_t phases) { worker().conflicts += phases; }
 
-Registration::Registration(const char* name, size_t params_bytes, Kernel kernel) {
-    kernels()[name] = {params_bytes, kernel};
+Registration::Registration(const char* name, const char* source, size_t params_bytes, Kernel kernel) {
+    kernels()[name] = {source, params_bytes, kernel};
 }
 
 namespace {
@@ -673,6 +674,12 @@ using namespace emulation;
 extern "C" size_t emu_params_bytes(const char* name) {
     const auto found = kernels().find(name);
     return found == kernels().end() ? 0 : found->second.params_bytes;
+}
+
+// Path of the file that a kernel is in; null where there is no such kernel.
+extern "C" const char* emu_source(const char* name) {
+    const auto found = kernels().find(name);
+    return found == kernels().end() ? nullptr : found->second.source;
 }
 
 // Launches a kernel and waits for it. With GUARDS in `mode`, memory that other launches of this thread may have written is

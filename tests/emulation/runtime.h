@@ -128,7 +128,7 @@ void count_conflicts(uint64_t phases);
 
 using Kernel = void (*)(const void* params);
 struct Registration {
-    Registration(const char* name, size_t params_bytes, Kernel kernel);
+    Registration(const char* name, const char* source, size_t params_bytes, Kernel kernel);
 };
 
 }  // namespace emulation

@@ -137,8 +137,10 @@ static void make_experts(moepress_expert experts[EXPERTS]) {
     experts[2] = (moepress_expert){.form = MOEPRESS_EXPERT_ALIAS, .alias_of = 1};
 }
 
-/* out += weight * expert(x), the textbook way: SwiGLU, or relu(gate x) without up. */
-static void reference(int e, int has_up, const float *x, float weight, float *out) {
+static float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+
+/* out += weight * expert(x), the textbook way: SwiGLU, that of gpt-oss, or relu(gate x) without up. */
+static void reference(int e, moepress_activation activation, const float *x, float weight, float *out) {
     float z[RANK] = {0}, h[WIDTH];
     for (int r = 0; r < RANK; r++)
         for (int i = 0; i < HIDDEN; i++) z[r] += v[r * HIDDEN + i] * x[i];
@@ -150,7 +152,14 @@ static void reference(int e, int has_up, const float *x, float weight, float *ou
             if (e && w == SPARSE_ROW) g += s[i] * x[i];
             u += up[e][w * HIDDEN + i] * x[i];
         }
-        h[w] = has_up ? g / (1 + expf(-g)) * u : g > 0 ? g : 0;
+        if (activation == MOEPRESS_RELU) {
+            h[w] = fmaxf(g, 0);
+        } else if (activation == MOEPRESS_CLAMPED_SWIGLU) {
+            g = fminf(g, 7);
+            h[w] = g * sigmoid(1.702f * g) * (fmaxf(fminf(u, 7), -7) + 1);
+        } else {
+            h[w] = g * sigmoid(g) * u;
+        }
     }
     for (int i = 0; i < HIDDEN; i++) {
         float y = 0;
@@ -167,8 +176,9 @@ static void *on_device(const struct api *api, const void *data, size_t bytes) {
 
 /* One pass of a layer whose arguments are there but for tokens, workspace and result; against the textbook with these
  * experts and weights. */
-static int check_pass(const struct api *api, moepress_layer *layer, moepress_forward_args args, int has_up,
-                      const int32_t *ids, const float *weights, const float *x, char *message, size_t length) {
+static int check_pass(const struct api *api, moepress_layer *layer, moepress_forward_args args,
+                      moepress_activation activation, const int32_t *ids, const float *weights, const float *x,
+                      char *message, size_t length) {
     size_t bytes = 0;
     EXPECT(api->workspace_bytes(layer, TOKENS, &bytes) == MOEPRESS_OK && bytes > 0);
     float out[TOKENS * HIDDEN];
@@ -184,7 +194,7 @@ static int check_pass(const struct api *api, moepress_layer *layer, moepress_for
         float expected[HIDDEN] = {0};
         for (int k = 0; k < TOP_K; k++) {
             int e = ids[t * TOP_K + k] == 2 ? 1 : ids[t * TOP_K + k];
-            if (e >= 0) reference(e, has_up, x + t * HIDDEN, weights[t * TOP_K + k], expected);
+            if (e >= 0) reference(e, activation, x + t * HIDDEN, weights[t * TOP_K + k], expected);
         }
         for (int i = 0; i < HIDDEN; i++) EXPECT(fabsf(out[t * HIDDEN + i] - expected[i]) < 1e-5f);
     }
@@ -209,16 +219,22 @@ int check_layer(const struct api *api, const moepress_device *device, char *mess
                                          .weights = on_device(api, weights, sizeof weights)};
     moepress_layer *layer = NULL;
     EXPECT(api->layer_create(device, &spec, &layer) == MOEPRESS_OK);
-    if (check_pass(api, layer, given, 1, ids, weights, x, message, length)) return 1;
+    if (check_pass(api, layer, given, MOEPRESS_SWIGLU, ids, weights, x, message, length)) return 1;
+    api->layer_destroy(layer);
+
+    /* Limit and slope by default. */
+    spec.activation = MOEPRESS_CLAMPED_SWIGLU;
+    EXPECT(api->layer_create(device, &spec, &layer) == MOEPRESS_OK);
+    if (check_pass(api, layer, given, MOEPRESS_CLAMPED_SWIGLU, ids, weights, x, message, length)) return 1;
     api->layer_destroy(layer);
 
     for (int e = 0; e < 2; e++) experts[e].up.weight = NULL;
     spec.activation = MOEPRESS_RELU;
     EXPECT(api->layer_create(device, &spec, &layer) == MOEPRESS_OK);
-    if (check_pass(api, layer, given, 0, ids, weights, x, message, length)) return 1;
+    if (check_pass(api, layer, given, MOEPRESS_RELU, ids, weights, x, message, length)) return 1;
     api->layer_destroy(layer);
 
-    /* Softmax over three logits: the second expert stays where it has 0.45 of the two weights or more. */
+    /* Softmax over three logits, scaled as by default: the second expert stays where it has 0.45 of the two weights or more. */
     float logits[TOKENS * EXPERTS];
     int32_t chosen[TOKENS * TOP_K];
     int skipped = 0;
@@ -239,12 +255,12 @@ int check_layer(const struct api *api, const moepress_device *device, char *mess
         weights[t * TOP_K + 1] = left_out ? 0 : share;
     }
     EXPECT(skipped > 0 && skipped < TOKENS);
-    const moepress_router router = {.struct_size = sizeof router, .renormalise = 1, .scale = 1, .skip_tail = 0.45f};
+    const moepress_router router = {.struct_size = sizeof router, .renormalise = 1, .skip_tail = 0.45f};
     spec.router = &router;
     const moepress_forward_args routed = {.routing = MOEPRESS_ROUTE_LOGITS,
                                           .logits = on_device(api, logits, sizeof logits)};
     EXPECT(api->layer_create(device, &spec, &layer) == MOEPRESS_OK);
-    if (check_pass(api, layer, routed, 0, chosen, weights, x, message, length)) return 1;
+    if (check_pass(api, layer, routed, MOEPRESS_RELU, chosen, weights, x, message, length)) return 1;
     api->layer_destroy(layer);
     return 0;
 }

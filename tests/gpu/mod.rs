@@ -19,7 +19,8 @@ pub trait Gpu: Memory {
     /// Memory with this content, for kernels to read.
     fn upload(&self, bytes: &[u8]) -> Self::Block;
 
-    /// Memory for kernels to write, full of NaN.
+    /// Memory for kernels to write, full of NaN; with `MOEPRESS_UNWRITTEN=1` on a real GPU as it was, so that compute-sanitizer
+    /// (initcheck) can tell what was never written.
     fn room(&self, bytes: usize) -> Self::Block;
 
     /// The content, after all that was enqueued.
@@ -27,6 +28,9 @@ pub trait Gpu: Memory {
 
     /// Calls `enqueue` with a stream.
     fn enqueue(&self, enqueue: &mut dyn FnMut(&dyn Launch) -> Result<()>) -> Result<()>;
+
+    /// Whether a CPU runs its kernels: slow, so that tests ask less of it.
+    fn is_emulated(&self) -> bool;
 }
 
 impl Gpu for Emulator {
@@ -45,6 +49,10 @@ impl Gpu for Emulator {
     fn enqueue(&self, enqueue: &mut dyn FnMut(&dyn Launch) -> Result<()>) -> Result<()> {
         enqueue(self)
     }
+
+    fn is_emulated(&self) -> bool {
+        true
+    }
 }
 
 impl Gpu for Arc<Device> {
@@ -55,6 +63,9 @@ impl Gpu for Arc<Device> {
     }
 
     fn room(&self, bytes: usize) -> DeviceBlock {
+        if std::env::var("MOEPRESS_UNWRITTEN").is_ok_and(|v| v == "1") {
+            return self.allocate(bytes).unwrap();
+        }
         Gpu::upload(self, &vec![0xff; bytes])
     }
 
@@ -68,6 +79,18 @@ impl Gpu for Arc<Device> {
         // SAFETY: the default stream, for which copies wait.
         enqueue(&unsafe { self.stream(std::ptr::null_mut()) })
     }
+
+    fn is_emulated(&self) -> bool {
+        is_stand_in()
+    }
+}
+
+/// Says that a test of a real GPU cannot run. `MOEPRESS_REQUIRE_GPU=1` makes that a failure.
+#[track_caller]
+pub fn skipped(why: &str) {
+    let required = std::env::var("MOEPRESS_REQUIRE_GPU").is_ok_and(|v| v == "1");
+    assert!(!required, "MOEPRESS_REQUIRE_GPU=1: {why}");
+    eprintln!("skipped: {why}");
 }
 
 /// GPU 0, opened once for all tests that run at the same time; `None`, with a line on standard error, where there is none.
@@ -75,9 +98,7 @@ impl Gpu for Arc<Device> {
 pub fn device() -> Option<Arc<Device>> {
     static DEVICE: Mutex<Weak<Device>> = Mutex::new(Weak::new());
     if let Err(why) = availability() {
-        let required = std::env::var("MOEPRESS_REQUIRE_GPU").is_ok_and(|v| v == "1");
-        assert!(!required, "MOEPRESS_REQUIRE_GPU=1: {why}");
-        eprintln!("skipped: {why}");
+        skipped(&why.to_string());
         return None;
     }
     let mut known = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -89,7 +110,7 @@ pub fn device() -> Option<Arc<Device>> {
 /// The variable that names the library of kernels to the stand-in for the driver.
 const EMULATOR: &str = "MOEPRESS_EMULATOR";
 
-/// Whether [`device`] is the stand-in's: slow, so that tests ask less of it.
+/// Whether [`device`] is the stand-in's.
 pub fn is_stand_in() -> bool {
     std::env::var_os(EMULATOR).is_some()
 }

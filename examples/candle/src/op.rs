@@ -66,7 +66,7 @@ impl CustomOp3 for MoeOp {
     ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
         use candle_core::CudaStorage;
         use candle_core::cuda_backend::WrapErr;
-        use candle_core::cuda_backend::cudarc::driver::DevicePtr;
+        use candle_core::cuda_backend::cudarc::driver::{DevicePtr, DevicePtrMut};
         use half::bf16;
         use moepress::backend::cuda::{Block, Forward, Routing, Rows};
 
@@ -84,13 +84,13 @@ impl CustomOp3 for MoeOp {
         }
         let stream = x.device.cuda_stream();
         // SAFETY: the layer writes all of it.
-        let out = unsafe { x.device.alloc::<bf16>(tokens * hidden) }?;
+        let mut out = unsafe { x.device.alloc::<bf16>(tokens * hidden) }?;
         {
-            // The guards tell candle's driver wrapper that the stream uses the memory.
+            // The guards tell candle's driver wrapper that the stream reads and writes the memory.
             let (x_start, _x) = x.as_cuda_slice::<bf16>()?.device_ptr(&stream);
             let (ids_start, _ids) = ids.as_cuda_slice::<u32>()?.device_ptr(&stream);
             let (weights_start, _weights) = weights.as_cuda_slice::<f32>()?.device_ptr(&stream);
-            let (out_start, _out) = out.device_ptr(&stream);
+            let (out_start, _out) = out.device_ptr_mut(&stream);
             let at =
                 |start: u64, layout: &Layout, bytes: usize| start + (layout.start_offset() * bytes) as u64;
             let args = Forward {

@@ -3,8 +3,8 @@
 //! Within a forward pass a kernel may start while the one before it still ends, on GPUs that can (compute capability 9.0 and
 //! later); `MOEPRESS_CUDA_SERIAL=1`, read when a device is opened, makes each wait for the one before it altogether.
 //!
-//! Only functions that every driver of this decade has are called, all of them through `cudarc`, which loads the driver
-//! at run time and panics where it, or one function, is missing. So [`availability`] looks for them first.
+//! All functions are those of drivers since CUDA 11.8, called through `cudarc`, which loads the driver at run time and panics
+//! where it, or one function, is missing. So [`availability`] looks for them first.
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
@@ -88,6 +88,7 @@ pub struct Device {
     name: String,
     handle: sys::CUdevice,
     context: sys::CUcontext,
+    /// In the order of [`IMAGES`].
     modules: Vec<sys::CUmodule>,
     functions: HashMap<&'static str, Function>,
     multiprocessors: u32,
@@ -152,6 +153,12 @@ impl Device {
         &self.name
     }
 
+    /// Whether a kernel of a pass may start while the one before it ends: kernels compiled for compute capability 9.0 or later,
+    /// without `MOEPRESS_CUDA_SERIAL=1`.
+    pub fn overlaps(&self) -> bool {
+        self.overlaps && self.functions.values().all(|function| function.waits)
+    }
+
     /// The stream `raw`, a `CUstream` or `cudaStream_t`; null is the default stream.
     ///
     /// # Safety
@@ -174,23 +181,23 @@ impl Device {
             let module = module.map_err(|error| self.not_loaded(image.source, error))?;
             self.modules.push(module);
         }
-        for kernel in kernels::kernel_names() {
-            let function = self.find(kernel)?;
+        for (source, kernel) in kernels::by_source() {
+            let function = self.find(source, kernel)?;
             self.functions.insert(kernel, prepare(kernel, function, most)?);
         }
         Ok(())
     }
 
-    fn find(&self, kernel: &'static str) -> Result<sys::CUfunction> {
+    fn find(&self, source: &str, kernel: &'static str) -> Result<sys::CUfunction> {
         let name =
             CString::new(kernel).map_err(|_| Error::argument("kernel", kernel, "a name without NUL"))?;
-        for &module in &self.modules {
-            // SAFETY: a module that was loaded above.
-            if let Ok(function) = unsafe { result::module::get_function(module, name.clone()) } {
-                return Ok(function);
-            }
-        }
-        Err(Error::argument("kernel", kernel, "one of the embedded kernels"))
+        let mut modules = IMAGES.iter().zip(&self.modules);
+        let (_, &module) = modules
+            .find(|(image, _)| image.source == source)
+            .ok_or_else(|| Error::argument("kernel", kernel, format!("one of an embedded {source}")))?;
+        // SAFETY: a module that was loaded above.
+        let function = unsafe { result::module::get_function(module, name) };
+        function.map_err(failed(format!("kernel {kernel} of {source}")))
     }
 
     fn not_loaded(&self, source: &str, error: DriverError) -> Error {

@@ -36,18 +36,18 @@ pub enum Routing {
     Router,
     /// By the layer's rule, from logits.
     Logits {
-        /// Address of f32 `[tokens, MoeLayer::logits]`.
+        /// Address of f32 `[tokens, MoeLayer::logits]`, a multiple of 4.
         address: u64,
-        /// Elements from one row to the next.
+        /// Elements from one row to the next: [`MoeLayer::logits`] or more.
         stride: usize,
     },
     /// As the caller says.
     Given {
-        /// Address of i32 `[tokens, MoeLayer::slots]`. A negative id, or one that is not below
+        /// Address of i32 `[tokens, MoeLayer::slots]`, a multiple of 4. A negative id, or one that is not below
         /// [`MoeLayer::experts`], stands for nothing; with a shared expert, that number is its id. The weights of an id
         /// that a token has more than once add up.
         ids: u64,
-        /// Address of f32, of the same shape.
+        /// Address of f32, of the same shape, a multiple of 4.
         weights: u64,
     },
 }
@@ -55,9 +55,9 @@ pub enum Routing {
 /// The arguments of a forward pass; all memory is the device's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Forward {
-    /// Number of tokens; 0 is allowed.
+    /// Number of tokens, 0 to 4 067 203.
     pub tokens: usize,
-    /// The tokens, `[tokens, hidden]`.
+    /// The tokens, `[tokens, hidden]`, of the layer's element type as all [`Rows`] here.
     pub x: Rows,
     /// Receives Σ weight · expert(x), `[tokens, hidden]`. May be `residual`, not `x`.
     pub out: Rows,
@@ -65,7 +65,7 @@ pub struct Forward {
     pub routing: Routing,
     /// Added to the result, `[tokens, hidden]`: the residual stream, or a shared expert that was run elsewhere.
     pub residual: Option<Rows>,
-    /// Address of the workspace, a multiple of 256. Its content before and after means nothing.
+    /// Address of the workspace, a multiple of 256 and not null. Its content before and after means nothing.
     pub workspace: u64,
     /// Its length: [`MoeLayer::workspace_bytes`] of `tokens` or more.
     pub workspace_bytes: usize,
@@ -74,12 +74,12 @@ pub struct Forward {
 impl<B> MoeLayer<B> {
     /// Enqueues the forward pass, and nothing else: no allocation, no waiting, no copy to the host, so that it can be
     /// captured into a CUDA graph and replayed with other tokens and other routing in the same memory. What is launched
-    /// depends on the number of tokens alone, and results on nothing but the arguments: repeated runs are equal bit for
-    /// bit.
+    /// depends on the layer, the number of tokens, the kind of routing and the device, not on what is in memory; results
+    /// depend on the arguments alone: repeated runs are equal bit for bit.
     ///
     /// Few tokens take fewer kernels and smaller tiles. Logits are made by blocks of 8 tokens and 2 rows up to 256 tokens, of
-    /// 32 and 64 beyond, or 64 and 64 in f32. Up to 8 tokens, routing and sorting are one kernel; up to 2048 slots, sorting is one kernel, beyond
-    /// three.
+    /// 32 and 64 beyond, or 64 and 64 in f32 and for router weights that are beyond the element type. Up to 8 tokens, routing
+    /// and sorting are one kernel; up to 2048 slots, sorting is one kernel, beyond three.
     ///
     /// The GEMM kernels come in families. With rows = ⌈tokens · slots / experts⌉, the expected tokens of an expert: tiles of 8
     /// tokens up to 8 tokens; else the smallest tile of 16, 32, 64 that holds 2 · rows; else tiles of 128. In f32 there is
@@ -442,8 +442,8 @@ impl<L: Launch + ?Sized> Pass<'_, L> {
             Activation::ClampedSwiGlu { limit, slope } => (1, limit, slope),
             // An up projection that is not there counts as 1.
             Activation::GeluTanh | Activation::GeGluTanh => (2, 0.0, 0.0),
-            Activation::Relu => (4, 0.0, 0.0),
-            Activation::SquaredRelu => (5, 0.0, 0.0),
+            Activation::Relu => (3, 0.0, 0.0),
+            Activation::SquaredRelu => (4, 0.0, 0.0),
         };
         let ld_input = match self.tables.target {
             WeightTarget::Output => self.args.x.stride,
@@ -531,7 +531,6 @@ impl<L: Launch + ?Sized> Pass<'_, L> {
             ldy: stride(tables.hidden) as i32,
             ld_residual: args.residual.map_or(0, |rows| rows.stride as i32),
             ld_out: args.out.stride as i32,
-            ..bytemuck::Zeroable::zeroed()
         };
         let kernel = kernels::COMBINE.of(tables.element);
         let grid = [args.tokens, tables.hidden.div_ceil(COMBINE_COLS)];

@@ -88,14 +88,26 @@ impl Gemm {
     }
 }
 
+/// All kernels that are launched, each behind the file of `cuda/` that it is in.
+pub(super) fn by_source() -> impl Iterator<Item = (&'static str, &'static str)> {
+    let of = |k: PerElement| [k.f32, k.f16, k.bf16];
+    let rows = [SCALE_INPUT, BASE_HIDDEN, COMBINE];
+    let mut found: Vec<(_, Vec<_>)> = vec![
+        ("routing.cu", vec![ROUTE, ROUTE_SORT]),
+        ("sort.cu", vec![SORT_SMALL, SORT_COUNT, SORT_SCAN, SORT_SCATTER, BASE_PLAN]),
+        ("logits.cu", [LOGITS, LOGITS_FEW].into_iter().flat_map(of).collect()),
+        ("logits_many.cu", vec![LOGITS_MANY.f16, LOGITS_MANY.bf16]),
+        ("combine.cu", rows.into_iter().flat_map(of).collect()),
+    ];
+    for Gemm { f32, f16: [f16 @ .., f16_large], bf16: [bf16 @ .., bf16_large] } in GEMMS {
+        found.push(("gemm_f32.cu", vec![f32]));
+        found.push(("gemm_small.cu", [f16, bf16].concat()));
+        found.push(("gemm_large.cu", vec![f16_large, bf16_large]));
+    }
+    found.into_iter().flat_map(|(source, kernels)| kernels.into_iter().map(move |kernel| (source, kernel)))
+}
+
 /// The names of all kernels that are launched, as they are in the fat binaries.
 pub fn kernel_names() -> impl Iterator<Item = &'static str> {
-    let plain = [ROUTE, ROUTE_SORT, SORT_SMALL, SORT_COUNT, SORT_SCAN, SORT_SCATTER, BASE_PLAN];
-    let elements = [LOGITS, LOGITS_FEW, SCALE_INPUT, BASE_HIDDEN, COMBINE].into_iter();
-    let gemms = GEMMS.into_iter();
-    plain
-        .into_iter()
-        .chain(elements.flat_map(|k| [k.f32, k.f16, k.bf16]))
-        .chain([LOGITS_MANY.f16, LOGITS_MANY.bf16])
-        .chain(gemms.flat_map(|g| [g.f32].into_iter().chain(g.f16).chain(g.bf16)))
+    by_source().map(|(_, kernel)| kernel)
 }

@@ -24,13 +24,14 @@ pub struct SharedExpert<'a, W, V> {
 /// [`DeviceVector`](super::DeviceVector): used where they lie; they must outlive the layer).
 #[derive(Debug)]
 pub struct LayerSpec<'a, W, V> {
-    /// Width of a token.
+    /// Width of a token, 1 to 67 107 840. Where it is no multiple of 8 (4 in f32), rows of tokens need gaps between them: each
+    /// begins at a multiple of 16 bytes.
     pub hidden: usize,
     /// Type of activations and weights.
     pub element: Element,
-    /// Experts per token, without the shared one.
+    /// Experts per token, without the shared one: 1 to 32, and no more than there are.
     pub top_k: usize,
-    /// The experts, in any mixture of forms; all with the same activation.
+    /// The experts, in any mixture of forms; all with the same activation. With the shared one, 1024 at most.
     ///
     /// Of device matrices, the factors that multiply the same input must be rows of one matrix: V of gate, its sparse
     /// rows, V of up, its sparse rows, each V from a multiple of 8 rows on and zeros in between.
@@ -210,9 +211,13 @@ where
     })
 }
 
+/// Widest token, 2^26 − 1024: its columns are the second dimension of the grid of combine, of which a device takes 65535
+/// blocks.
+const MOST_HIDDEN: usize = 65535 * params::COMBINE_COLS;
+
 fn check_limits(hidden: usize, experts: usize, rows: usize, top_k: usize) -> Result<()> {
-    if hidden == 0 || hidden > i32::MAX as usize / 8 {
-        return Err(Error::argument("hidden", hidden.to_string(), "1 to 2^28"));
+    if hidden == 0 || hidden > MOST_HIDDEN {
+        return Err(Error::argument("hidden", hidden.to_string(), format!("1 to {MOST_HIDDEN}")));
     }
     if experts == 0 || rows > params::MAX_EXPERTS {
         let expected = format!("1 to {}, the shared expert included", params::MAX_EXPERTS);

@@ -254,18 +254,14 @@ mirror! {
         slot_weight: u64,
         y: u64,
         base: u64,
-        shared: u64,
-        shared_weight: u64,
         residual: u64,
         out: u64,
         tokens: i32,
         slots: i32,
         hidden: i32,
         ldy: i32,
-        ld_shared: i32,
         ld_residual: i32,
         ld_out: i32,
-        reserved: i32,
     }
 }
 

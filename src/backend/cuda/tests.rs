@@ -297,6 +297,9 @@ fn layers_that_cannot_be() {
     let good = || spec(&experts);
     no_layer(&LayerSpec { top_k: 3, ..good() }, "top_k: 3, expected 1 to 2");
     no_layer(&LayerSpec { hidden: 32, ..good() }, "expert 0, gate: [40, 24], expected [40, 32]");
+    let widest = 67_107_840;
+    no_layer(&LayerSpec { hidden: widest, ..good() }, "expert 0, gate: [40, 24], expected [40, 67107840]");
+    no_layer(&LayerSpec { hidden: widest + 1, ..good() }, "hidden: 67107841, expected 1 to 67107840");
     no_layer(
         &LayerSpec { experts: &[], ..good() },
         "experts: 0, expected 1 to 1024, the shared expert included",

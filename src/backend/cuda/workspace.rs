@@ -104,7 +104,7 @@ impl<B> MoeLayer<B> {
     /// Bytes of workspace that a forward pass of up to `max_tokens` tokens needs. Never less for more tokens.
     ///
     /// # Errors
-    /// Where that is beyond what the kernels count.
+    /// For more than 4 067 203 tokens, whose pairs the kernels could not count, and for more than 2^60 bytes.
     pub fn workspace_bytes(&self, max_tokens: usize) -> Result<usize> {
         let mut arena = Arena::counting();
         self.tables.workspace(max_tokens, &mut arena)?;
