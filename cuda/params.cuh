@@ -41,9 +41,9 @@
 // t128. Every family is correct for every number of tokens; a result does not depend on the grid, but families differ
 // in the order of their sums. f32 has one family, t64. `moe_GEMM_tN_DTYPE` with DTYPE bf16, f16 or f32.
 //
-// Alignment: x, out, residual, weights, z, h, y: base addresses multiples of 16 bytes, rows (leading dimensions) multiples of 8 elements
-// (4 for f32). Columns between a row's end and its leading dimension are never read. z, h and y rows are written up to
-// the next multiple of 8 columns.
+// Alignment: x, out, residual, weights, z, h, y: base addresses multiples of 16 bytes, rows (leading dimensions) multiples of
+// 8 elements (4 for f32). Columns between a row's end and its leading dimension are never read. z, h and y rows are written
+// up to the next multiple of 8 columns.
 #pragma once
 
 #include <stddef.h>
