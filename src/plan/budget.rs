@@ -159,6 +159,10 @@ pub(super) fn drops_of_unequal(
         }
         before = after;
     }
+    // One more would have been nearer only if it is small.
+    if target - before as f64 <= room.layer.expert_parameters as f64 / 2.0 {
+        return Ok(room.most);
+    }
     let instead = format!("the largest possible is {}", round_down(before as f64 / all));
     Err(room.exceeded(budget, room.most + 1, &instead))
 }

@@ -71,6 +71,9 @@ fn a_share_of_unequal_experts_is_one_of_parameters() {
     // 36, 72, 360, 648 and 936 of 1800 in order of the counts; 900 are asked for.
     let (experts, _) = dropped_of(0.5, &["scope=global"]).unwrap();
     assert_eq!(experts, [vec![2, 3], vec![1, 2, 3]]);
+    // 360 is as near to the 389 of layer 0 as it gets.
+    let (experts, _) = dropped_of(0.6, &[]).unwrap();
+    assert_eq!(experts, [vec![1, 2, 3], vec![2, 3]]);
     let (experts, _) = dropped_of(0.04, &[]).unwrap();
     assert_eq!(experts, [vec![2], vec![]]);
     assert_eq!(
