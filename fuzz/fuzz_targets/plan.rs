@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use moepress::architecture::{MoeProfile, Profile};
+use moepress::architecture::{ExpertSize, MoeProfile, Profile};
 use moepress::plan::Plan;
 
 fn profile() -> Profile {
@@ -11,11 +11,14 @@ fn profile() -> Profile {
         experts: 6,
         top_k: 2,
         width: 16,
+        latent: None,
         ungated: false,
         groups: 3,
         top_groups: 2,
         expert_parameters: 3 * 16 * 32,
         expert_bytes: 2 * 3 * 16 * 32,
+        each: Vec::new(),
+        base: ExpertSize::default(),
         matrix_bytes: [2 * 16 * 32; 3],
         factor_bytes: 2,
         router_parameters: 32,
