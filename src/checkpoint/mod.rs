@@ -36,6 +36,10 @@ use std::time::SystemTime;
 
 use sha2::{Digest, Sha256};
 
+/// Bytes of a cache line, which matrices that are written or held in memory begin on: kernels are faster on rows that do not
+/// straddle two.
+const CACHE_LINE: usize = 64;
+
 /// Result of this module.
 pub type Result<T> = std::result::Result<T, Error>;
 

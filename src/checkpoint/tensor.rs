@@ -3,9 +3,10 @@
 use std::fmt;
 use std::sync::Arc;
 
+use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
 
-use super::{Dtype, Error, Result, Shard};
+use super::{CACHE_LINE, Dtype, Error, Result, Shard};
 
 /// A stored tensor: name, element type, shape and row-major little-endian bytes. Cheap to clone; mapped tensors
 /// are read from disk when their bytes are.
@@ -22,8 +23,13 @@ pub struct Tensor {
 #[derive(Clone)]
 enum Storage {
     Mapped(Arc<Shard>),
-    Owned(Arc<[u8]>),
+    Owned(Arc<[Line]>),
 }
+
+/// A cache line.
+#[derive(Clone, Copy, Zeroable, Pod)]
+#[repr(C, align(64))]
+struct Line([u8; CACHE_LINE]);
 
 impl fmt::Debug for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -56,7 +62,12 @@ impl Tensor {
     pub fn owned(name: impl Into<Arc<str>>, dtype: Dtype, shape: Vec<usize>, bytes: Vec<u8>) -> Self {
         let length = shape.iter().product::<usize>() * dtype.bitsize() / 8;
         assert_eq!(bytes.len(), length, "bytes of an owned tensor");
-        Tensor { name: name.into(), dtype, shape, storage: Storage::Owned(bytes.into()), start: 0, length }
+        let lines = bytes.chunks(CACHE_LINE).map(|bytes| {
+            let mut line = Line::zeroed();
+            line.0[..bytes.len()].copy_from_slice(bytes);
+            line
+        });
+        Tensor { name: name.into(), dtype, shape, storage: Storage::Owned(lines.collect()), start: 0, length }
     }
 
     /// A tensor in memory from f32 values, rounded to `dtype` (f32, f16 or bf16).
@@ -105,7 +116,7 @@ impl Tensor {
     pub fn bytes(&self) -> &[u8] {
         let all = match &self.storage {
             Storage::Mapped(shard) => shard.data(),
-            Storage::Owned(bytes) => bytes,
+            Storage::Owned(lines) => bytemuck::must_cast_slice(lines),
         };
         &all[self.start..self.start + self.length]
     }
@@ -355,5 +366,15 @@ mod tests {
         }
         assert_eq!(encode_f64(Dtype::F32, &[0.1]), 0.1f32.to_le_bytes());
         assert_eq!(encode_f64(Dtype::BF16, &[1e-60, -1e-60]), [0, 0, 0, 0x80]);
+    }
+
+    #[test]
+    fn tensors_in_memory_begin_on_a_cache_line() {
+        for length in [0, 1, 63, 64, 65, 1000] {
+            let bytes: Vec<u8> = (0..length).map(|i| i as u8).collect();
+            let tensor = Tensor::owned("t", Dtype::U8, vec![length], bytes.clone());
+            assert_eq!(tensor.bytes(), bytes);
+            assert_eq!(tensor.bytes().as_ptr() as usize % CACHE_LINE, 0);
+        }
     }
 }

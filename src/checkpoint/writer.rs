@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::{AtomicFile, Dtype, Result, Tensor};
+use super::{AtomicFile, CACHE_LINE, Dtype, Result, Tensor};
 
 /// One tensor to be written.
 #[derive(Clone, Debug)]
@@ -178,6 +178,9 @@ fn sorted_header(metadata: &BTreeMap<String, String>, entries: &mut [Entry<'_>])
     header(metadata, &described.collect::<Vec<_>>())
 }
 
+/// Bytes of the length field before the header.
+const LENGTH: usize = size_of::<u64>();
+
 /// The header with its length field, of tensors given by name, type, shape and bytes. Metadata is ordered by key (the
 /// `safetensors` crate writes it in hash order).
 fn header(metadata: &BTreeMap<String, String>, tensors: &[(&str, Dtype, &[usize], usize)]) -> Vec<u8> {
@@ -193,7 +196,24 @@ fn header(metadata: &BTreeMap<String, String>, tensors: &[(&str, Dtype, &[usize]
         start = end;
     }
     let mut header = Value::Object(header).to_string().into_bytes();
-    // Data begins on a multiple of eight bytes, as readers that cast in place expect.
-    header.resize(header.len().next_multiple_of(8), b' ');
+    // Data begins on a cache line: rows of mapped matrices then do not straddle two.
+    let begin = (LENGTH + header.len()).next_multiple_of(CACHE_LINE);
+    header.resize(begin - LENGTH, b' ');
     [&(header.len() as u64).to_le_bytes()[..], &header].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn data_begins_on_a_cache_line() {
+        for length in 0..CACHE_LINE {
+            let name = "n".repeat(length);
+            let bytes = safetensors_bytes(&BTreeMap::new(), vec![Entry::u8(&name, vec![3], &[1, 2, 3])]);
+            assert_eq!((bytes.len() - 3) % CACHE_LINE, 0);
+            let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+            assert_eq!(file.tensor(&name).unwrap().data(), [1, 2, 3]);
+        }
+    }
 }

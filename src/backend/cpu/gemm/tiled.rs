@@ -14,17 +14,14 @@ use super::{Columns, Kind, SMALL, Scratch, Source};
 use crate::backend::cpu::simd::amx::{Ahead, Amx, COLUMNS, ROWS, Rows, SIDE, STEP, Shape};
 use crate::backend::cpu::simd::{Isa, Simd, Task};
 
-/// Steps of W between which sums go to memory. The tiles of that many and a group of tokens stay in the second-level cache.
+/// Steps of W between which sums go to memory.
 const SPAN: usize = 64;
 
 /// Bytes of a page of memory.
 const PAGE: usize = 4096;
 
-/// Most rows of W in a piece of work.
-const MOST_ROWS: usize = 4 * ROWS;
-
-/// Most groups of tokens in a piece of work.
-const MOST_GROUPS: usize = 4;
+/// Most rows of W in a piece of work with one group of tokens, and with several.
+const MOST_ROWS: [usize; 2] = [4 * ROWS, 8 * ROWS];
 
 /// The rows of x, split or rounded and packed for the tiles.
 pub(in super::super) struct TiledInput {
@@ -75,12 +72,14 @@ impl TiledInput {
         assert_eq!((out.rows(), out.cols()), (self.groups.tokens, w.rows()), "size of a product");
         let groups = self.groups;
         let wanted = if parallel { 4 * rayon::current_num_threads() } else { 1 };
-        let rows = w.rows().div_ceil(wanted).next_multiple_of(ROWS).min(MOST_ROWS);
-        let (down, across) = (w.rows().div_ceil(rows), groups.count().div_ceil(MOST_GROUPS));
+        let most_rows = MOST_ROWS[usize::from(groups.count() > 1)];
+        let rows = w.rows().div_ceil(wanted).next_multiple_of(ROWS).min(most_rows);
+        let most_groups = groups.most_at_once();
+        let (down, across) = (w.rows().div_ceil(rows), groups.count().div_ceil(most_groups));
         let work = |i: usize| {
-            let (row, group) = (i / across * rows, i % across * MOST_GROUPS);
+            let (row, group) = (i / across * rows, i % across * most_groups);
             let rows = row..(row + rows).min(w.rows());
-            let range = group..(group + MOST_GROUPS).min(groups.count());
+            let range = group..(group + most_groups).min(groups.count());
             let work =
                 Work { amx: self.amx, x: &self.values, groups, w, scales, out, accumulate, rows, range };
             self.isa.run(work);
@@ -125,6 +124,11 @@ impl Groups {
 
     fn most(self) -> usize {
         COLUMNS / self.pieces
+    }
+
+    /// Most groups in a piece of work. Their tiles in a span, and those of W, stay in the second-level cache.
+    fn most_at_once(self) -> usize {
+        if self.pieces == 1 { 8 } else { 4 }
     }
 
     fn count(self) -> usize {
