@@ -21,6 +21,7 @@
 //! | [`plan`] | methods: from statistics and a budget to what becomes of every expert |
 //! | [`search`] | runs a model for methods that search on tokens: losses of dropping experts |
 //! | [`compress`] | carries out a plan; the only place that writes weights |
+//! | [`upcycle`] | dense checkpoints of one shape, made the experts of one MoE checkpoint |
 //! | [`generate`] | text from a prompt, token by token |
 //! | [`eval`] | perplexity, agreement with the original, multiple choice |
 //! | [`recover`] | compressed experts trained towards the original's; LoRA adapters merged |
@@ -70,6 +71,8 @@ pub mod linalg;
 pub mod model;
 pub mod plan;
 pub mod progress;
+mod random;
 pub mod recover;
 pub mod search;
 pub mod tokens;
+pub mod upcycle;

@@ -400,7 +400,8 @@ fn progress_is_one_line_per_step() {
 fn help_and_version_are_no_errors() {
     assert_eq!(moepress(["--version"]).ok(), format!("moepress {}\n", env!("CARGO_PKG_VERSION")));
     let help = moepress(["--help"]).ok();
-    for command in ["inspect", "run", "calibrate", "plan", "compress", "eval", "merge", "methods"] {
+    for command in ["inspect", "run", "calibrate", "plan", "compress", "eval", "merge", "methods", "upcycle"]
+    {
         assert!(help.contains(command), "{help}");
         assert!(moepress([command, "--help"]).ok().contains("Usage: "));
     }

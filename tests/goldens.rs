@@ -65,6 +65,8 @@ repository_goldens!(
     deepseek,
     bailing_moe,
     bailing_moe_v2,
+    bam_cohere,
+    bam_llama,
     deepseek_v2,
     deepseek_v2_lite_sharded_bf16,
     deepseek_v3,

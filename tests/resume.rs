@@ -133,6 +133,19 @@ fn killed_runs_end_with_the_same_bytes() {
     assert!(kills >= commands.len(), "only {kills} kills");
 }
 
+#[test]
+fn killed_upcycling_ends_with_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let dense = [0, 1, 2].map(|e| data(&format!("dense_llama_{e}")).display().to_string());
+    let to = |out: &'static str| {
+        ["upcycle", "bam"].into_iter().chain(dense.iter().map(|d| &**d)).chain(["--out", out])
+    };
+    let whole = succeed(&to("once").collect::<Vec<_>>(), dir.path());
+    kill_until_done(&to("again").collect::<Vec<_>>(), dir.path(), whole);
+    assert!(files(&dir.path().join("once")) == files(&dir.path().join("again")));
+    assert_tidy(dir.path());
+}
+
 /// Commands that begin anew leave no half of a result when they are killed, and what they do leave is in nobody's way.
 #[test]
 fn killed_commands_leave_no_half_of_a_file() {

@@ -533,8 +533,8 @@ fn four_bit_experts_as_published() {
                 codes[r * cols.div_ceil(8) + c / 8] |= ((code + 8.0) as u32) << (4 * (c % 8));
             }
         }
-        let codes = codes.into_iter().flat_map(u32::to_le_bytes).collect();
-        let shape = [rows as i64, cols as i64].into_iter().flat_map(i64::to_le_bytes).collect();
+        let codes: Vec<u8> = codes.into_iter().flat_map(u32::to_le_bytes).collect();
+        let shape: Vec<u8> = [rows as i64, cols as i64].into_iter().flat_map(i64::to_le_bytes).collect();
         let packed = [
             ("_packed", Tensor::owned("", Dtype::I32, vec![rows, cols.div_ceil(8)], codes)),
             ("_scale", Tensor::from_f32("", Dtype::BF16, vec![rows, cols.div_ceil(GROUP)], &scales)),

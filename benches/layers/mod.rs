@@ -90,7 +90,7 @@ fn stored(format: Format, rows: usize, cols: usize, seed: usize) -> Stored {
         Format::F32 | Format::Bf16 => Stored::plain(tensor(format.dtype(), rows, cols, seed)),
         Format::Fp8 => {
             // Without the codes of NaN.
-            let codes = codes(rows * cols).into_iter().map(|code| code & 0xf7).collect();
+            let codes: Vec<u8> = codes(rows * cols).into_iter().map(|code| code & 0xf7).collect();
             let values = Tensor::owned("w", Dtype::F8_E4M3, vec![rows, cols], codes);
             let blocks = vec![rows.div_ceil(128), cols.div_ceil(128)];
             let scales = vec![1e-4; blocks[0] * blocks[1]];

@@ -397,6 +397,14 @@ pub enum OutputGate {
         /// Whether all elements of a head have the same.
         per_head: bool,
     },
+    /// The heads are those of several attentions, whose outputs are mixed: it has a projection of its own to a number for
+    /// each of these experts, of which it is the softmax (BAM, arXiv 2408.08274, eq. 4).
+    Experts {
+        /// Number of experts.
+        count: usize,
+        /// How many times each expert has a turn: the heads that it has in one follow each other, and so do the experts.
+        turns: usize,
+    },
 }
 
 /// RMS norm of queries and keys.

@@ -59,7 +59,13 @@ impl Tensor {
     ///
     /// # Panics
     /// Where they are not: that is a mistake of the caller, not of any input.
-    pub fn owned(name: impl Into<Arc<str>>, dtype: Dtype, shape: Vec<usize>, bytes: Vec<u8>) -> Self {
+    pub fn owned(
+        name: impl Into<Arc<str>>,
+        dtype: Dtype,
+        shape: Vec<usize>,
+        bytes: impl AsRef<[u8]>,
+    ) -> Self {
+        let bytes = bytes.as_ref();
         let length = shape.iter().product::<usize>() * dtype.bitsize() / 8;
         assert_eq!(bytes.len(), length, "bytes of an owned tensor");
         let lines = bytes.chunks(CACHE_LINE).map(|bytes| {
@@ -77,7 +83,7 @@ impl Tensor {
 
     /// A tensor in memory of whole numbers, type i32.
     pub fn from_i32(name: impl Into<Arc<str>>, shape: Vec<usize>, values: &[i32]) -> Self {
-        Tensor::owned(name, Dtype::I32, shape, values.iter().flat_map(|v| v.to_le_bytes()).collect())
+        Tensor::owned(name, Dtype::I32, shape, bytemuck::cast_slice(values))
     }
 
     /// Name in the checkpoint.
@@ -188,7 +194,7 @@ impl Tensor {
     pub fn select_rows(&self, keep: &[usize]) -> Self {
         let row = self.length.checked_div(self.shape[0]).unwrap_or(0);
         let all = self.bytes();
-        let bytes = keep.iter().flat_map(|&r| &all[r * row..(r + 1) * row]).copied().collect();
+        let bytes: Vec<u8> = keep.iter().flat_map(|&r| &all[r * row..(r + 1) * row]).copied().collect();
         let mut shape = self.shape.clone();
         shape[0] = keep.len();
         Tensor::owned(self.name.clone(), self.dtype, shape, bytes)
@@ -372,7 +378,7 @@ mod tests {
     fn tensors_in_memory_begin_on_a_cache_line() {
         for length in [0, 1, 63, 64, 65, 1000] {
             let bytes: Vec<u8> = (0..length).map(|i| i as u8).collect();
-            let tensor = Tensor::owned("t", Dtype::U8, vec![length], bytes.clone());
+            let tensor = Tensor::owned("t", Dtype::U8, vec![length], &bytes);
             assert_eq!(tensor.bytes(), bytes);
             assert_eq!(tensor.bytes().as_ptr() as usize % CACHE_LINE, 0);
         }

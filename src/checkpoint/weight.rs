@@ -558,8 +558,8 @@ mod tests {
             Weight::fp8(values, Tensor::from_f32("w.scale", Dtype::F32, scales, &factors), block).unwrap()
         };
         let stored = |shape| Tensor::from_f32("w", Dtype::BF16, shape, &values);
-        let two = |rows| Tensor::owned("b", Dtype::U8, vec![rows, 1, 16], codes[..rows * 16].to_vec());
-        let scales = Tensor::owned("s", Dtype::U8, vec![2 * rows, 1], (121..133).collect());
+        let two = |rows| Tensor::owned("b", Dtype::U8, vec![rows, 1, 16], &codes[..rows * 16]);
+        let scales = Tensor::owned("s", Dtype::U8, vec![2 * rows, 1], (121..133).collect::<Vec<u8>>());
         let weights = [
             Weight::plain(stored(vec![rows, cols])).unwrap(),
             Weight::input_major(stored(vec![cols, rows]), Stride::ALL, rows).unwrap(),
@@ -625,7 +625,7 @@ mod tests {
             let expected: Vec<f32> = (0..6).map(|i| plain[i] * [3.0, 0.1][i / 3]).collect();
             assert_eq!((weight.to_f32(), decoded(&weight, 1, 1)), (expected.clone(), expected[3..].to_vec()));
         }
-        let powers = |codes: [u8; 4]| Tensor::owned("s", Dtype::F8_E8M0, vec![2, 2], codes.to_vec());
+        let powers = |codes: [u8; 4]| Tensor::owned("s", Dtype::F8_E8M0, vec![2, 2], codes);
         let weight = Weight::fp8(values(), powers([127, 130, 120, 0]), [1, 2]).unwrap();
         let factors = [1.0, 1.0, 8.0, 2f32.powi(-7), 2f32.powi(-7), 2f32.powi(-127)];
         assert_eq!(weight.to_f32(), plain.iter().zip(factors).map(|(v, f)| v * f).collect::<Vec<_>>());
@@ -658,7 +658,7 @@ mod tests {
     fn mxfp4_rows() {
         let bytes: Vec<u8> = (0..4 * 2 * 16).map(|i| (i * 29 % 256) as u8).collect();
         let blocks = Tensor::owned("w_blocks", Dtype::U8, vec![4, 2, 16], bytes.clone());
-        let scales = Tensor::owned("w_scales", Dtype::U8, vec![4, 2], (120..128).collect());
+        let scales = Tensor::owned("w_scales", Dtype::U8, vec![4, 2], (120..128).collect::<Vec<u8>>());
         let all = Weight::mxfp4(blocks.clone(), scales.clone(), Stride::ALL, 4).unwrap();
         let odd = Weight::mxfp4(blocks, scales, Stride { first: 1, step: 2 }, 2).unwrap();
         let everything = all.to_f32();

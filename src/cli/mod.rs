@@ -17,6 +17,7 @@ mod recover;
 mod run;
 mod table;
 mod units;
+mod upcycle;
 
 use std::process::ExitCode;
 
@@ -53,6 +54,8 @@ enum Command {
     Eval(eval::Args),
     /// Try many methods on one model, side by side
     Compare(compare::Args),
+    /// Make one MoE checkpoint of dense ones
+    Upcycle(upcycle::Args),
     /// Continue a text, token by token
     Generate(generate::Args),
     /// List the compression methods, their options and papers
@@ -73,6 +76,7 @@ pub(crate) fn main() -> ExitCode {
             Command::Recover(args) => args.run(),
             Command::Eval(args) => args.run(),
             Command::Compare(args) => args.run(),
+            Command::Upcycle(args) => args.run(),
             Command::Generate(args) => args.run(),
             Command::Methods(args) => args.run(),
         },

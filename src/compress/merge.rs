@@ -282,6 +282,6 @@ fn mean_bias(first: &Tensor, shares: &[Share<'_>], p: Projection) -> Option<Tens
 
 /// The values rounded once to `dtype`.
 fn rounded(name: &str, dtype: Dtype, shape: Vec<usize>, values: &[f64]) -> Tensor {
-    let bytes = values.par_chunks(1 << 16).flat_map_iter(|chunk| encode_f64(dtype, chunk)).collect();
+    let bytes: Vec<u8> = values.par_chunks(1 << 16).flat_map_iter(|chunk| encode_f64(dtype, chunk)).collect();
     Tensor::owned(name, dtype, shape, bytes)
 }

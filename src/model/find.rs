@@ -198,6 +198,7 @@ impl Finder<'_> {
                     OutputGate::Separate => Some(("gate_proj", a.heads * values)),
                     OutputGate::Softplus { per_head: true } => Some(("g_proj", a.heads)),
                     OutputGate::Softplus { per_head: false } => Some(("g_proj", a.heads * values)),
+                    OutputGate::Experts { count, .. } => Some(("router", count)),
                 };
                 let gated_q = if a.output_gate == OutputGate::BehindQuery { 2 * q } else { q };
                 let (query, key, value) = self.qkv(a, [gated_q, kv, a.kv_heads * values])?;

@@ -1,12 +1,12 @@
 //! Saliency scores: one number per expert, the larger the more worth keeping.
 
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+use rand_chacha::rand_core::Rng;
 
 use super::Result;
 use super::error::Place;
 use crate::architecture::MoeProfile;
 use crate::backend::{Moment, Moments};
+use crate::random::generator;
 
 /// How a score comes from the moments of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,13 +106,10 @@ pub(super) fn finite<'a>(layer: &MoeProfile, moments: &'a Moments, moment: Momen
     }
 }
 
-/// Uniform numbers in [0, 1): the upper 53 bits of the 64-bit outputs of ChaCha8 whose key begins with the
-/// little-endian seed and is zero from there on, on the stream numbered like the decoder layer.
+/// Uniform numbers in [0, 1): the upper 53 bits of the 64-bit outputs of [`generator`], on the stream numbered like the
+/// decoder layer.
 fn random(layer: &MoeProfile, seed: u64) -> Vec<f64> {
-    let mut key = [0; 32];
-    key[..8].copy_from_slice(&seed.to_le_bytes());
-    let mut generator = ChaCha8Rng::from_seed(key);
-    generator.set_stream(layer.layer as u64);
+    let mut generator = generator(seed, layer.layer as u64);
     (0..layer.experts).map(|_| (generator.next_u64() >> 11) as f64 / (1u64 << 53) as f64).collect()
 }
 

@@ -3,6 +3,7 @@
 mod afmoe;
 mod aria;
 mod bailing_moe;
+mod bam;
 mod cohere2_moe;
 mod dbrx;
 mod deepseek;
@@ -43,12 +44,13 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 57] = [
+pub(super) const FAMILIES: [(&str, Read); 58] = [
     ("afmoe", afmoe::read),
     ("aria", aria::read),
     ("axk1", deepseek::axk1),
     ("bailing_moe", bailing_moe::read),
     ("bailing_moe_v2", bailing_moe::read),
+    ("bam", bam::read),
     ("cohere2_moe", cohere2_moe::read),
     ("dbrx", dbrx::read),
     ("deepseek", deepseek::v1),

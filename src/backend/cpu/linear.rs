@@ -367,8 +367,7 @@ mod tests {
             let values = Tensor::owned("w", Dtype::F8_E4M3, vec![rows, cols], codes.clone());
             Weight::fp8(values, Tensor::from_f32("s", Dtype::F32, shape, &scales), block).unwrap()
         };
-        let blocks =
-            Tensor::owned("b", Dtype::U8, vec![rows, cols / 32, 16], codes[..rows * cols / 2].to_vec());
+        let blocks = Tensor::owned("b", Dtype::U8, vec![rows, cols / 32, 16], &codes[..rows * cols / 2]);
         let scales: Vec<u8> = (0..rows * cols / 32).map(|i| 118 + (i % 9) as u8).collect();
         let scales = Tensor::owned("s", Dtype::U8, vec![rows, cols / 32], scales);
         let halves = Stride { first: 1, step: 2 };

@@ -398,6 +398,11 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn mix_experts(&self, x: &mut CpuBuffer, gate: &CpuBuffer, turns: usize) -> Result<()> {
+        pointwise::mix_experts(x, gate, turns);
+        Ok(())
+    }
+
     fn route(&self, x: &CpuBuffer, router: &CpuRouter, routing: &mut CpuRouting) -> Result<()> {
         router.route(x, routing);
         Ok(())

@@ -205,6 +205,21 @@ pub(super) fn softplus_gate(x: &mut CpuBuffer, gate: &CpuBuffer) {
     });
 }
 
+pub(super) fn mix_experts(x: &mut CpuBuffer, gate: &CpuBuffer, turns: usize) {
+    let width = x.cols / (turns * gate.cols);
+    let rows = x.data.par_chunks_exact_mut(x.cols).zip(gate.data.par_chunks_exact(gate.cols));
+    rows.with_min_len(16).for_each(|(row, gate)| {
+        let largest = gate.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f32 = gate.iter().map(|gate| (gate - largest).exp()).sum();
+        for (part, gate) in row.chunks_exact_mut(width).zip(gate.iter().cycle()) {
+            let factor = (gate - largest).exp() / sum;
+            for v in part {
+                *v *= factor;
+            }
+        }
+    });
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -232,6 +247,24 @@ mod tests {
         assert_eq!(x.data, [ln2, 2.0 * ln2, 150.0, 200.0]);
         softplus_gate(&mut x, &buffer(&[50.0, 0.0, -200.0, 0.0], 4));
         assert_eq!(x.data, [50.0 * ln2, 2.0 * ln2 * ln2, 0.0, 200.0 * ln2]);
+    }
+
+    #[test]
+    fn experts_are_mixed_in_turns() {
+        let gate = buffer(&[0.0, 3f32.ln(), 1e30, 0.0], 2);
+        let mut x = buffer(&[4.0; 16], 8);
+        mix_experts(&mut x, &gate, 1);
+        let second = [4.0, 4.0, 4.0, 4.0, 0.0, 0.0, 0.0, 0.0];
+        assert!(
+            x.data
+                .iter()
+                .zip([1.0, 1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0].iter().chain(&second))
+                .all(|(a, b)| (a - b).abs() < 1e-6)
+        );
+        let mut x = buffer(&[4.0; 16], 8);
+        mix_experts(&mut x, &gate, 2);
+        let expected = [1.0, 1.0, 3.0, 3.0, 1.0, 1.0, 3.0, 3.0, 4.0, 4.0, 0.0, 0.0, 4.0, 4.0, 0.0, 0.0];
+        assert!(x.data.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6), "{x:?}");
     }
 
     #[test]

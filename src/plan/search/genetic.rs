@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+use rand_chacha::rand_core::Rng;
 
 use super::subsets::keep_best;
 use super::{Found, Loss, LossRule, LossSource, Subsets};
+use crate::random::generator;
 
 /// A genetic search for the subset of least loss. Individuals are sets of dropped experts. Of every generation the best
 /// fifth, at least two, live on and are the parents; a child takes its experts at random from the union of two
@@ -161,11 +162,7 @@ struct Random(ChaCha8Rng);
 
 impl Random {
     fn new(seed: u64, stream: u64) -> Self {
-        let mut key = [0; 32];
-        key[..8].copy_from_slice(&seed.to_le_bytes());
-        let mut generator = ChaCha8Rng::from_seed(key);
-        generator.set_stream(stream);
-        Random(generator)
+        Random(generator(seed, stream))
     }
 
     /// A whole number below `n`, which is far below 2⁶⁴, so that the bias is far below anything.
