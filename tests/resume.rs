@@ -136,7 +136,7 @@ fn killed_runs_end_with_the_same_bytes() {
 #[test]
 fn killed_upcycling_ends_with_the_same_bytes() {
     let dir = tempfile::tempdir().unwrap();
-    let dense = [0, 1, 2].map(|e| data(&format!("dense_llama_{e}")).display().to_string());
+    let dense = [0, 1, 2].map(|e| data(&format!("dense/llama_{e}")).display().to_string());
     let to = |out: &'static str| {
         ["upcycle", "bam"].into_iter().chain(dense.iter().map(|d| &**d)).chain(["--out", out])
     };

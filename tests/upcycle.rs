@@ -19,7 +19,7 @@ fn folders(names: &[&str]) -> Vec<PathBuf> {
 }
 
 fn llamas() -> Vec<PathBuf> {
-    folders(&["dense_llama_0", "dense_llama_1", "dense_llama_2"])
+    folders(&["dense/llama_0", "dense/llama_1", "dense/llama_2"])
 }
 
 /// What upcycling makes of `folders`.
@@ -41,8 +41,8 @@ fn off(dir: &Path, reference: &str) -> f64 {
 fn copies_of_a_dense_model_make_a_mixtral_that_computes_the_same() {
     for (top_k, router) in [(1, RouterStart::Random), (2, RouterStart::Random), (3, RouterStart::Zero)] {
         let options = Options { top_k, router, ..Options::new(Target::Mixtral) };
-        let (_place, out) = made(&folders(&["dense_llama_0"; 3]), &options);
-        let difference = off(&out, "dense_llama_0");
+        let (_place, out) = made(&folders(&["dense/llama_0"; 3]), &options);
+        let difference = off(&out, "dense/llama_0");
         assert!(difference < 1e-4, "top {top_k}: {difference:.1e}");
     }
 }
@@ -84,8 +84,8 @@ fn a_mixtral_has_the_mlps_as_experts_and_the_means_of_all_else() {
 #[test]
 fn a_bam_is_what_the_paper_says() {
     for (names, reference, shared) in [
-        (&["dense_llama_0", "dense_llama_1", "dense_llama_2"][..], "bam_llama", false),
-        (&["dense_cohere_0", "dense_cohere_1"], "bam_cohere", true),
+        (&["dense/llama_0", "dense/llama_1", "dense/llama_2"][..], "bam_llama", false),
+        (&["dense/cohere_0", "dense/cohere_1"], "bam_cohere", true),
     ] {
         let options = Options { shared_key_values: shared, ..Options::new(Target::Bam) };
         let (_place, out) = made(&folders(names), &options);
@@ -111,7 +111,7 @@ fn a_bam_is_what_the_paper_says() {
 /// are not renormalised.
 #[test]
 fn copies_and_routers_of_zeros_leave_attention_as_it_was() {
-    let halved = Mutant::of("dense_llama_0");
+    let halved = Mutant::of("dense/llama_0");
     halved.edit_tensors(|tensors| {
         for l in 0..2 {
             let name = format!("model.layers.{l}.mlp.down_proj.weight");
@@ -124,13 +124,13 @@ fn copies_and_routers_of_zeros_leave_attention_as_it_was() {
     });
     let copies = |dir: PathBuf| [dir.clone(), dir];
     let (_plain, expected) = made(&copies(halved.path().into()), &Options::new(Target::Mixtral));
-    let golden = data("dense_llama_0").join("golden.safetensors");
+    let golden = data("dense/llama_0").join("golden.safetensors");
     let windows = golden_windows(&golden);
     let expected: Vec<f64> = run(&expected, &windows).logits.iter().map(|v| f64::from(*v)).collect();
     for shared in [false, true] {
         let options =
             Options { router: RouterStart::Zero, shared_key_values: shared, ..Options::new(Target::Bam) };
-        let (_place, out) = made(&copies(data("dense_llama_0")), &options);
+        let (_place, out) = made(&copies(data("dense/llama_0")), &options);
         let difference = max_difference(&run(&out, &windows).logits, &expected);
         assert!(difference < 1e-4, "shared {shared}: {difference:.1e}");
     }
@@ -207,7 +207,10 @@ fn the_command_makes_a_model_that_other_commands_take() {
         let done = moepress(&arguments).json();
         assert_eq!((&done["family"], &done["experts"]), (&json!(target), &json!(3)));
         let out = out.display().to_string();
-        assert_eq!(moepress(["inspect", &out, "--json"]).json()["parameters"]["total"], done["parameters"]);
+        let inspection = moepress(["inspect", &out, "--json"]).json();
+        assert_eq!(inspection["parameters"]["total"], done["parameters"]);
+        let experts = if target == "bam" { json!(3) } else { json!(null) };
+        assert_eq!(inspection["attention"]["experts"], experts);
         let plan = place.path().join("plan.json").display().to_string();
         moepress(["plan", "--method", "random", "--experts", "2", "--model", &out, "--out", &plan]).ok();
         let smaller = format!("{out}-2");
@@ -229,37 +232,37 @@ fn models_that_do_not_go_together_are_refused_in_one_line() {
         assert!(error.contains(word), "{word}: {error}");
         assert!(!out.exists());
     };
-    let (first, second) = (data("dense_llama_0"), data("dense_llama_1"));
+    let (first, second) = (data("dense/llama_0"), data("dense/llama_1"));
     refused(&[&first], &[], 2, "2 values");
-    refused(&[&first, &data("dense_cohere_0")], &[], 1, "expected one of llama, mistral");
+    refused(&[&first, &data("dense/cohere_0")], &[], 1, "expected one of llama, mistral");
     refused(&[&first, &data("mixtral")], &[], 1, "model_type is \"mixtral\"");
     refused(&[&first, &second], &["--top-k", "3"], 1, "expected 1 to 2");
     refused(&[&first, &second], &["--shared-kv"], 1, "only bam");
-    let broken = Mutant::of("dense_llama_1");
+    let broken = Mutant::of("dense/llama_1");
     broken.set_config("rope_theta", json!(10_000.0));
     refused(&[&first, broken.path()], &[], 1, "rope_theta is 10000.0, but 50000.0");
-    let broken = Mutant::of("dense_llama_1");
+    let broken = Mutant::of("dense/llama_1");
     broken.edit_tensors(|tensors| {
         let bias = Tensor::from_f32("b", Dtype::BF16, vec![32], &[0.0; 32]);
         tensors.insert("model.layers.1.self_attn.o_proj.bias".into(), bias);
     });
     refused(&[&first, broken.path()], &[], 1, "o_proj.bias");
-    let broken = Mutant::of("dense_llama_1");
+    let broken = Mutant::of("dense/llama_1");
     broken.edit_tensors(|tensors| {
         tensors.remove("model.layers.1.mlp.up_proj.weight");
     });
     refused(&[&first, broken.path()], &[], 1, "model.layers.1.mlp.up_proj.weight");
-    let broken = Mutant::of("dense_llama_1");
+    let broken = Mutant::of("dense/llama_1");
     broken.edit_tensors(|tensors| {
         let name = "model.norm.weight";
         let wide = Tensor::from_f32(name, Dtype::F32, vec![32], &[1.0; 32]);
         tensors.insert(name.into(), wide);
     });
     refused(&[&first, broken.path()], &[], 1, "model.norm.weight is F32, but BF16");
-    let broken = Mutant::of("dense_llama_1");
+    let broken = Mutant::of("dense/llama_1");
     broken.truncate("model.safetensors", |bytes| bytes / 2);
     refused(&[&first, broken.path()], &[], 1, "model.safetensors");
-    let [one, two] = [Mutant::of("dense_llama_0"), Mutant::of("dense_llama_1")];
+    let [one, two] = [Mutant::of("dense/llama_0"), Mutant::of("dense/llama_1")];
     for (model, word) in [(&one, "a"), (&two, "b")] {
         let tokenizer = json!({ "model": { "vocab": { word: 0 } }, "added_tokens": [] });
         std::fs::write(model.file("tokenizer.json"), tokenizer.to_string()).unwrap();

@@ -106,7 +106,7 @@ fn mixers(model: &Inspection) -> String {
 
 fn attention(attention: &AttentionSummary, layers: usize) -> String {
     match attention {
-        AttentionSummary::Grouped { heads, kv_heads, head_dim, window, sliding_layers, chunk } => {
+        AttentionSummary::Grouped { heads, kv_heads, head_dim, window, sliding_layers, chunk, experts } => {
             let mut text = if heads == kv_heads {
                 format!("multi-head, {} of width {head_dim}", counted(*heads, "head"))
             } else {
@@ -121,6 +121,9 @@ fn attention(attention: &AttentionSummary, layers: usize) -> String {
             }
             if let Some(chunk) = chunk {
                 let _ = write!(text, ", within chunks of {chunk}");
+            }
+            if let Some(experts) = experts {
+                let _ = write!(text, ", of {experts} experts that are mixed");
             }
             text
         }

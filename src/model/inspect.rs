@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::{Error, LayerSource, MoeSource, Result, open_architecture};
 use crate::architecture::{
     Architecture, AttentionSpec, FeedForwardSpec, GatedDelta, GroupLimit, LayerSpec, Mamba, Mamba2,
-    RouterSpec, Scoring, ShortConvolution, Skip, Span, WeightRule,
+    OutputGate, RouterSpec, Scoring, ShortConvolution, Skip, Span, WeightRule,
 };
 use crate::backend::{Expert, StoredExpert};
 use crate::checkpoint::{Checkpoint, Dtype, Tensor};
@@ -69,6 +69,9 @@ pub enum AttentionSummary {
         /// Tokens of a chunk, where any layer attends within chunks.
         #[serde(skip_serializing_if = "Option::is_none")]
         chunk: Option<usize>,
+        /// Of how many attentions the heads are, where these are mixed as experts are.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        experts: Option<usize>,
     },
     /// Multi-head latent attention.
     Latent {
@@ -294,6 +297,10 @@ impl AttentionSummary {
                 window: windows().next(),
                 sliding_layers: windows().count(),
                 chunk: chunks.next(),
+                experts: match a.output_gate {
+                    OutputGate::Experts { count, .. } => Some(count),
+                    _ => None,
+                },
             }),
             AttentionSpec::Latent(a) => Some(AttentionSummary::Latent {
                 heads: a.heads,

@@ -3,8 +3,8 @@
 
     python generate_upcycled.py [--out DIR]
 
-dense_llama_{0,1,2} and dense_cohere_{0,1} are small random models as transformers writes them; golden.safetensors of
-dense_llama_0 holds its logits.  bam_llama and bam_cohere are made of them as the paper says (BAM, arXiv 2408.08274, section
+dense/llama_{0,1,2} and dense/cohere_{0,1} are small random models as transformers writes them; golden.safetensors of
+dense/llama_0 holds its logits.  bam_llama and bam_cohere are made of them as the paper says (BAM, arXiv 2408.08274, section
 3): the second with one set of keys and values for all attentions.  transformers has no such model, so
 golden.safetensors comes from its parts: every expert is an attention or an MLP of transformers, and this script mixes
 them.  Weights are stored in bfloat16 and widened; everything is computed in float32.
@@ -163,10 +163,10 @@ def main():
     for kind, count, shared in [("llama", 3, False), ("cohere", 2, True)]:
         models = [random_model(kind, 100 + e) for e in range(count)]
         for e, model in enumerate(models):
-            save_dense(out / f"dense_{kind}_{e}", kind, model)
+            save_dense(out / "dense" / f"{kind}_{e}", kind, model)
         if kind == "llama":
             with torch.no_grad():
-                save_golden(out / "dense_llama_0", ids, {"logits": models[0](ids).logits})
+                save_golden(out / "dense" / "llama_0", ids, {"logits": models[0](ids).logits})
         tensors, run = bam(models, kind, shared, seed=7)
         config = {k: v for k, v in KINDS[kind][2].items() if v is not None and k != "attn_implementation"}
         config |= {
