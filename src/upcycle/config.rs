@@ -85,15 +85,11 @@ const SIZES: [(&str, u64); 5] = [
 ];
 
 /// Keys that say nothing about the forward pass and are taken over from the first config.
-const COMPANIONS: [&str; 7] = [
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "torch_dtype",
-    "dtype",
-    "initializer_range",
-    "use_cache",
-];
+const COMPANIONS: [&str; 7] =
+    ["bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype", SPREAD, "use_cache"];
+
+/// Standard deviation of new weights.
+const SPREAD: &str = "initializer_range";
 
 /// The config of a dense checkpoint.
 #[derive(Clone, Debug)]
@@ -172,6 +168,9 @@ impl DenseConfig {
                 _ => {}
             }
         }
+        if stated(SPREAD).is_some_and(|v| !v.as_f64().is_some_and(|v| (0.0..=1.0).contains(&v))) {
+            return Err(format!("{SPREAD} is {}, expected a number from 0 to 1", config[SPREAD]));
+        }
         let companions =
             COMPANIONS.into_iter().filter_map(|key| Some((key.into(), config.get(key)?.clone())));
         Ok(DenseConfig { family, meaning, companions: companions.collect() })
@@ -206,7 +205,7 @@ impl DenseConfig {
 
     /// Standard deviation of new weights.
     pub(super) fn initializer_range(&self) -> f64 {
-        self.companions.get("initializer_range").and_then(Value::as_f64).unwrap_or(0.02)
+        self.companions.get(SPREAD).and_then(Value::as_f64).unwrap_or(0.02)
     }
 
     /// The `config.json` of the MoE checkpoint.
@@ -276,6 +275,7 @@ mod tests {
             (r#", "num_key_value_heads": 3"#, "num_key_value_heads"),
             (r#", "num_key_value_heads": 0"#, "num_key_value_heads"),
             (r#", "num_hidden_layers": 1000000"#, "num_hidden_layers"),
+            (r#", "initializer_range": 1e300"#, "initializer_range"),
             (r#", "head_dim": 1e300"#, "head_dim"),
             (r#", "quantization_config": {"bits": 4}"#, "quantization_config"),
         ] {

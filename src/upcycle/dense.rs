@@ -27,25 +27,22 @@ pub(super) struct Dense {
 impl Dense {
     /// Opens `folders`, and errors unless they differ in nothing but values.
     pub(super) fn open(folders: &[PathBuf], target: Target) -> Result<Self> {
-        let [first, others @ ..] = folders else {
-            return Err(Error::Choice("expected at least two dense checkpoints".into()));
+        let [first, _, ..] = folders else {
+            let what = format!("expected at least two dense checkpoints, found {}", folders.len());
+            return Err(Error::Choice(what));
         };
-        if others.is_empty() {
-            return Err(Error::Choice("expected at least two dense checkpoints, found one".into()));
-        }
         let checkpoints = folders.iter().map(Checkpoint::open).collect::<std::result::Result<Vec<_>, _>>()?;
-        let configs = checkpoints.iter().map(|checkpoint| {
+        let read = |checkpoint: &Checkpoint| {
             let refuse = |what| Error::Dense { path: checkpoint.dir().join("config.json"), what };
             DenseConfig::parse(checkpoint.config(), target).map_err(refuse)
-        });
-        let configs = configs.collect::<Result<Vec<_>>>()?;
-        for (folder, config) in folders.iter().zip(&configs) {
-            if let Some(difference) = config.difference(&configs[0]) {
+        };
+        let config = read(&checkpoints[0])?;
+        for checkpoint in &checkpoints {
+            if let Some(difference) = read(checkpoint)?.difference(&config) {
                 let what = format!("{difference} in {}", first.display());
-                return Err(Error::Dense { path: folder.join("config.json"), what });
+                return Err(Error::Dense { path: checkpoint.dir().join("config.json"), what });
             }
         }
-        let config = configs.into_iter().next().ok_or_else(|| Error::Choice("no checkpoint".into()))?;
         let dense = Dense { checkpoints, config };
         dense.check_tensors()?;
         dense.check_tokenizers()?;
