@@ -408,7 +408,7 @@ fn kimi() {
     let kimi = read(&kimi_linear());
     assert_eq!(sizes(&kimi), [27, 26, 256, 8, 1024]);
     assert_eq!(attending(&kimi), [3, 7, 11, 15, 19, 23, 26]);
-    assert_eq!(kimi.max_positions, 1 << 20);
+    assert_eq!(kimi.max_positions, usize::MAX);
     let changed = |key: &str, value: Value| with(&kimi_linear(), json!({ key: value }));
     let lists = |full: &[usize], delta: &[usize]| {
         let mut section = kimi_linear()["linear_attn_config"].clone();
@@ -546,6 +546,10 @@ fn granite_4() {
     assert_eq!(sizes(&tiny), [40, 40, 64, 6, 1024]);
     assert_eq!(attending(&tiny), [5, 15, 25, 35]);
     assert!(tiny.layers[5].attention.rope().is_none());
+    // Texts are as long as one likes where no layer has positions, and only there.
+    assert_eq!(tiny.max_positions, usize::MAX);
+    let rotated = read(&with(&granite_4_tiny(), json!({"position_embedding_type": "rope"})));
+    assert_eq!(rotated.max_positions, 131_072);
     let mamba = mamba2(&tiny, 0);
     assert_eq!((mamba.width(), mamba.channels(), mamba.projected()), (3072, 3328, 6448));
     assert_eq!(mamba.step_limits, [0.0, f32::INFINITY]);
@@ -708,6 +712,7 @@ fn jamba_mini() {
     let mini = read(&jamba());
     assert_eq!(sizes(&mini), [32, 16, 16, 2, 0]);
     assert_eq!(attending(&mini), [4, 12, 20, 28]);
+    assert_eq!(mini.max_positions, usize::MAX);
     assert!(mini.layers[4].attention.rope().is_none());
     assert!(mini.moe(0).is_none() && mini.moe(1).is_some_and(|moe| moe.width == 14336));
     let changed = |key: &str, value: Value| with(&jamba(), json!({ key: value }));
@@ -744,6 +749,7 @@ fn nemotron_3() {
     assert_eq!(sizes(&nano), [52, 23, 128, 6, 3712]);
     assert_eq!(attending(&nano), [5, 12, 19, 26, 33, 42]);
     assert!(nano.layers[5].attention.rope().is_none());
+    assert_eq!(nano.max_positions, usize::MAX);
     let halves = |l: usize| {
         let LayerSpec { attention, feed_forward } = &nano.layers[l];
         [matches!(attention, AttentionSpec::None), matches!(feed_forward, FeedForwardSpec::None)]
