@@ -138,6 +138,10 @@ fn ling() {
         "use_bias": false, "use_qk_norm": true, "use_qkv_bias": false, "use_rmsnorm": true, "vocab_size": 157_184});
     assert_eq!(sizes(&read(&first)), [28, 28, 64, 6, 2816]);
     assert_eq!(read(&first).moe(0).unwrap().router.weights, WeightRule::RENORMALISED);
+    let weights = |changes| read(&with(&first, changes)).moe(0).unwrap().router.weights;
+    assert_eq!(weights(json!({"norm_topk_prob": null})), WeightRule::RENORMALISED);
+    assert_eq!(weights(json!({"norm_topk_prob": false})), WeightRule::Scaled(1.0));
+    assert_eq!(weights(json!({"num_experts_per_tok": 1})), WeightRule::Scaled(1.0));
     assert_eq!(sizes(&read(&second)), [20, 19, 256, 8, 512]);
     let unsaid = json!({"score_function": null, "use_qk_norm": null});
     assert_eq!(format!("{:?}", read(&with(&second, unsaid)).layers), format!("{:?}", read(&second).layers));

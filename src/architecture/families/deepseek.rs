@@ -4,7 +4,8 @@ use super::{
     LayerSpec, MoeSpec, Names, NormPlacement, Pairing, Result, WeightRule,
 };
 use super::{
-    as_language_model, expert_layers, feed_forward, group_limit, listed_layers, scaled_rule, within_images,
+    as_language_model, expert_layers, feed_forward, group_limit, listed_layers, scaled_rule,
+    weight_rule_of_several, within_images,
 };
 
 const DEFAULTS: Defaults = Defaults { norm_eps: 1e-6, ..Defaults::USUAL };
@@ -20,9 +21,7 @@ pub(super) fn v1(config: &Config) -> Result<Architecture> {
     config.require("scoring_func", "softmax")?;
     let bias = config.flag_or("attention_bias", false)?;
     let attention = GroupedAttention { qkv_bias: bias, output_bias: bias, ..common.grouped()? };
-    // A single weight is never renormalised.
-    let renormalise = config.flag_or("norm_topk_prob", false)? && common.top_k > 1;
-    let weights = if renormalise { WeightRule::RENORMALISED } else { WeightRule::Scaled(1.0) };
+    let weights = weight_rule_of_several(&common, false)?;
     let width = config.positive("moe_intermediate_size")?;
     let moe = MoeSpec { shared: common.shared("n_shared_experts", 0, width)?, ..common.moe(width, weights) };
     let sparse = later_layers(config, 0)?;

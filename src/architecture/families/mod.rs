@@ -313,10 +313,20 @@ fn layer_count(config: &Config) -> Result<usize> {
     }
 }
 
-/// Renormalised where `norm_topk_prob` says so; absent means no.
-fn weight_rule(config: &Config) -> Result<WeightRule> {
-    let renormalise = config.flag_or("norm_topk_prob", false)?;
-    Ok(if renormalise { WeightRule::RENORMALISED } else { WeightRule::Scaled(1.0) })
+/// Renormalised where `norm_topk_prob` says so; where it is absent, as `absent` says.
+fn weight_rule(config: &Config, absent: bool) -> Result<WeightRule> {
+    Ok(renormalised_if(config.flag_or("norm_topk_prob", absent)?))
+}
+
+/// The same for routers that never renormalise a single weight.
+fn weight_rule_of_several(common: &Common<'_>, absent: bool) -> Result<WeightRule> {
+    let rule = weight_rule(common.config, absent)?;
+    Ok(if common.top_k == 1 { renormalised_if(false) } else { rule })
+}
+
+/// The scores of the chosen, renormalised or as they are.
+fn renormalised_if(renormalise: bool) -> WeightRule {
+    if renormalise { WeightRule::RENORMALISED } else { WeightRule::Scaled(1.0) }
 }
 
 /// DeepSeek-V3's weights: the scores of the chosen, renormalised or not, times `scale`.
