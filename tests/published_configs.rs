@@ -207,7 +207,15 @@ fn deepseek_moonlight_and_kimi() {
     let kimi = with(&deepseek_v3(), kimi);
     assert_eq!(sizes(&read(&kimi)), [61, 60, 384, 8, 2048]);
     let of_images = json!({"model_type": "kimi_k25", "text_config": kimi, "tie_word_embeddings": false});
-    assert_eq!(sizes(&read(&of_images)), [61, 60, 384, 8, 2048]);
+    let k25 = read(&of_images);
+    assert_eq!(sizes(&k25), [61, 60, 384, 8, 2048]);
+    assert_eq!(
+        (k25.family, k25.config_section, k25.tied_embeddings),
+        ("kimi_k25", &["text_config"][..], false)
+    );
+    assert_eq!(k25.names.embedding(), "language_model.model.embed_tokens.weight");
+    // As transformers has it, whatever the language model itself says.
+    assert!(read(&with(&of_images, json!({"tie_word_embeddings": null}))).tied_embeddings);
 }
 
 /// Kimi-VL-A3B, InternVL3.5-30B-A3B and -GPT-OSS-20B: families within models of text and images.

@@ -76,7 +76,7 @@ pub(super) const FAMILIES: [(&str, Read); 57] = [
     ("internvl_chat", wrapped::internvl_chat),
     ("jamba", jamba::read),
     ("kimi_k2", deepseek::v3),
-    ("kimi_k25", deepseek::kimi_of_images),
+    ("kimi_k25", wrapped::kimi_k25),
     ("kimi_linear", kimi_linear::read),
     ("kimi_vl", wrapped::kimi_vl),
     ("laguna", laguna::read),
