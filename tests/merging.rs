@@ -333,17 +333,32 @@ fn experts_without_own_matrices_are_refused() {
     }
     apply(&model, &plan, &MOEPRESS, &first).unwrap();
     let second = out.path().join("second");
-    for (merge, message) in [
-        ((0, 3, 0.5), "layer 0: expert 0: has the weights of expert 2, and none of its own to merge"),
-        ((3, 0, 0.5), "layer 0: expert 0: has the weights of expert 2, and none of its own to merge"),
-        ((1, 3, 0.5), "layer 0: expert 1: has matrices that are factors, which cannot be averaged"),
-        ((3, 1, 0.5), "layer 0: expert 1: has matrices that are factors, which cannot be averaged"),
-    ] {
-        let plan = merging(&first, &[merge], MergedRows::Redirect, true);
-        let error = apply(&first, &plan, &MOEPRESS, &second).unwrap_err();
-        assert!(error.starts_with(message), "{error}");
+    let profile_of = |dir: &Path| {
+        let checkpoint = Checkpoint::open(dir).unwrap();
+        profile(&checkpoint, &open_architecture(&checkpoint).unwrap()).unwrap()
+    };
+    let sizes = profile_of(&first);
+    // One is an alias, the other has factors.
+    for (merge, expert) in [((0, 3, 0.5), 0), ((3, 0, 0.5), 0), ((1, 3, 0.5), 1), ((3, 1, 0.5), 1)] {
+        let mut plan = merging(&first, &[], MergedRows::Redirect, true);
+        plan.layers[0].experts[merge.0].action = Action::Merge { into: merge.1, weight: merge.2 };
+        let message = format!(
+            "layer 0: expert {expert}: has no dense matrices of its own to average; start from the original checkpoint"
+        );
+        assert_eq!(plan.expect(&sizes).unwrap_err().to_string(), message);
+        assert_eq!(apply(&first, &plan, &MOEPRESS, &second).unwrap_err(), message);
         assert!(!second.exists());
+        // What statistics of earlier versions say of the checkpoint is enough.
+        let mut sizes = sizes.clone();
+        sizes.moe_layers.iter_mut().for_each(|layer| layer.dense_widths.clear());
+        assert_eq!(plan.check(&sizes).unwrap_err().to_string(), message);
     }
+    // Where groups are chosen again while compressing, any two experts may have to be averaged.
+    let mut plan = merging(&first, &[(2, 3, 0.5)], MergedRows::Redirect, true);
+    plan.check(&sizes).unwrap();
+    plan.options.insert("propagate".into(), true.into());
+    let error = plan.check(&sizes).unwrap_err().to_string();
+    assert!(error.starts_with("layer 0: expert 0: has no dense matrices"), "{error}");
     // But an alias follows the expert it stands for into another.
     let plan = merging(&first, &[(2, 3, 0.5)], MergedRows::Redirect, true);
     apply(&first, &plan, &MOEPRESS, &second).unwrap();

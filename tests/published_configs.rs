@@ -138,6 +138,10 @@ fn ling() {
         "use_bias": false, "use_qk_norm": true, "use_qkv_bias": false, "use_rmsnorm": true, "vocab_size": 157_184});
     assert_eq!(sizes(&read(&first)), [28, 28, 64, 6, 2816]);
     assert_eq!(read(&first).moe(0).unwrap().router.weights, WeightRule::RENORMALISED);
+    let weights = |changes| read(&with(&first, changes)).moe(0).unwrap().router.weights;
+    assert_eq!(weights(json!({"norm_topk_prob": null})), WeightRule::RENORMALISED);
+    assert_eq!(weights(json!({"norm_topk_prob": false})), WeightRule::Scaled(1.0));
+    assert_eq!(weights(json!({"num_experts_per_tok": 1})), WeightRule::Scaled(1.0));
     assert_eq!(sizes(&read(&second)), [20, 19, 256, 8, 512]);
     let unsaid = json!({"score_function": null, "use_qk_norm": null});
     assert_eq!(format!("{:?}", read(&with(&second, unsaid)).layers), format!("{:?}", read(&second).layers));
@@ -203,7 +207,15 @@ fn deepseek_moonlight_and_kimi() {
     let kimi = with(&deepseek_v3(), kimi);
     assert_eq!(sizes(&read(&kimi)), [61, 60, 384, 8, 2048]);
     let of_images = json!({"model_type": "kimi_k25", "text_config": kimi, "tie_word_embeddings": false});
-    assert_eq!(sizes(&read(&of_images)), [61, 60, 384, 8, 2048]);
+    let k25 = read(&of_images);
+    assert_eq!(sizes(&k25), [61, 60, 384, 8, 2048]);
+    assert_eq!(
+        (k25.family, k25.config_section, k25.tied_embeddings),
+        ("kimi_k25", &["text_config"][..], false)
+    );
+    assert_eq!(k25.names.embedding(), "language_model.model.embed_tokens.weight");
+    // As transformers has it, whatever the language model itself says.
+    assert!(read(&with(&of_images, json!({"tie_word_embeddings": null}))).tied_embeddings);
 }
 
 /// Kimi-VL-A3B, InternVL3.5-30B-A3B and -GPT-OSS-20B: families within models of text and images.
@@ -408,7 +420,7 @@ fn kimi() {
     let kimi = read(&kimi_linear());
     assert_eq!(sizes(&kimi), [27, 26, 256, 8, 1024]);
     assert_eq!(attending(&kimi), [3, 7, 11, 15, 19, 23, 26]);
-    assert_eq!(kimi.max_positions, 1 << 20);
+    assert_eq!(kimi.max_positions, usize::MAX);
     let changed = |key: &str, value: Value| with(&kimi_linear(), json!({ key: value }));
     let lists = |full: &[usize], delta: &[usize]| {
         let mut section = kimi_linear()["linear_attn_config"].clone();
@@ -546,6 +558,10 @@ fn granite_4() {
     assert_eq!(sizes(&tiny), [40, 40, 64, 6, 1024]);
     assert_eq!(attending(&tiny), [5, 15, 25, 35]);
     assert!(tiny.layers[5].attention.rope().is_none());
+    // Texts are as long as one likes where no layer has positions, and only there.
+    assert_eq!(tiny.max_positions, usize::MAX);
+    let rotated = read(&with(&granite_4_tiny(), json!({"position_embedding_type": "rope"})));
+    assert_eq!(rotated.max_positions, 131_072);
     let mamba = mamba2(&tiny, 0);
     assert_eq!((mamba.width(), mamba.channels(), mamba.projected()), (3072, 3328, 6448));
     assert_eq!(mamba.step_limits, [0.0, f32::INFINITY]);
@@ -708,6 +724,7 @@ fn jamba_mini() {
     let mini = read(&jamba());
     assert_eq!(sizes(&mini), [32, 16, 16, 2, 0]);
     assert_eq!(attending(&mini), [4, 12, 20, 28]);
+    assert_eq!(mini.max_positions, usize::MAX);
     assert!(mini.layers[4].attention.rope().is_none());
     assert!(mini.moe(0).is_none() && mini.moe(1).is_some_and(|moe| moe.width == 14336));
     let changed = |key: &str, value: Value| with(&jamba(), json!({ key: value }));
@@ -744,6 +761,7 @@ fn nemotron_3() {
     assert_eq!(sizes(&nano), [52, 23, 128, 6, 3712]);
     assert_eq!(attending(&nano), [5, 12, 19, 26, 33, 42]);
     assert!(nano.layers[5].attention.rope().is_none());
+    assert_eq!(nano.max_positions, usize::MAX);
     let halves = |l: usize| {
         let LayerSpec { attention, feed_forward } = &nano.layers[l];
         [matches!(attention, AttentionSpec::None), matches!(feed_forward, FeedForwardSpec::None)]

@@ -101,6 +101,34 @@ fn plans_for_compressed_checkpoints_say_what_comes_out() {
     }
 }
 
+/// Methods that average weights are refused where the statistics say that there are none to average, whatever the budget.
+#[test]
+fn only_dense_experts_are_planned_to_be_merged() {
+    let folder = Folder::new();
+    let model = data("qwen2_moe").to_string_lossy().into_owned();
+    folder.calibrate(&model, "stats");
+    folder.compress(&model, "--method low-rank --set rank=1 --stats stats", "factors");
+    folder.compress(&model, "--method hc-smoe --remove 0.25 --stats stats", "merged");
+    folder.run("plan --method camera --remove 0.25 --set allocate=uniform --stats stats --out p").ok();
+    folder.run(&format!("compress {model} --plan p --layout moepress --out narrow")).ok();
+    for first in ["factors", "merged", "narrow"] {
+        folder.calibrate(first, &format!("{first}.stats"));
+    }
+    for method in ["m-smoe", "hc-smoe", "ream"] {
+        for first in ["factors", "merged"] {
+            let asked = format!("--method {method} --experts 1 --set router=redirect --stats {first}.stats");
+            let line = folder.run(&format!("plan {asked} --out p")).error(1);
+            let why = ": has no dense matrices of its own to average; start from the original checkpoint";
+            assert!(line.starts_with("layer ") && line.ends_with(why), "{method}, {first}: {line}");
+        }
+        // Experts that are narrower all alike are as good as others.
+        let again = format!("--method {method} --remove 0.25 --stats narrow.stats");
+        let (expected, done) = folder.compress("narrow", &again, &format!("narrow-{method}"));
+        assert_eq!(expected["bytes"], done["bytes_after"], "{method}");
+    }
+    folder.run("plan --method mc-smoe --experts 1 --stats factors.stats --out p").error(1);
+}
+
 #[test]
 fn inspect_knows_widths_and_what_an_alias_costs() {
     let folder = Folder::new();

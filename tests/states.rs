@@ -12,7 +12,7 @@ use common::{Mutant, data, run};
 use moepress::checkpoint::Checkpoint;
 use moepress::compress::{LayoutChoice, Options};
 use moepress::plan::Budget;
-use moepress::tokens::{SourceFile, Windows, write_token_file};
+use moepress::tokens::{SourceFile, Windows, read_token_file, write_token_file};
 use serde_json::{Value, json};
 
 /// A word for each of the 64 tokens.
@@ -226,4 +226,41 @@ fn tensors_that_do_not_fit() {
     command.current_dir(mutant.path());
     let message = outcome(command).error(1);
     assert!(message.contains("model.layers.0.linear_attn.dt_bias"), "{message}");
+}
+
+/// What `max_position_embeddings` says bounds texts only of models that have positions, in however few layers.
+#[test]
+fn without_positions_texts_may_be_long() {
+    let desk = Desk::new();
+    std::fs::write(desk.path("prompt"), "w3 w14 w15").unwrap();
+    let says = |name: &str, set: &[(&str, Value)]| {
+        let model = Mutant::of(name);
+        std::fs::write(model.file("tokenizer.json"), tokenizer().to_string()).unwrap();
+        for (key, value) in set {
+            model.set_config(key, value.clone());
+        }
+        let seen = desk.run(model.path(), "inspect MODEL --json").json()["max_positions"].clone();
+        let page = desk.run(model.path(), "inspect MODEL").ok();
+        assert_eq!(page.contains("any length"), seen.is_null(), "{page}");
+        (model, seen)
+    };
+    for name in ["jamba", "kimi_linear", "granitemoehybrid_mamba", "nemotron_h"] {
+        let (model, seen) = says(name, &[("max_position_embeddings", json!(8))]);
+        assert!(seen.is_null(), "{name}: {seen}");
+        let windows = read_token_file(&desk.path("tokens")).unwrap();
+        let logits = run(model.path(), &windows).logits;
+        assert!(logits == run(&data(name), &windows).logits, "{name}");
+        desk.run(model.path(), "eval MODEL --tokens tokens").ok();
+        desk.run(model.path(), "generate MODEL --prompt-file prompt --max-tokens 12").ok();
+    }
+    let rotated = ("position_embedding_type", json!("rope"));
+    for (name, set) in [
+        ("granitemoehybrid_mamba", &[("max_position_embeddings", json!(8)), rotated][..]),
+        ("lfm2_moe", &[("max_position_embeddings", json!(8))][..]),
+    ] {
+        let (model, seen) = says(name, set);
+        assert_eq!(seen, 8, "{name}");
+        let refused = desk.run(model.path(), "eval MODEL --tokens tokens").error(1);
+        assert!(refused.contains("longer than the model's 8 positions"), "{name}: {refused}");
+    }
 }

@@ -18,6 +18,7 @@ fn profile() -> Profile {
         expert_parameters: 3 * 16 * 32,
         expert_bytes: 2 * 3 * 16 * 32,
         each: Vec::new(),
+        dense_widths: Vec::new(),
         base: ExpertSize::default(),
         matrix_bytes: [2 * 16 * 32; 3],
         factor_bytes: 2,

@@ -37,7 +37,7 @@ pub struct Architecture {
     pub vocabulary: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// Longest sequence that the model's positions cover.
+    /// Longest sequence that the model's positions cover; `usize::MAX` where no layer has positions.
     pub max_positions: usize,
     /// ε of the layer norms and the final norm.
     pub norm_eps: f32,
@@ -181,6 +181,20 @@ impl AttentionSpec {
             | AttentionSpec::Mamba2(_)
             | AttentionSpec::None => None,
         }
+    }
+
+    /// Whether it depends on the positions of tokens, by a rotation or in its scores, and not on their order alone.
+    pub fn has_positions(&self) -> bool {
+        let of_scores = match self {
+            AttentionSpec::Grouped(attention) => attention.bias.is_some() || attention.temperature.is_some(),
+            AttentionSpec::Latent(attention) => attention.temperature.is_some(),
+            AttentionSpec::GatedDelta(_)
+            | AttentionSpec::ShortConvolution(_)
+            | AttentionSpec::Mamba(_)
+            | AttentionSpec::Mamba2(_)
+            | AttentionSpec::None => false,
+        };
+        of_scores || self.rope().is_some()
     }
 
     /// Whether the layer keeps keys of earlier tokens, not a state of fixed size.
@@ -556,6 +570,9 @@ impl Architecture {
             let Some(inner) = section.section(key)? else { break };
             architecture.packing = architecture.packing.or(Packing::read(&inner)?);
             section = inner;
+        }
+        if !architecture.layers.iter().any(|layer| layer.attention.has_positions()) {
+            architecture.max_positions = usize::MAX;
         }
         architecture.check()?;
         Ok(architecture)

@@ -55,6 +55,10 @@ pub struct MoeProfile {
     /// The size of every expert, where they differ, as in a checkpoint that was compressed before; else empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub each: Vec<ExpertSize>,
+    /// Where not every expert has dense matrices of `width` channels: of every expert how many channels its dense matrices
+    /// have, `None` where it has other ones or none of its own. Else empty, and in statistics of earlier versions.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub dense_widths: Vec<Option<usize>>,
     /// What experts share that are differences from a base.
     #[serde(default)]
     pub base: ExpertSize,
@@ -89,6 +93,22 @@ impl MoeProfile {
         let alike =
             ExpertSize { parameters: self.expert_parameters, bytes: self.expert_bytes, alias_of: None };
         self.each.get(e).copied().unwrap_or(alike)
+    }
+
+    /// Channels of expert `e`, whose matrices are all dense and its own; `None` where they are not, or where that is not
+    /// known and it is smaller than a dense expert.
+    pub fn dense_width(&self, e: usize, expert_io: usize) -> Option<usize> {
+        match self.dense_widths.get(e) {
+            Some(width) => *width,
+            None if u128::from(self.expert(e).parameters) < self.dense_values(expert_io) => None,
+            None => Some(self.width),
+        }
+    }
+
+    /// Numbers in the matrices of an expert whose matrices are all dense and of `width` channels, for inputs of
+    /// `expert_io`, see [`Profile::expert_io`].
+    pub fn dense_values(&self, expert_io: usize) -> u128 {
+        u128::from(self.matrices()) * expert_io as u128 * self.width as u128
     }
 
     /// The size of all routed experts and their base.

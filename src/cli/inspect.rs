@@ -58,7 +58,7 @@ fn facts(model: &Inspection) -> Vec<(&'static str, String)> {
         ("attention", mixers(model)),
         ("layers", layers(model)),
         ("hidden", model.hidden_size.to_string()),
-        ("context", counted(model.max_positions, "token")),
+        ("context", model.max_positions.map_or("any length".into(), |most| counted(most, "token"))),
         ("vocabulary", counted(model.vocabulary, "token")),
     ];
     if let Some(rule) = &model.router {

@@ -13,7 +13,7 @@ use crate::architecture::Projection;
 use crate::backend::{Expert, Linear, Matrix, Mlp, Moment, Moments, StoredExpert};
 use crate::checkpoint::{Dtype, Tensor, Weight, encode_f64};
 use crate::model::{LinearSource, MoeSource};
-use crate::plan::{Action, LayerPlan};
+use crate::plan::{Action, LayerPlan, NOT_DENSE};
 
 /// A layer whose merged experts are aliases of the averages that took their targets' place.
 pub(super) struct Merged {
@@ -158,22 +158,13 @@ impl Merged {
     }
 }
 
-/// The dense matrices of the expert in `slot`, or why it has none.
+/// The dense matrices of the expert in `slot`, or that it has none.
 pub(super) fn dense_mlp(source: &MoeSource, slot: usize) -> std::result::Result<Mlp<LinearSource>, String> {
-    let original = "merge experts of the original checkpoint";
-    match &source.experts[slot] {
-        Expert::Mlp(mlp) => mlp.try_map(|map| {
-            let Matrix::Dense(weight) = &map.weight else {
-                return Err(format!("has matrices that are factors, which cannot be averaged; {original}"));
-            };
-            Ok(Linear { weight: weight.clone(), bias: map.bias.clone() })
-        }),
-        Expert::Alias(of) => {
-            let of = source.numbers[*of];
-            Err(format!("has the weights of expert {of}, and none of its own to merge; {original}"))
-        }
-        other => Err(format!("is {} and has no matrices to merge; keep or drop it", other.form())),
-    }
+    let Expert::Mlp(mlp) = &source.experts[slot] else { return Err(NOT_DENSE.into()) };
+    mlp.try_map(|map| match &map.weight {
+        Matrix::Dense(weight) => Ok(Linear { weight: weight.clone(), bias: map.bias.clone() }),
+        _ => Err(NOT_DENSE.into()),
+    })
 }
 
 /// Errors unless both have matrices of the same shapes, and biases at the same places.

@@ -98,7 +98,7 @@ pub(super) fn encode(
             if let Some(id) = ids.iter().chain(&source).find(|id| **id as usize >= vocabulary) {
                 return Err(invalid(format!("gives token id {id}, outside the vocabulary of {vocabulary}")));
             }
-            let cut = ids.len().saturating_sub(max_positions + 1);
+            let cut = ids.len().saturating_sub(max_positions.saturating_add(1));
             ids.drain(..cut);
             sequences.push(Sequence {
                 line: question.line,

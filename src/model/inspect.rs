@@ -28,8 +28,8 @@ pub struct Inspection {
     pub hidden_size: usize,
     /// Size of the vocabulary.
     pub vocabulary: usize,
-    /// Longest sequence that the model's positions cover.
-    pub max_positions: usize,
+    /// Longest sequence that the model's positions cover; `None` where no layer has positions.
+    pub max_positions: Option<usize>,
     /// Self-attention; `None` where no layer has any.
     pub attention: Option<AttentionSummary>,
     /// What takes its place in other layers, where there are such.
@@ -259,7 +259,7 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Inspection> {
         encoder_layers: (architecture.encoder_layers > 0).then_some(architecture.encoder_layers),
         hidden_size: architecture.hidden_size,
         vocabulary: architecture.vocabulary,
-        max_positions: architecture.max_positions,
+        max_positions: Some(architecture.max_positions).filter(|most| *most < usize::MAX),
         attention: AttentionSummary::new(&architecture),
         in_place_of_attention: StateSummary::new(&architecture),
         half_layers: HalfLayers::new(&architecture),

@@ -107,11 +107,11 @@ pub struct Observation<'a, B: Backend> {
 /// The feed-forward half of a layer with experts, see [`Layer::dissect`].
 #[derive(Clone, Debug)]
 pub struct Dissected {
-    /// Input of all routed experts, `[tokens, hidden]`.
+    /// Input of all routed experts, `[tokens, hidden]`, or where they work on a latent `[tokens, latent]`.
     pub input: Vec<f32>,
     /// What the router decided.
     pub routes: Routes,
-    /// Sum of the chosen experts' weighted outputs, `[tokens, hidden]`.
+    /// Sum of the chosen experts' weighted outputs, behind the map out of a latent, `[tokens, hidden]`.
     pub routed: Vec<f32>,
     /// Output of the shared expert, `[tokens, hidden]`, where there is one that is added to that sum as it is.
     pub shared: Option<Vec<f32>>,
@@ -493,7 +493,7 @@ impl<B: Backend> Layer<B> {
         let routed = backend.download(&scratch.out)?;
         let has_shared = moe.adds_shared() && moe.shared(backend, scratch)?;
         Ok(Some(Dissected {
-            input: backend.download(&scratch.normed)?,
+            input: backend.download(moe.expert_input(backend, scratch)?)?,
             routes: backend.routes(&scratch.routing)?,
             routed,
             shared: has_shared.then(|| backend.download(&scratch.shared)).transpose()?,

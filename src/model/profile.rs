@@ -39,6 +39,8 @@ fn moe_profile(layer: usize, spec: &MoeSpec, source: &MoeSource) -> MoeProfile {
     let sizes: Vec<ExpertSize> = source.experts.iter().map(size).collect();
     let parameters = sizes.iter().map(|s| s.parameters).sum::<u64>();
     let bytes = sizes.iter().map(|s| s.bytes).sum::<u64>();
+    let dense_widths: Vec<Option<usize>> = source.experts.iter().map(dense_width).collect();
+    let all_dense = dense_widths.iter().all(|width| *width == Some(spec.width));
     let alike = sizes.windows(2).all(|pair| pair[0] == pair[1]);
     let router = || source.router.tensors();
     let matrices = Projection::ALL.map(|p| dense_matrices(&source.experts, p));
@@ -55,6 +57,7 @@ fn moe_profile(layer: usize, spec: &MoeSpec, source: &MoeSource) -> MoeProfile {
         expert_parameters: parameters / n,
         expert_bytes: bytes / n,
         each: if alike { Vec::new() } else { sizes },
+        dense_widths: if all_dense { Vec::new() } else { dense_widths },
         base: ExpertSize {
             parameters: source.routed_parameters() - parameters,
             bytes: source.routed_bytes() - bytes,
@@ -65,6 +68,12 @@ fn moe_profile(layer: usize, spec: &MoeSpec, source: &MoeSource) -> MoeProfile {
         router_parameters: router().map(|t| t.len() as u64).sum::<u64>() / n,
         router_bytes: router().map(|t| t.bytes().len() as u64).sum::<u64>() / n,
     }
+}
+
+/// Channels of an expert whose matrices are all dense.
+fn dense_width(expert: &StoredExpert) -> Option<usize> {
+    let Expert::Mlp(mlp) = expert else { return None };
+    mlp.maps().all(|map| matches!(map.weight, Matrix::Dense(_))).then(|| mlp.gate.weight.left().rows())
 }
 
 /// The dense ones among the experts' matrices of one kind.

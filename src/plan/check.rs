@@ -5,8 +5,13 @@ use std::collections::BTreeMap;
 use super::error::Place;
 use super::file::{LayerPlan, VERSION};
 use super::groups::GroupState;
+use super::options;
 use super::{Action, Channels, Plan, Projection, Result};
 use crate::architecture::{ExpertSize, MoeProfile, Profile};
+
+/// Why an expert that is no MLP of dense matrices cannot be averaged with others.
+pub(crate) const NOT_DENSE: &str =
+    "has no dense matrices of its own to average; start from the original checkpoint";
 
 /// Everything that can be checked without the checkpoint.
 pub(super) fn structure(plan: &Plan) -> Result<()> {
@@ -126,6 +131,7 @@ pub(super) fn against(plan: &Plan, profile: &Profile) -> Result<()> {
         let problem = format!("the plan is for the checkpoint {theirs}, this one is {ours}; make a new plan");
         return Err(model.field("identity").plan(problem));
     }
+    let chosen_again = options::flag(&plan.options, "propagate");
     let moe = profile.moe_layers.iter().map(|l| l.layer).collect::<Vec<_>>();
     if let Some(stray) = plan.layers.iter().find(|l| !moe.contains(&l.layer)) {
         return Err(
@@ -134,7 +140,10 @@ pub(super) fn against(plan: &Plan, profile: &Profile) -> Result<()> {
     }
     for (position, layer) in profile.moe_layers.iter().enumerate() {
         match plan.layers.get(position) {
-            Some(entry) if entry.layer == layer.layer => layer_against(entry, layer, profile)?,
+            Some(entry) if entry.layer == layer.layer => {
+                layer_against(entry, layer, profile)?;
+                merges_against(entry, layer, profile.expert_io(layer), chosen_again)?;
+            }
             _ => return Err(Place::layer(layer.layer).plan("missing; a plan lists every MoE layer")),
         }
     }
@@ -171,6 +180,33 @@ fn layer_against(plan: &LayerPlan, layer: &MoeProfile, profile: &Profile) -> Res
     Ok(())
 }
 
+/// Experts are averaged with those of the same width, all of them dense. Where groups are chosen again while compressing,
+/// any expert of the layer may be averaged with any other.
+fn merges_against(plan: &LayerPlan, layer: &MoeProfile, expert_io: usize, chosen_again: bool) -> Result<()> {
+    let width = |e: usize| {
+        let place = Place::layer(layer.layer).expert(e);
+        layer.dense_width(e, expert_io).ok_or_else(|| place.plan(NOT_DENSE))
+    };
+    let pairs = plan.experts.iter().filter_map(|entry| match entry.action {
+        Action::Merge { into, .. } => Some((entry.expert, into)),
+        _ => None,
+    });
+    let mut pairs: Vec<(usize, usize)> = pairs.collect();
+    if let (true, Some(&(_, into))) = (chosen_again, pairs.first()) {
+        pairs = (0..layer.experts).map(|e| (e, into)).collect();
+    }
+    for (expert, into) in pairs {
+        let [own, other] = [width(expert)?, width(into)?];
+        if own != other {
+            let problem = format!(
+                "has {own} channels, expert {into} has {other}; experts that are merged must have one width"
+            );
+            return Err(Place::layer(layer.layer).expert(expert).plan(problem));
+        }
+    }
+    Ok(())
+}
+
 fn action_against(action: &Action, layer: &MoeProfile, expert_io: usize, place: &Place) -> Result<()> {
     let (d, p) = (expert_io, layer.width);
     let rank = |field: Place, rank: usize| {
@@ -179,9 +215,9 @@ fn action_against(action: &Action, layer: &MoeProfile, expert_io: usize, place: 
         if rank > most { Err(field.plan(problem())) } else { Ok(()) }
     };
     let reshapes = matches!(action, Action::LowRank { .. } | Action::Channels { .. } | Action::Delta { .. });
-    if reshapes && u128::from(layer.expert_parameters) < u128::from(layer.matrices()) * d as u128 * p as u128
-    {
-        let problem = "the experts of this layer are not dense; only keep, drop, merge and constant apply";
+    if reshapes && u128::from(layer.expert_parameters) < layer.dense_values(d) {
+        let problem =
+            "the experts of this layer are not all dense; low_rank, channels and delta do not apply";
         return Err(place.field("action").plan(problem));
     }
     match action {
@@ -248,6 +284,11 @@ pub(super) fn profile(profile: &Profile) -> Result<()> {
         if !layer.each.is_empty() && layer.each.len() != experts {
             let problem = format!("found {}, expected {experts}, one per expert", layer.each.len());
             return Err(place.field("each").profile(problem));
+        }
+        let widths = &layer.dense_widths;
+        if !widths.is_empty() && widths.len() != experts {
+            let problem = format!("found {}, expected {experts}, one per expert", widths.len());
+            return Err(place.field("dense_widths").profile(problem));
         }
         let routed = |size: fn(ExpertSize) -> u64| {
             (0..experts).map(|e| u128::from(size(layer.expert(e)))).sum::<u128>()

@@ -204,8 +204,8 @@ impl<'a> Costs<'a> {
                 targets.insert(*into);
             }
         }
-        for action in targets.into_iter().map(|e| actions[e]) {
-            let [before, after] = self.replaced(layer, action);
+        for e in targets {
+            let [before, after] = self.replaced(layer, e, actions[e]);
             sizes.bytes = sizes.bytes.saturating_sub(before) + after;
         }
         // Weights outlive their expert where an alias of it stays.
@@ -320,10 +320,11 @@ impl<'a> Costs<'a> {
         }
     }
 
-    /// Bytes of the dense matrices of an expert that takes in others, as they are and merged: packed ones become plain
+    /// Bytes of the dense matrices of expert `e`, which takes in others, as they are and merged: packed ones become plain
     /// numbers.
-    fn replaced(&self, layer: &MoeProfile, action: &Action) -> [u64; 2] {
-        let values = self.profile.expert_io(layer) as u64 * layer.width as u64;
+    fn replaced(&self, layer: &MoeProfile, e: usize, action: &Action) -> [u64; 2] {
+        let io = self.profile.expert_io(layer);
+        let values = io as u64 * layer.dense_width(e, io).unwrap_or(layer.width) as u64;
         let stays = |p: &Projection| match action {
             Action::Keep => true,
             Action::LowRank { rank, .. } => rank.get(*p).is_none(),

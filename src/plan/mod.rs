@@ -40,6 +40,7 @@ pub use action::{Action, Channels, Ranks};
 pub use budget::Budget;
 pub use channels::Criterion;
 pub(crate) use channels::refit;
+pub(crate) use check::NOT_DENSE;
 pub use costs::{Expected, FactorDtype};
 pub use coverage::coverage;
 pub use error::{Error, Place, Result};

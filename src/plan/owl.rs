@@ -4,7 +4,7 @@ use super::error::Place;
 use super::methods::Request;
 use super::options::{self, OptionKind, Options};
 use super::score;
-use super::{Error, OptionSpec, Result};
+use super::{Budget, Error, OptionSpec, Result};
 use crate::architecture::MoeProfile;
 use crate::backend::{Moment, Moments};
 
@@ -74,6 +74,32 @@ pub(super) fn fractions(request: &Request<'_>, options: &Options, fraction: f64)
             value: lambda.to_string(),
             expected: format!("takes {f:.3} of layer {}; choose a smaller one", layer.layer),
         }),
+    }
+}
+
+/// What the budget means to `method`, which keeps every expert: `of_fraction` of a share and of those of the layers, or
+/// `of_size` of a size.
+///
+/// # Errors
+/// No budget or one of another kind; those of [`fractions`], `of_fraction` and `of_size`.
+pub(super) fn of_budget<T>(
+    method: &str,
+    request: &Request<'_>,
+    options: &Options,
+    of_fraction: impl FnOnce(f64, &[f64]) -> Result<T>,
+    of_size: impl FnOnce(u64) -> Result<T>,
+) -> Result<T> {
+    match request.budget {
+        Some(budget @ Budget::Remove(fraction)) => {
+            budget.check()?;
+            of_fraction(fraction, &fractions(request, options, fraction)?)
+        }
+        Some(budget @ Budget::Bytes(_)) if is_owl(options) => Err(needs_fraction(budget)),
+        Some(Budget::Bytes(size)) => of_size(size),
+        Some(budget @ Budget::Experts(_)) => {
+            Err(Error::Budget(format!("{budget}: {method} keeps every expert; use --remove or --bytes")))
+        }
+        None => Err(Error::Missing(format!("{method}: no budget; give --remove or --bytes"))),
     }
 }
 

@@ -1,9 +1,13 @@
 //! The routed experts of one layer in training, and the tokens that they are trained on.
 
+use faer::linalg::matmul::matmul;
+use faer::{Accum, Mat, MatRef, Par};
 use rayon::prelude::*;
 
 use super::expert::{Trace, Trained};
 use super::map::Parameter;
+use crate::backend::cpu::{multiply, transpose};
+use crate::linalg::{self, Threads, solve_semidefinite};
 
 /// No expert: a slot that is skipped, or whose weight went to an earlier slot of the same expert.
 pub(super) const NONE: u32 = u32::MAX;
@@ -12,12 +16,14 @@ pub(super) const NONE: u32 = u32::MAX;
 #[derive(Clone, Debug, Default)]
 pub(super) struct Data {
     pub(super) hidden_size: usize,
+    /// Where the experts read and write a latent, the map behind them.
+    pub(super) expansion: Option<Expansion>,
     pub(super) top_k: usize,
     /// Combine weights multiply the experts' inputs instead of their outputs.
     pub(super) weighs_input: bool,
-    /// `[tokens, hidden]`.
+    /// `[tokens, hidden]`, or `[tokens, latent]`.
     pub(super) x: Vec<f32>,
-    /// What the weighted outputs should add up to, `[tokens, hidden]`.
+    /// What the weighted outputs should add up to, behind the expansion where there is one, `[tokens, hidden]`.
     pub(super) target: Vec<f32>,
     /// Slots whose weights are run, `[tokens, top_k]`; [`NONE`] runs nothing.
     pub(super) ids: Vec<u32>,
@@ -27,6 +33,54 @@ pub(super) struct Data {
     pub(super) training: Vec<u32>,
     /// Tokens that only judge.
     pub(super) held_out: Vec<u32>,
+}
+
+/// F in a layer's output F Σ g f(x), where the experts f read and write a latent. Its bias is in the targets.
+#[derive(Clone, Debug)]
+pub(super) struct Expansion {
+    pub(super) latent: usize,
+    /// F, `[hidden, latent]`.
+    pub(super) matrix: Vec<f32>,
+    /// Fᵀ, `[latent, hidden]`.
+    transposed: Vec<f32>,
+    /// F⁺, `[latent, hidden]`: F⁺ y is the latent whose output is nearest to y.
+    inverse: Vec<f32>,
+}
+
+impl Expansion {
+    /// Of `matrix [hidden, latent]`.
+    ///
+    /// # Errors
+    /// A matrix that is not finite, or whose squares are not.
+    pub(super) fn new(matrix: Vec<f32>, latent: usize) -> Result<Self, linalg::Error> {
+        let inverse = pseudo_inverse(&matrix, latent)?;
+        Ok(Expansion { latent, transposed: transpose(&matrix, latent), inverse, matrix })
+    }
+
+    /// F and F⁺ of some coordinates of the latent alone, `[hidden, rows]` and `[rows, hidden]`.
+    ///
+    /// # Errors
+    /// Those of [`Expansion::new`].
+    pub(super) fn of(&self, rows: &[u32]) -> Result<[Vec<f32>; 2], linalg::Error> {
+        if rows.len() == self.latent {
+            return Ok([self.matrix.clone(), self.inverse.clone()]);
+        }
+        let columns = self.matrix.chunks_exact(self.latent);
+        let some: Vec<f32> = columns.flat_map(|row| rows.iter().map(|&r| row[r as usize])).collect();
+        let inverse = pseudo_inverse(&some, rows.len())?;
+        Ok([some, inverse])
+    }
+}
+
+/// The pseudo-inverse (FᵀF)⁻¹Fᵀ `[cols, rows]` of `matrix [rows, cols]`.
+fn pseudo_inverse(matrix: &[f32], cols: usize) -> Result<Vec<f32>, linalg::Error> {
+    let values: Vec<f64> = matrix.iter().map(|v| f64::from(*v)).collect();
+    let f = MatRef::from_row_major_slice(&values, matrix.len() / cols, cols);
+    let mut normal = Mat::zeros(cols, cols);
+    // One thread: faer's parallel sums depend on how many there are.
+    matmul(normal.as_mut(), Accum::Replace, f.transpose(), f, 1.0, Par::Seq);
+    let inverse = solve_semidefinite(normal.as_ref(), f.transpose(), Threads::All)?;
+    Ok(inverse.row_iter().flat_map(|row| row.iter().map(|v| *v as f32)).collect())
 }
 
 /// A token of a batch and an expert that it runs.
@@ -41,10 +95,21 @@ pub(super) struct Pair {
 }
 
 impl Data {
-    /// Row `t` of an array `[tokens, hidden]`.
-    pub(super) fn row<'a>(&self, array: &'a [f32], t: u32) -> &'a [f32] {
+    /// Width of what the experts read and write.
+    pub(super) fn expert_io(&self) -> usize {
+        self.expansion.as_ref().map_or(self.hidden_size, |e| e.latent)
+    }
+
+    /// The input of token `t`.
+    pub(super) fn input(&self, t: u32) -> &[f32] {
+        let (start, width) = (t as usize * self.expert_io(), self.expert_io());
+        &self.x[start..start + width]
+    }
+
+    /// The target of token `t`.
+    pub(super) fn wanted(&self, t: u32) -> &[f32] {
         let start = t as usize * self.hidden_size;
-        &array[start..start + self.hidden_size]
+        &self.target[start..start + self.hidden_size]
     }
 
     /// The pairs of the tokens `batch` by expert, in the order of the batch.
@@ -62,11 +127,11 @@ impl Data {
         pairs
     }
 
-    /// Inputs of `pairs`, `[pairs, hidden]`.
+    /// Inputs of `pairs`, `[pairs, hidden]` or `[pairs, latent]`.
     pub(super) fn inputs(&self, batch: &[u32], pairs: &[Pair]) -> Vec<f32> {
-        let mut inputs = Vec::with_capacity(pairs.len() * self.hidden_size);
+        let mut inputs = Vec::with_capacity(pairs.len() * self.expert_io());
         for pair in pairs {
-            let row = self.row(&self.x, batch[pair.row as usize]);
+            let row = self.input(batch[pair.row as usize]);
             inputs.extend(row.iter().map(|v| v * pair.scale));
         }
         inputs
@@ -74,7 +139,7 @@ impl Data {
 
     /// Σ ‖target‖² over `batch`.
     pub(super) fn energy(&self, batch: &[u32]) -> f64 {
-        batch.iter().map(|&t| square(self.row(&self.target, t))).sum()
+        batch.iter().map(|&t| square(self.wanted(t))).sum()
     }
 }
 
@@ -106,12 +171,23 @@ impl TrainedLayer {
             Passed { pairs, x, y, trace }
         };
         let passed: Vec<Passed> = self.experts.par_iter().zip(pairs).map(run).collect();
+        let width = data.expert_io();
         // In the order of the experts, so that sums do not depend on who was done first.
-        for Passed { pairs, y, .. } in &passed {
-            for (pair, y) in pairs.iter().zip(y.chunks_exact(data.hidden_size)) {
-                let start = pair.row as usize * data.hidden_size;
-                let row = &mut out[start..start + data.hidden_size];
-                row.iter_mut().zip(y).for_each(|(o, y)| *o += sign * pair.weight * y);
+        let add = |out: &mut [f32]| {
+            for Passed { pairs, y, .. } in &passed {
+                for (pair, y) in pairs.iter().zip(y.chunks_exact(width)) {
+                    let start = pair.row as usize * width;
+                    let row = &mut out[start..start + width];
+                    row.iter_mut().zip(y).for_each(|(o, y)| *o += sign * pair.weight * y);
+                }
+            }
+        };
+        match &data.expansion {
+            None => add(out),
+            Some(expansion) => {
+                let mut sums = vec![0.0; batch.len() * width];
+                add(&mut sums);
+                multiply(&sums, &expansion.matrix, width, true, out);
             }
         }
         passed
@@ -122,7 +198,7 @@ impl TrainedLayer {
         let rows: Vec<&[u32]> = batch.chunks(TOKENS).collect();
         let mut all = Vec::with_capacity(batch.len() * data.hidden_size);
         for batch in rows {
-            let mut rest: Vec<f32> = batch.iter().flat_map(|&t| data.row(&data.target, t)).copied().collect();
+            let mut rest: Vec<f32> = batch.iter().flat_map(|&t| data.wanted(t)).copied().collect();
             self.add_outputs(data, batch, -1.0, &mut rest);
             all.extend(rest);
         }
@@ -139,10 +215,15 @@ impl TrainedLayer {
 
     /// The gradients of Σ ‖outputs − target‖² · `factor` over the tokens `batch`; returns Σ ‖outputs − target‖².
     pub(super) fn gradients(&mut self, data: &Data, batch: &[u32], factor: f64) -> f64 {
-        let mut error: Vec<f32> = batch.iter().flat_map(|&t| data.row(&data.target, t)).map(|v| -v).collect();
+        let mut error: Vec<f32> = batch.iter().flat_map(|&t| data.wanted(t)).map(|v| -v).collect();
         let passed = self.outputs(data, batch, 1.0, &mut error);
         let loss = square(&error);
-        let d = data.hidden_size;
+        if let Some(expansion) = &data.expansion {
+            let mut back = vec![0.0; batch.len() * expansion.latent];
+            multiply(&error, &expansion.transposed, data.hidden_size, false, &mut back);
+            error = back;
+        }
+        let d = data.expert_io();
         self.experts.par_iter_mut().zip(passed).for_each(|(expert, Passed { pairs, x, trace, .. })| {
             let mut dy = Vec::with_capacity(pairs.len() * d);
             for pair in &pairs {

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::layer::{Data, NONE, TrainedLayer};
+use super::layer::{Data, Expansion, NONE, TrainedLayer};
 use super::rewrite::{Pass, Rewrite, own_layout};
 use super::source::{dense_matrices, is_trainable};
 use super::sparse::{Schedule, split};
@@ -14,9 +14,9 @@ use super::{Decomposition, Error, LayerLoss, Result, Training};
 use crate::architecture::WeightTarget;
 use crate::backend::{Backend, Expert};
 use crate::calibrate::Residual;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Tensor};
 use crate::compress::{Layout, PLAN_FILE};
-use crate::model::{Dissected, FeedForwardSource, LayerSource, Model, MoeSource, Stream};
+use crate::model::{Dissected, FeedForwardSource, LayerSource, LinearSource, Model, MoeSource, Stream};
 use crate::plan::Plan;
 use crate::progress::Progress;
 use crate::tokens::Windows;
@@ -172,10 +172,6 @@ fn check_pair<B: Backend>(original: &Model<'_, B>, compressed: &Model<'_, B>) ->
     match (0..a.layers.len()).find(|&l| a.moe(l).is_some() != b.moe(l).is_some()) {
         Some(l) => return refuse(format!("layer {l} has experts in one of the two only")),
         None if a.moe_layers().next().is_none() => return refuse("no layer has experts".into()),
-        None if a.moe_layers().any(|(_, moe)| moe.latent.is_some()) => {
-            let what = "the experts read and write a latent, for which there is no layer-wise distillation";
-            return Err(Error::Request(format!("{what}; train an adapter and merge it")));
-        }
         None => {}
     }
     // Made by a plan for another checkpoint. A chain of compressions keeps the last plan only, so one that is for neither
@@ -298,10 +294,13 @@ impl<B: Backend> Distillation<'_, '_, B> {
         let Some(moe) = to.moe() else { return Ok(Data::default()) };
         let mut data = Data {
             hidden_size: self.original.architecture().hidden_size,
+            expansion: moe.latent.as_ref().map(|[_, back]| expansion(from.layer, back)).transpose()?,
             top_k: moe.spec.top_k,
             weighs_input: moe.spec.target == WeightTarget::Input,
             ..Data::default()
         };
+        let back = moe.latent.as_ref().and_then(|[_, back]| back.bias.as_ref());
+        let bias = back.map(Tensor::to_f32).transpose()?;
         let Stream { chunks, scratch, .. } = &mut self.stream;
         let mut others = self.recovered.as_mut().map(|s| s.chunks.iter_mut());
         for chunk in chunks {
@@ -324,7 +323,7 @@ impl<B: Backend> Distillation<'_, '_, B> {
             };
             if let (Some(wanted), Some(found)) = (wanted, found) {
                 let held_out = &self.held_out[chunk.first_window..];
-                collect(&mut data, moe, &wanted, &found, |row| {
+                collect(&mut data, moe, &wanted, &found, bias.as_deref(), |row| {
                     chunk.batch.is_real(row).then(|| held_out[row / chunk.batch.length])
                 });
             }
@@ -369,16 +368,23 @@ impl<B: Backend> Distillation<'_, '_, B> {
     }
 }
 
+/// The map behind the experts of layer `layer`.
+fn expansion(layer: usize, back: &LinearSource) -> Result<Expansion> {
+    Expansion::new(back.weight.to_f32(), back.weight.cols()).map_err(|_| Error::NonFinite { layer })
+}
+
 /// Adds the rows that `held_out` does not refuse: `Some(true)` for those that only judge. The target of the routed
-/// experts is the whole feed-forward output of the original less what the shared expert gives already.
+/// experts is the whole feed-forward output of the original less what the shared expert, and the bias of the map behind a
+/// latent, give already.
 fn collect(
     data: &mut Data,
     moe: &MoeSource,
     wanted: &Dissected,
     found: &Dissected,
+    bias: Option<&[f32]>,
     held_out: impl Fn(usize) -> Option<bool>,
 ) {
-    let (d, k) = (data.hidden_size, data.top_k);
+    let (d, k, width) = (data.hidden_size, data.top_k, data.expert_io());
     let canonical = |id: u32| match moe.experts.get(id as usize) {
         Some(Expert::Alias(of)) => *of as u32,
         Some(Expert::None) | None => NONE,
@@ -386,14 +392,14 @@ fn collect(
     };
     for row in 0..wanted.routed.len() / d {
         let Some(held_out) = held_out(row) else { continue };
-        let token = (data.x.len() / d) as u32;
+        let token = (data.target.len() / d) as u32;
         if held_out {
             data.held_out.push(token);
         } else {
             data.training.push(token);
         }
         let at = row * d..(row + 1) * d;
-        data.x.extend_from_slice(&found.input[at.clone()]);
+        data.x.extend_from_slice(&found.input[row * width..(row + 1) * width]);
         let first = data.target.len();
         data.target.extend_from_slice(&wanted.routed[at.clone()]);
         for (shared, sign) in [(&wanted.shared, 1.0), (&found.shared, -1.0)] {
@@ -401,6 +407,9 @@ fn collect(
                 let target = data.target[first..].iter_mut().zip(&shared[at.clone()]);
                 target.for_each(|(t, s)| *t += sign * s);
             }
+        }
+        if let Some(bias) = bias {
+            data.target[first..].iter_mut().zip(bias).for_each(|(t, b)| *t -= b);
         }
         let first = data.ids.len();
         for slot in row * k..(row + 1) * k {

@@ -2,7 +2,7 @@ use rand::{RngExt as _, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::expert::{Trained, TrainedMlp};
-use super::layer::{Data, NONE, TrainedLayer};
+use super::layer::{Data, Expansion, NONE, TrainedLayer};
 use super::least_squares;
 use super::map::{Map, Parameter, Part};
 use super::sparse::{Schedule, split};
@@ -56,6 +56,7 @@ fn data(rng: &mut ChaCha8Rng, weighs_input: bool) -> Data {
     let ids = (0..TOKENS as u32).flat_map(|t| [t % 5, if t % 7 == 0 { NONE } else { (t + 1 + t % 3) % 5 }]);
     Data {
         hidden_size: D,
+        expansion: None,
         top_k: 2,
         weighs_input,
         x: values(rng, TOKENS * D),
@@ -65,6 +66,12 @@ fn data(rng: &mut ChaCha8Rng, weighs_input: bool) -> Data {
         training: (0..TOKENS as u32).filter(|t| t % 5 != 4).collect(),
         held_out: (0..TOKENS as u32).filter(|t| t % 5 == 4).collect(),
     }
+}
+
+/// The same where `D` is the width of a latent, before a layer of width 9.
+fn on_a_latent(rng: &mut ChaCha8Rng) -> Data {
+    let expansion = Some(Expansion::new(values(rng, 9 * D), D).unwrap());
+    Data { hidden_size: 9, expansion, target: values(rng, TOKENS * 9), ..data(rng, false) }
 }
 
 /// The layer's output in f64, written down from the definitions.
@@ -121,7 +128,7 @@ mod reference {
     }
 
     pub(super) fn output(layer: &TrainedLayer, data: &Data, t: u32) -> Vec<f64> {
-        let x: Vec<f64> = data.row(&data.x, t).iter().map(|v| f64::from(*v)).collect();
+        let x: Vec<f64> = data.input(t).iter().map(|v| f64::from(*v)).collect();
         let mut y = vec![0.0; D];
         for slot in 0..data.top_k {
             let (id, g) =
@@ -144,12 +151,14 @@ mod reference {
             };
             y.iter_mut().zip(f).for_each(|(y, f)| *y += weight * f);
         }
-        y
+        let Some(expansion) = &data.expansion else { return y };
+        let rows = expansion.matrix.chunks_exact(D);
+        rows.map(|row| row.iter().zip(&y).map(|(f, y)| f64::from(*f) * y).sum()).collect()
     }
 
     pub(super) fn loss(layer: &TrainedLayer, data: &Data, tokens: &[u32]) -> f64 {
         let error = |t: u32| -> f64 {
-            let target = data.row(&data.target, t).iter().map(|v| f64::from(*v));
+            let target = data.wanted(t).iter().map(|v| f64::from(*v));
             output(layer, data, t).iter().zip(target).map(|(y, t)| (y - t).powi(2)).sum()
         };
         tokens.iter().map(|&t| error(t)).sum()
@@ -160,18 +169,19 @@ const CLAMPED: Activation = Activation::ClampedSwiGlu { limit: 0.8, slope: 1.702
 
 #[test]
 fn gradients_are_the_finite_differences_of_the_loss_in_f64() {
-    for (seed, activation, weighs_input) in [
-        (1, Activation::SwiGlu, false),
-        (2, CLAMPED, false),
-        (3, Activation::SwiGlu, true),
-        (4, Activation::Relu, false),
-        (5, Activation::GeluTanh, false),
-        (6, Activation::GeGluTanh, false),
-        (7, Activation::SquaredRelu, false),
+    for (seed, activation, weighs_input, latent) in [
+        (1, Activation::SwiGlu, false, false),
+        (2, CLAMPED, false, false),
+        (3, Activation::SwiGlu, true, false),
+        (4, Activation::Relu, false, false),
+        (5, Activation::GeluTanh, false, false),
+        (6, Activation::GeGluTanh, false, false),
+        (7, Activation::SquaredRelu, false, false),
+        (8, Activation::SwiGlu, false, true),
     ] {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut layer = layer(&mut rng, activation);
-        let data = data(&mut rng, weighs_input);
+        let data = if latent { on_a_latent(&mut rng) } else { data(&mut rng, weighs_input) };
         let batch: Vec<u32> = (0..TOKENS as u32).rev().collect();
         let loss = layer.gradients(&data, &batch, 1.0);
         let expected = reference::loss(&layer, &data, &batch);
@@ -211,9 +221,15 @@ fn gradients_are_the_finite_differences_of_the_loss_in_f64() {
 #[test]
 fn least_squares_solve_the_normal_equations() {
     let mut rng = ChaCha8Rng::seed_from_u64(4);
-    // One expert that is linear in all that is solved: one sweep is the exact optimum.
-    let mut layer = TrainedLayer { experts: vec![mlp(&mut rng, 2, Activation::SwiGlu)] };
-    let mut data = data(&mut rng, false);
+    let plain = data(&mut rng, false);
+    for data in [plain, on_a_latent(&mut rng)] {
+        one_sweep_is_the_optimum(&mut rng, data);
+    }
+}
+
+fn one_sweep_is_the_optimum(rng: &mut ChaCha8Rng, mut data: Data) {
+    // One expert that is linear in all that is solved.
+    let mut layer = TrainedLayer { experts: vec![mlp(rng, 2, Activation::SwiGlu)] };
     data.ids = (0..2 * TOKENS).map(|i| if i % 2 == 0 { 0 } else { NONE }).collect();
     let tokens: Vec<u32> = (0..TOKENS as u32).collect();
     let mut rest = layer.residual(&data, &tokens);
@@ -235,15 +251,21 @@ fn least_squares_solve_the_normal_equations() {
 fn sweeps_never_raise_the_objective_and_the_ridge_holds_back() {
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     let first = layer(&mut rng, Activation::SwiGlu);
-    let data = data(&mut rng, false);
+    let plain = data(&mut rng, false);
+    for data in [plain, on_a_latent(&mut rng)] {
+        sweeps(&first, &data);
+    }
+}
+
+fn sweeps(first: &TrainedLayer, data: &Data) {
     let mut moved = Vec::new();
     for ridge in [1e-6, 1e-1, 1e3] {
         let mut layer = first.clone();
-        let mut rest = layer.residual(&data, &data.training);
-        let mut loss = layer.loss(&data, &data.training);
+        let mut rest = layer.residual(data, &data.training);
+        let mut loss = layer.loss(data, &data.training);
         for _ in 0..3 {
-            least_squares::sweep(&mut layer, &data, &data.training, &mut rest, ridge).unwrap();
-            let next = layer.loss(&data, &data.training);
+            least_squares::sweep(&mut layer, data, &data.training, &mut rest, ridge).unwrap();
+            let next = layer.loss(data, &data.training);
             assert!(next <= loss * (1.0 + 1e-6), "{next} {loss}");
             loss = next;
         }

@@ -1,8 +1,8 @@
-use super::feed_forward;
 use super::{
     Architecture, AttentionSpec, Common, Config, Defaults, Error, GroupedAttention, LayerSpec, MoeSpec,
     Names, QkNorm, Result, WeightRule,
 };
+use super::{feed_forward, weight_rule_of_several};
 
 /// Ling and Ring (arXiv 2503.05139), which transformers does not have: the attention of Llama, its inputs by one matrix, and
 /// a softmax router. From 2.0 on queries and keys have norms, and choices are those of DeepSeek-V3. Layers for multi-token
@@ -38,10 +38,7 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
         let router = common.biased_sigmoid([8, 4], 2.5, true)?;
         MoeSpec { router, shared, ..common.moe(width, WeightRule::RENORMALISED) }
     } else {
-        // A single weight is never renormalised.
-        let renormalise = config.flag_or("norm_topk_prob", true)? && common.top_k > 1;
-        let weights = if renormalise { WeightRule::RENORMALISED } else { WeightRule::Scaled(1.0) };
-        MoeSpec { shared, ..common.moe(width, weights) }
+        MoeSpec { shared, ..common.moe(width, weight_rule_of_several(&common, true)?) }
     };
     let first = config.size_or("first_k_dense_replace", 0)?;
     let dense_width = config.positive("intermediate_size")?;

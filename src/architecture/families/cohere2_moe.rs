@@ -3,7 +3,7 @@ use super::{
     Architecture, AttentionSpec, Choice, Common, Config, Defaults, Error, GroupedAttention, LayerSpec,
     MoeSpec, Names, NormKind, NormPlacement, Pairing, Result, RouterSpec, SharedSpec, Span, WeightRule,
 };
-use super::{attending_layers, expert_layers, feed_forward};
+use super::{attending_layers, expert_layers, feed_forward, renormalised_if};
 
 /// Command A+ (Cohere, 2026): attention and experts read the same norm; layers that attend to everything have no positions,
 /// unless they are dense.
@@ -70,7 +70,7 @@ fn router(common: &Common<'_>) -> Result<RouterSpec> {
     let config = common.config;
     let is_softmax = one_of(config, "expert_selection_fn", ["softmax", "sigmoid"])?;
     let renormalise = is_softmax || config.flag_or("norm_topk_prob", true)?;
-    let weights = if renormalise { WeightRule::RENORMALISED } else { WeightRule::Scaled(1.0) };
+    let weights = renormalised_if(renormalise);
     Ok(RouterSpec {
         scoring: if is_softmax { Scoring::Softmax } else { Scoring::Sigmoid },
         choice: Choice::Logit,

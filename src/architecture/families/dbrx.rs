@@ -1,6 +1,6 @@
 use super::super::ExpertStorage;
-use super::{Architecture, Common, Config, Defaults, GroupedAttention, Names, NormKind, Result, WeightRule};
-use super::{moe_layer, required_section, rope_of};
+use super::{Architecture, Common, Config, Defaults, GroupedAttention, Names, NormKind, Result};
+use super::{moe_layer, renormalised_if, required_section, rope_of};
 
 /// Section of the config with the keys of the experts.
 const EXPERTS: &[&str] = &["ffn_config"];
@@ -43,8 +43,7 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
         clip: attention.above_zero("clip_qkv")?.map(|c| c as f32),
         ..common.grouped()?
     };
-    let weights = if renormalised { WeightRule::RENORMALISED } else { WeightRule::Scaled(1.0) };
-    let moe = common.moe(experts.positive("ffn_hidden_size")?, weights);
+    let moe = common.moe(experts.positive("ffn_hidden_size")?, renormalised_if(renormalised));
     let mut architecture = common.architecture(|_| moe_layer(&attention, &moe))?;
     architecture.norm = NormKind::Layer { bias: false };
     architecture.config_section = EXPERTS;

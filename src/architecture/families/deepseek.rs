@@ -4,7 +4,8 @@ use super::{
     LayerSpec, MoeSpec, Names, NormPlacement, Pairing, Result, WeightRule,
 };
 use super::{
-    as_language_model, expert_layers, feed_forward, group_limit, listed_layers, scaled_rule, within_images,
+    as_language_model, expert_layers, feed_forward, group_limit, listed_layers, scaled_rule,
+    weight_rule_of_several, within_images,
 };
 
 const DEFAULTS: Defaults = Defaults { norm_eps: 1e-6, ..Defaults::USUAL };
@@ -20,9 +21,7 @@ pub(super) fn v1(config: &Config) -> Result<Architecture> {
     config.require("scoring_func", "softmax")?;
     let bias = config.flag_or("attention_bias", false)?;
     let attention = GroupedAttention { qkv_bias: bias, output_bias: bias, ..common.grouped()? };
-    // A single weight is never renormalised.
-    let renormalise = config.flag_or("norm_topk_prob", false)? && common.top_k > 1;
-    let weights = if renormalise { WeightRule::RENORMALISED } else { WeightRule::Scaled(1.0) };
+    let weights = weight_rule_of_several(&common, false)?;
     let width = config.positive("moe_intermediate_size")?;
     let moe = MoeSpec { shared: common.shared("n_shared_experts", 0, width)?, ..common.moe(width, weights) };
     let sparse = later_layers(config, 0)?;
@@ -70,17 +69,8 @@ pub(super) fn v2(config: &Config) -> Result<Architecture> {
 /// DeepSeek-V3 and R1 (arXiv 2412.19437), Moonlight, and Kimi-K2 (arXiv 2507.20534), which has a `model_type` of its own.
 /// Layers for multi-token prediction are not part of the forward pass.
 pub(super) fn v3(config: &Config) -> Result<Architecture> {
-    read_v3(config, "deepseek_v3", names())
-}
-
-/// Kimi-K2.5 and K2.6 (arXiv 2602.02276): the language model of Kimi-K2 within a model of text and images.
-pub(super) fn kimi_of_images(config: &Config) -> Result<Architecture> {
-    within_images(config, true, |text| read_v3(text, "kimi_k25", as_language_model(names())))
-}
-
-fn read_v3(config: &Config, family: &'static str, names: Names) -> Result<Architecture> {
     let defaults = Defaults { max_positions: 4096, ..DEFAULTS };
-    let common = Common::read(config, family, names, defaults)?;
+    let common = Common::read(config, "deepseek_v3", names(), defaults)?;
     let moe = biased_moe(&common, [8, 4], 2.5)?;
     layers(common, &moe, pairing(config)?, 1536, later_layers(config, 3)?)
 }

@@ -13,7 +13,7 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
     let bias = config.flag_or("attention_bias", false)?;
     let attention =
         GroupedAttention { qkv_bias: bias, output_bias: bias, qk_norm: QkNorm::Whole, ..common.grouped()? };
-    let moe = common.moe(config.positive("intermediate_size")?, weight_rule(config)?);
+    let moe = common.moe(config.positive("intermediate_size")?, weight_rule(config, false)?);
     let mut architecture = common.architecture(|_| moe_layer(&attention, &moe))?;
     architecture.norm_placement = NormPlacement::Behind;
     Ok(architecture)

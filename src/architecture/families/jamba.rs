@@ -18,8 +18,7 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
         ..Names::default()
     };
     config.require("mamba_inner_layernorms", true)?;
-    let defaults =
-        Defaults { norm_eps: 1e-6, max_positions: 262_144, kv_heads: KvHeads::Fixed(8), ..Defaults::USUAL };
+    let defaults = Defaults { norm_eps: 1e-6, kv_heads: KvHeads::Fixed(8), ..Defaults::USUAL };
     let common = Common::read(config, "jamba", names, defaults)?;
     let attention = AttentionSpec::Grouped(GroupedAttention { rope: None, ..common.grouped()? });
     let mamba = AttentionSpec::Mamba(mamba(config, common.hidden_size)?);

@@ -15,8 +15,7 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
         delta: "self_attn",
         ..Names::default()
     };
-    let max_positions = config.positive_or("model_max_length", 1 << 20)?;
-    let common = Common::read(config, "kimi_linear", names, Defaults { max_positions, ..Defaults::USUAL })?;
+    let common = Common::read(config, "kimi_linear", names, Defaults::USUAL)?;
     let key = |names: [&'static str; 2]| config.first(&names).unwrap_or(names[0]);
     let width = config.positive("moe_intermediate_size")?;
     let moe = MoeSpec {

@@ -78,7 +78,7 @@ pub(super) const FAMILIES: [(&str, Read); 58] = [
     ("internvl_chat", wrapped::internvl_chat),
     ("jamba", jamba::read),
     ("kimi_k2", deepseek::v3),
-    ("kimi_k25", deepseek::kimi_of_images),
+    ("kimi_k25", wrapped::kimi_k25),
     ("kimi_linear", kimi_linear::read),
     ("kimi_vl", wrapped::kimi_vl),
     ("laguna", laguna::read),
@@ -315,10 +315,20 @@ fn layer_count(config: &Config) -> Result<usize> {
     }
 }
 
-/// Renormalised where `norm_topk_prob` says so; absent means no.
-fn weight_rule(config: &Config) -> Result<WeightRule> {
-    let renormalise = config.flag_or("norm_topk_prob", false)?;
-    Ok(if renormalise { WeightRule::RENORMALISED } else { WeightRule::Scaled(1.0) })
+/// Renormalised where `norm_topk_prob` says so; where it is absent, as `absent` says.
+fn weight_rule(config: &Config, absent: bool) -> Result<WeightRule> {
+    Ok(renormalised_if(config.flag_or("norm_topk_prob", absent)?))
+}
+
+/// The same for routers that never renormalise a single weight.
+fn weight_rule_of_several(common: &Common<'_>, absent: bool) -> Result<WeightRule> {
+    let rule = weight_rule(common.config, absent)?;
+    Ok(if common.top_k == 1 { renormalised_if(false) } else { rule })
+}
+
+/// The scores of the chosen, renormalised or as they are.
+fn renormalised_if(renormalise: bool) -> WeightRule {
+    if renormalise { WeightRule::RENORMALISED } else { WeightRule::Scaled(1.0) }
 }
 
 /// DeepSeek-V3's weights: the scores of the chosen, renormalised or not, times `scale`.

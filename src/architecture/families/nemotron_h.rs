@@ -42,8 +42,7 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
     }
     // transformers passes over biases of the attention.
     config.require("attention_bias", false)?;
-    let defaults =
-        Defaults { max_positions: 4096, kv_heads: KvHeads::Fixed(8), head_dim: Some(128), ..Defaults::USUAL };
+    let defaults = Defaults { kv_heads: KvHeads::Fixed(8), head_dim: Some(128), ..Defaults::USUAL };
     let common = Common::read(config, "nemotron_h", names, defaults)?;
     let kinds = layer_kinds(config, common.layers)?;
     let attention = GroupedAttention { rope: None, ..common.grouped()? };

@@ -13,6 +13,6 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
         clip: config.above_zero("clip_qkv")?.map(|c| c as f32),
         ..common.grouped()?
     };
-    let moe = common.moe(config.positive("intermediate_size")?, weight_rule(config)?);
+    let moe = common.moe(config.positive("intermediate_size")?, weight_rule(config, false)?);
     common.architecture(|_| moe_layer(&attention, &moe))
 }

@@ -43,7 +43,7 @@ pub(super) fn qwen2(config: &Config) -> Result<Architecture> {
     let shared_width = config.positive("shared_expert_intermediate_size")?;
     let moe = MoeSpec {
         shared: Some(SharedSpec { gated: true, ..SharedSpec::of_width(shared_width) }),
-        ..common.moe(config.positive("moe_intermediate_size")?, weight_rule(config)?)
+        ..common.moe(config.positive("moe_intermediate_size")?, weight_rule(config, false)?)
     };
     let sparse = sparse_layers(config)?;
     let width = config.positive("intermediate_size")?;
@@ -87,9 +87,7 @@ pub(super) fn qwen3_omni(config: &Config) -> Result<Architecture> {
         };
         let defaults = Defaults { rope_theta: 1e6, kv_heads: KvHeads::Fixed(4), ..DEFAULTS };
         let common = Common::read(text, "qwen3_omni_moe", names, defaults)?;
-        let renormalise = text.flag_or("norm_topk_prob", true)?;
-        let weights = if renormalise { WeightRule::RENORMALISED } else { WeightRule::Scaled(1.0) };
-        qwen3_layers(common, Span::Full, weights)
+        qwen3_layers(common, Span::Full, weight_rule(text, true)?)
     })?;
     architecture.config_section = SECTION;
     Ok(architecture)
@@ -120,9 +118,7 @@ pub(super) fn mellum(config: &Config) -> Result<Architecture> {
         span: if config.mentions("sliding_window") { window(config)? } else { Span::Window(1024) },
         ..full.clone()
     };
-    let renormalise = config.flag_or("norm_topk_prob", true)?;
-    let weights = if renormalise { WeightRule::RENORMALISED } else { WeightRule::Scaled(1.0) };
-    let moe = common.moe(config.positive("moe_intermediate_size")?, weights);
+    let moe = common.moe(config.positive("moe_intermediate_size")?, weight_rule(config, true)?);
     let attends = attending_layers(config, common.layers, "sliding_attention", Some(&|_| true))?;
     let sparse = expert_layers(config, common.layers, 0)?;
     let width = config.positive("intermediate_size")?;
@@ -136,7 +132,7 @@ pub(super) fn mellum(config: &Config) -> Result<Architecture> {
 pub(super) fn qwen3(config: &Config) -> Result<Architecture> {
     let defaults = Defaults { kv_heads: KvHeads::Fixed(4), ..DEFAULTS };
     let common = Common::read(config, "qwen3_moe", Names::default(), defaults)?;
-    qwen3_layers(common, sliding_window(config)?, weight_rule(config)?)
+    qwen3_layers(common, sliding_window(config)?, weight_rule(config, false)?)
 }
 
 /// Attention with a norm of each query and key head, and experts where the config says.

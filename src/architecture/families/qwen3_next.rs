@@ -4,7 +4,7 @@ use super::{
     Architecture, AttentionSpec, Common, Config, Defaults, FeedForwardSpec, GroupedAttention, KvHeads,
     LayerSpec, MoeSpec, Names, OutputGate, QkNorm, Result, SharedSpec, WeightRule,
 };
-use super::{TEXT_SECTION, attending_layers, feed_forward, required_section};
+use super::{TEXT_SECTION, attending_layers, feed_forward, required_section, weight_rule};
 
 const DEFAULTS: Defaults = Defaults {
     rotated: 0.25,
@@ -18,9 +18,7 @@ const DEFAULTS: Defaults = Defaults {
 /// Qwen3-Next: three layers of gated delta networks, then one of gated attention, and so on.
 pub(super) fn read(config: &Config) -> Result<Architecture> {
     let common = Common::read(config, "qwen3_next", names(), DEFAULTS)?;
-    let renormalise = config.flag_or("norm_topk_prob", true)?;
-    let weights = if renormalise { WeightRule::RENORMALISED } else { WeightRule::Scaled(1.0) };
-    let moe = moe(&common, weights)?;
+    let moe = moe(&common, weight_rule(config, true)?)?;
     let sparse = sparse_layers(config)?;
     let dense_width = config.positive_or("intermediate_size", 5632)?;
     architecture(common, DeltaProjections::ByKeyHead, |l| feed_forward(sparse(l), &moe, dense_width))

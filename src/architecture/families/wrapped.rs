@@ -1,28 +1,35 @@
 use super::super::Architecture;
 use super::{Config, Error, FAMILIES, Names, Result, TEXT_SECTION, as_language_model, required_section};
 
+/// Kimi-K2.5 and K2.6 (arXiv 2602.02276) around Kimi-K2.
+pub(super) fn kimi_k25(config: &Config) -> Result<Architecture> {
+    language_model(config, "kimi_k25", TEXT_SECTION, Some("deepseek_v3"), Some(true))
+}
+
 /// Kimi-VL (arXiv 2504.07491) around Moonlight.
 pub(super) fn kimi_vl(config: &Config) -> Result<Architecture> {
-    language_model(config, "kimi_vl", TEXT_SECTION, Some("deepseek_v3"))
+    language_model(config, "kimi_vl", TEXT_SECTION, Some("deepseek_v3"), None)
 }
 
 /// InternVL 3.5 (arXiv 2508.18265) as published.
 pub(super) fn internvl_chat(config: &Config) -> Result<Architecture> {
-    language_model(config, "internvl_chat", &["llm_config"], None)
+    language_model(config, "internvl_chat", &["llm_config"], None, None)
 }
 
 /// InternVL 3.5 as transformers has it.
 pub(super) fn internvl(config: &Config) -> Result<Architecture> {
-    language_model(config, "internvl", TEXT_SECTION, None)
+    language_model(config, "internvl", TEXT_SECTION, None, None)
 }
 
 /// The language model within a model of text and images: of the family that `section` of the config says, or where it says
-/// none, of `default`.
+/// none, of `default`. Whether the head is the embedding table where the config does not say is for `tied` to say, or else
+/// for the language model.
 fn language_model(
     config: &Config,
     family: &'static str,
     section: &'static [&'static str],
     default: Option<&str>,
+    tied: Option<bool>,
 ) -> Result<Architecture> {
     let text = required_section(config, section[0])?;
     let inner = match default {
@@ -39,7 +46,8 @@ fn language_model(
     architecture.family = family;
     architecture.names = as_language_model(architecture.names);
     architecture.config_section = section;
-    architecture.tied_embeddings = config.flag_or("tie_word_embeddings", architecture.tied_embeddings)?;
+    let tied = tied.unwrap_or(architecture.tied_embeddings);
+    architecture.tied_embeddings = config.flag_or("tie_word_embeddings", tied)?;
     Ok(architecture)
 }
 

@@ -124,25 +124,8 @@ impl Method for Narrow {
         let options = options::resolve(self.name, self.options, request.options)?;
         check_dense(self.name, profile)?;
         let costs = Costs::new(profile, FactorDtype::Auto);
-        let widths = match request.budget {
-            Some(budget @ Budget::Remove(fraction)) => {
-                budget.check()?;
-                of_fraction(profile, fraction, &owl::fractions(request, &options, fraction)?)?
-            }
-            Some(budget @ Budget::Bytes(_)) if owl::is_owl(&options) => {
-                return Err(owl::needs_fraction(budget));
-            }
-            Some(Budget::Bytes(size)) => of_size(&costs, size)?,
-            Some(budget @ Budget::Experts(_)) => {
-                let name = self.name;
-                return Err(Error::Budget(format!(
-                    "{budget}: {name} keeps every expert; use --remove or --bytes"
-                )));
-            }
-            None => {
-                return Err(Error::Missing(format!("{}: no budget; give --remove or --bytes", self.name)));
-            }
-        };
+        let of_fraction = |fraction, fractions: &[f64]| of_fraction(profile, fraction, fractions);
+        let widths = owl::of_budget(self.name, request, &options, of_fraction, |size| of_size(&costs, size))?;
         let together = options::is(&options, "allocate", "layer");
         let mut plans = Vec::with_capacity(widths.len());
         for (i, (layer, width)) in profile.moe_layers.iter().zip(widths).enumerate() {

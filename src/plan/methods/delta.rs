@@ -72,22 +72,8 @@ impl Method for Delta {
         let options = options::resolve(NAME, &OPTIONS, request.options)?;
         check_dense(NAME, profile)?;
         let costs = Costs::of_options(profile, &options);
-        let ranks = match request.budget {
-            Some(budget @ Budget::Remove(fraction)) => {
-                budget.check()?;
-                of_fraction(profile, fraction, &owl::fractions(request, &options, fraction)?)?
-            }
-            Some(budget @ Budget::Bytes(_)) if owl::is_owl(&options) => {
-                return Err(owl::needs_fraction(budget));
-            }
-            Some(Budget::Bytes(size)) => of_size(&costs, size)?,
-            Some(budget @ Budget::Experts(_)) => {
-                return Err(Error::Budget(format!(
-                    "{budget}: {NAME} keeps every expert; use --remove or --bytes"
-                )));
-            }
-            None => return Err(Error::Missing(format!("{NAME}: no budget; give --remove or --bytes"))),
-        };
+        let of_fraction = |fraction, fractions: &[f64]| of_fraction(profile, fraction, fractions);
+        let ranks = owl::of_budget(NAME, request, &options, of_fraction, |size| of_size(&costs, size))?;
         let plan = |(layer, rank): (&MoeProfile, usize)| {
             LayerPlan::new(layer.layer, layer.top_k, vec![Action::Delta { rank }; layer.experts])
         };

@@ -124,7 +124,7 @@ impl Method for LowRank {
 /// Refuses experts that have been compressed already.
 pub(super) fn check_dense(method: &str, profile: &Profile) -> Result<()> {
     for layer in &profile.moe_layers {
-        let values = u128::from(layer.matrices()) * profile.expert_io(layer) as u128 * layer.width as u128;
+        let values = layer.dense_values(profile.expert_io(layer));
         if u128::from(layer.expert_parameters) < values {
             let (has, place) =
                 (layer.expert_parameters, Place::layer(layer.layer).field("expert_parameters"));

@@ -615,6 +615,6 @@ fn group_routers_and_factored_experts() {
     made.layers[0].experts[0].action = Action::Delta { rank: 2 };
     assert_eq!(
         made.check(&factored).unwrap_err().to_string(),
-        "layer 0: expert 0: action: the experts of this layer are not dense; only keep, drop, merge and constant apply"
+        "layer 0: expert 0: action: the experts of this layer are not all dense; low_rank, channels and delta do not apply"
     );
 }

@@ -27,6 +27,7 @@ pub(super) fn layer(layer: usize, experts: usize, top_k: usize) -> MoeProfile {
         expert_parameters: 3 * 8 * 12,
         expert_bytes: 2 * 3 * 8 * 12,
         each: Vec::new(),
+        dense_widths: Vec::new(),
         base: ExpertSize::default(),
         matrix_bytes: [0; 3],
         factor_bytes: 0,

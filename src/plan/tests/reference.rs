@@ -41,6 +41,7 @@ impl Reference {
             expert_parameters: number("parameters_per_expert"),
             expert_bytes: 2 * number("parameters_per_expert"),
             each: Vec::new(),
+            dense_widths: Vec::new(),
             base: ExpertSize::default(),
             matrix_bytes: [0; 3],
             factor_bytes: 0,
