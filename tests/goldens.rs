@@ -75,6 +75,8 @@ repository_goldens!(
     phimoe,
     dots1,
     ernie4_5_moe,
+    ernie4_5_vl_moe,
+    ernie4_5_vl_moe_fused,
     llama4_text,
     qwen3_next,
     qwen3_next_padded,

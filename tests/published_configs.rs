@@ -206,6 +206,54 @@ fn deepseek_moonlight_and_kimi() {
     assert_eq!(sizes(&read(&of_images)), [61, 60, 384, 8, 2048]);
 }
 
+/// ERNIE-4.5-VL-28B-A3B, as transformers writes it and as first published.
+#[test]
+fn ernie_with_images() {
+    let text = json!({"hidden_act": "silu", "hidden_size": 2560, "intermediate_size": 12288,
+        "max_position_embeddings": 131_072, "mlp_layer_types": (0..28)
+        .map(|l| if l == 0 { "dense" } else { "sparse" }).collect::<Vec<_>>(), "model_type": "ernie4_5_vl_moe_text",
+        "moe_intermediate_size": [1536, 512], "moe_k": 6, "moe_num_experts": 64, "moe_num_shared_experts": 2,
+        "num_attention_heads": 20, "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-5,
+        "rope_parameters": {"mrope_section": [22, 22, 20], "rope_theta": 500_000.0, "rope_type": "default"},
+        "tie_word_embeddings": true, "use_bias": false, "use_cache": true, "vocab_size": 103_424});
+    let whole = |text: &Value| {
+        json!({"architectures": ["Ernie4_5_VLMoeForConditionalGeneration"], "image_token_id": 100_295,
+            "model_type": "ernie4_5_vl_moe", "text_config": text, "tie_word_embeddings": true, "vision_config": {}})
+    };
+    let written = read(&whole(&text));
+    assert_eq!((sizes(&written), written.tied_embeddings), ([28, 27, 64, 6, 3072], true));
+    assert!(written.moe(0).is_none());
+    let stretched = json!({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}});
+    refused(&whole(&with(&text, stretched)), "rope_type is `linear`; known for this family: default");
+    let partial = json!({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}});
+    refused(&whole(&with(&text, partial)), "partial_rotary_factor is 0.5");
+    refused(&whole(&with(&text, json!({"moe_intermediate_size": 1536}))), "moe_intermediate_size is 1536");
+
+    let published = json!({"architectures": ["Ernie4_5_VLMoeForConditionalGeneration"], "compression_ratio": 1.0,
+        "freq_allocation": 20, "hidden_act": "silu", "hidden_size": 2560, "im_patch_id": 100_295,
+        "intermediate_size": 12288, "max_position_embeddings": 131_072, "model_type": "ernie4_5_moe_vl",
+        "moe_capacity": [128, 128, 128], "moe_gate": "topk", "moe_intermediate_size": [1536, 512], "moe_k": 6,
+        "moe_layer_end_index": [29, 28], "moe_layer_interval": 1, "moe_layer_start_index": [1, 1],
+        "moe_num_experts": [64, 64], "moe_num_shared_experts": 2, "moe_use_aux_free": true, "num_attention_heads": 20,
+        "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_3d": true,
+        "rope_theta": 500_000, "tie_word_embeddings": true, "use_bias": false, "vision_config": {"depth": 32},
+        "vocab_size": 103_424});
+    let read_published = read(&published);
+    let layers = |architecture: &Architecture| format!("{:?}", architecture.layers);
+    assert_eq!(layers(&read_published), layers(&written));
+    assert!(read_published.tied_embeddings);
+    for (change, expected) in [
+        (json!({"moe_num_experts": [64, 32]}), "moe_num_experts is 64 for text and 32 for images"),
+        (json!({"moe_num_experts": 64}), "moe_num_experts is 64, expected a list"),
+        (json!({"moe_layer_end_index": [29, 20]}), "moe_layer_end_index is 27 for text and 20 for images"),
+        (json!({"moe_layer_start_index": [1]}), "moe_layer_start_index has 1 numbers, expected one for text"),
+        (json!({"rms_norm_eps": null}), "rms_norm_eps is missing"),
+        (json!({"moe_norm_gate_logits": false}), "moe_norm_gate_logits is false"),
+    ] {
+        refused(&with(&published, change), expected);
+    }
+}
+
 /// Kimi-VL-A3B, InternVL3.5-30B-A3B and -GPT-OSS-20B: families within models of text and images.
 #[test]
 fn language_models_within_others() {

@@ -405,6 +405,41 @@ ERNIE4_5_MOE = COMMON | {
     "rope_theta": 500000.0,
 }
 
+# As transformers writes it; as first published, all keys are side by side.
+ERNIE4_5_VL_MOE = {
+    "model_type": "ernie4_5_vl_moe",
+    "torch_dtype": "bfloat16",
+    "architectures": ["Ernie4_5_VLMoeForConditionalGeneration"],
+    "image_token_id": 60,
+    "video_token_id": 61,
+    "image_start_token_id": 62,
+    "image_end_token_id": 63,
+    "tie_word_embeddings": True,
+    "text_config": {
+        key: value
+        for key, value in ERNIE4_5_MOE.items()
+        if key not in ("architectures", "rope_theta") and not key.startswith("moe_layer")
+    }
+    | {
+        "model_type": "ernie4_5_vl_moe_text",
+        "head_dim": 12,
+        "moe_intermediate_size": [16, 12],
+        "mlp_layer_types": ["dense", "sparse"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [2, 2, 2]},
+    },
+    "vision_config": {
+        "model_type": "ernie4_5_vl_moe_vision",
+        "depth": 1,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_heads": 2,
+        "in_channels": 1,
+        "patch_size": 2,
+        "spatial_merge_size": 1,
+        "temporal_merge_size": 2,
+    },
+}
+
 # Layer 0 attends within chunks and rotates, layer 1 does neither and has growing scores.
 LLAMA4_TEXT = COMMON | {
     "model_type": "llama4_text",
@@ -1330,6 +1365,19 @@ FIXTURES = {
     "phimoe": {"config": PHIMOE, "dtype": torch.bfloat16},
     "dots1": {"config": DOTS1, "dtype": torch.bfloat16},
     "ernie4_5_moe": {"config": ERNIE4_5_MOE, "dtype": torch.bfloat16},
+    "ernie4_5_vl_moe": {"config": ERNIE4_5_VL_MOE, "dtype": torch.bfloat16},
+    "ernie4_5_vl_moe_fused": {
+        "config": ERNIE4_5_VL_MOE
+        | {"tie_word_embeddings": False}
+        | {
+            "text_config": ERNIE4_5_VL_MOE["text_config"]
+            | {"mlp_layer_types": ["sparse", "sparse"], "moe_num_shared_experts": 0, "use_bias": True}
+            | {"tie_word_embeddings": False},
+        },
+        "dtype": torch.bfloat16,
+        "fused": True,
+        "written_config": True,
+    },
     "llama4_text": {"config": LLAMA4_TEXT, "dtype": torch.bfloat16},
     "qwen3_next": {"config": QWEN3_NEXT, "dtype": torch.bfloat16, "multi_token": True},
     # Longer than a chunk of 64 tokens, which transformers takes together.

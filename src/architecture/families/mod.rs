@@ -43,7 +43,7 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 57] = [
+pub(super) const FAMILIES: [(&str, Read); 59] = [
     ("afmoe", afmoe::read),
     ("aria", aria::read),
     ("axk1", deepseek::axk1),
@@ -57,6 +57,8 @@ pub(super) const FAMILIES: [(&str, Read); 57] = [
     ("deepseek_v32", deepseek::v32),
     ("dots1", dots1::read),
     ("ernie4_5_moe", ernie4_5_moe::read),
+    ("ernie4_5_moe_vl", ernie4_5_moe::of_images_as_published),
+    ("ernie4_5_vl_moe", ernie4_5_moe::of_images),
     ("exaone_moe", exaone_moe::read),
     ("flex_olmo", flex_olmo::read),
     ("gemma4", gemma4::published),
