@@ -1,4 +1,4 @@
-//! The forward pass against outputs of transformers 5.17: every family, layer by layer.
+//! The forward pass against outputs of transformers 5.17 (5.24 of families that this lacks): every family, layer by layer.
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
@@ -114,6 +114,9 @@ repository_goldens!(
     gemma4,
     gemma4_text,
     afmoe,
+    sarvam_mla,
+    sarvam_moe,
+    sarvam_moe_fused,
     solar_open,
     exaone_moe,
     hy_v3,

@@ -254,6 +254,42 @@ fn ernie_with_images() {
     }
 }
 
+/// Sarvam 30B and 105B, by the keys that transformers reads.
+#[test]
+fn sarvam() {
+    let small = json!({"architectures": ["SarvamMoEForCausalLM"], "first_k_dense_replace": 1, "head_dim": 64,
+        "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 8192, "max_position_embeddings": 131_072,
+        "model_type": "sarvam_moe", "moe_intermediate_size": 1024, "moe_router_enable_expert_bias": true,
+        "n_group": 1, "norm_topk_prob": true, "num_attention_heads": 64, "num_experts": 128,
+        "num_experts_per_tok": 6, "num_hidden_layers": 19, "num_key_value_heads": 4, "num_shared_experts": 1,
+        "rms_norm_eps": 1e-6, "rope_theta": 8_000_000, "routed_scaling_factor": 2.5, "score_function": "sigmoid",
+        "tie_word_embeddings": false, "topk_group": 1, "use_bias": false, "use_qk_norm": true,
+        "use_qkv_bias": false, "vocab_size": 262_144});
+    assert_eq!(sizes(&read(&small)), [19, 18, 128, 6, 1024]);
+    refused(&with(&small, json!({"use_bias": true})), "use_bias is true");
+    refused(&with(&small, json!({"score_function": "softmax"})), "score_function");
+    let large = json!({"architectures": ["SarvamMLAForCausalLM"], "first_k_dense_replace": 1, "head_dim": 576,
+        "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 16384, "kv_lora_rank": 512,
+        "max_position_embeddings": 131_072, "model_type": "sarvam_mla", "moe_intermediate_size": 2048,
+        "norm_topk_prob": true, "num_attention_heads": 64, "num_experts": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": 32, "num_shared_experts": 1, "q_head_dim": 192, "q_lora_rank": null,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6, "rope_scaling": {"beta_fast": 32,
+        "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096, "type": "deepseek_yarn"}, "rope_theta": 10000,
+        "routed_scaling_factor": 2.5, "tie_word_embeddings": false, "v_head_dim": 128, "vocab_size": 262_144});
+    let read_large = read(&large);
+    assert_eq!(sizes(&read_large), [32, 31, 128, 8, 2048]);
+    let AttentionSpec::Latent(attention) = &read_large.layers[0].attention else {
+        unreachable!("every layer has latent attention")
+    };
+    assert_eq!(attention.query_rank, None);
+    // YaRN by another name, which only this family knows.
+    let yarn = with(&large["rope_scaling"], json!({"type": "yarn"}));
+    let usual = read(&with(&large, json!({"rope_scaling": yarn})));
+    assert_eq!(format!("{:?}", usual.layers), format!("{:?}", read_large.layers));
+    refused(&with(&deepseek_v3(), json!({"rope_scaling": large["rope_scaling"]})), "is `deepseek_yarn`");
+}
+
 /// Kimi-VL-A3B, InternVL3.5-30B-A3B and -GPT-OSS-20B: families within models of text and images.
 #[test]
 fn language_models_within_others() {

@@ -41,6 +41,8 @@ pub struct Names {
     pub model: &'static str,
     /// What stands in its place, and in that of [`Names::head`], in some checkpoints of the family.
     pub other_model: Option<[&'static str; 2]>,
+    /// All names in the checkpoints that transformers 5 writes, of a family that it calls otherwise than published.
+    pub rewritten: Option<fn() -> Names>,
     /// Embedding table, without `.weight`.
     pub embedding: &'static str,
     /// Module of the layers.
@@ -138,6 +140,7 @@ impl Default for Names {
         Names {
             model: "model.",
             other_model: None,
+            rewritten: None,
             embedding: "embed_tokens",
             layers: "layers",
             input_norm: "input_layernorm",

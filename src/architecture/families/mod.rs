@@ -43,7 +43,7 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 59] = [
+pub(super) const FAMILIES: [(&str, Read); 61] = [
     ("afmoe", afmoe::read),
     ("aria", aria::read),
     ("axk1", deepseek::axk1),
@@ -101,6 +101,8 @@ pub(super) const FAMILIES: [(&str, Read); 59] = [
     ("qwen3_next", qwen3_next::read),
     ("qwen3_omni_moe", qwen::qwen3_omni),
     ("qwen3_vl_moe", qwen::qwen3_vl),
+    ("sarvam_mla", deepseek::sarvam),
+    ("sarvam_moe", bailing_moe::sarvam),
     ("solar_open", glm4_moe::solar),
     ("switch_transformers", switch_transformers::read),
 ];
