@@ -18,7 +18,7 @@ use moepress::model::{Model, open_architecture, profile};
 use moepress::plan::{Action, Budget};
 use moepress::progress::Progress;
 
-const MODELS: [&str; 47] = [
+const MODELS: [&str; 52] = [
     "mixtral",
     "qwen2_moe",
     "qwen3_moe_fused",
@@ -35,6 +35,11 @@ const MODELS: [&str; 47] = [
     "gpt_oss_mxfp4",
     "phimoe",
     "ernie4_5_moe",
+    "ernie4_5_vl_moe",
+    "ernie4_5_vl_moe_fused",
+    "sarvam_mla",
+    "sarvam_moe",
+    "sarvam_moe_fused",
     "llama4_text",
     "qwen3_next",
     "qwen3_5_moe",

@@ -1,4 +1,4 @@
-//! The forward pass against outputs of transformers 5.17: every family, layer by layer.
+//! The forward pass against outputs of transformers 5.17 (5.24 of families that this lacks): every family, layer by layer.
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
@@ -77,6 +77,8 @@ repository_goldens!(
     phimoe,
     dots1,
     ernie4_5_moe,
+    ernie4_5_vl_moe,
+    ernie4_5_vl_moe_fused,
     llama4_text,
     qwen3_next,
     qwen3_next_padded,
@@ -114,6 +116,9 @@ repository_goldens!(
     gemma4,
     gemma4_text,
     afmoe,
+    sarvam_mla,
+    sarvam_moe,
+    sarvam_moe_fused,
     solar_open,
     exaone_moe,
     hy_v3,

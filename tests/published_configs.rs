@@ -218,6 +218,90 @@ fn deepseek_moonlight_and_kimi() {
     assert!(read(&with(&of_images, json!({"tie_word_embeddings": null}))).tied_embeddings);
 }
 
+/// ERNIE-4.5-VL-28B-A3B, as transformers writes it and as first published.
+#[test]
+fn ernie_with_images() {
+    let text = json!({"hidden_act": "silu", "hidden_size": 2560, "intermediate_size": 12288,
+        "max_position_embeddings": 131_072, "mlp_layer_types": (0..28)
+        .map(|l| if l == 0 { "dense" } else { "sparse" }).collect::<Vec<_>>(), "model_type": "ernie4_5_vl_moe_text",
+        "moe_intermediate_size": [1536, 512], "moe_k": 6, "moe_num_experts": 64, "moe_num_shared_experts": 2,
+        "num_attention_heads": 20, "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-5,
+        "rope_parameters": {"mrope_section": [22, 22, 20], "rope_theta": 500_000.0, "rope_type": "default"},
+        "tie_word_embeddings": true, "use_bias": false, "use_cache": true, "vocab_size": 103_424});
+    let whole = |text: &Value| {
+        json!({"architectures": ["Ernie4_5_VLMoeForConditionalGeneration"], "image_token_id": 100_295,
+            "model_type": "ernie4_5_vl_moe", "text_config": text, "tie_word_embeddings": true, "vision_config": {}})
+    };
+    let written = read(&whole(&text));
+    assert_eq!((sizes(&written), written.tied_embeddings), ([28, 27, 64, 6, 3072], true));
+    assert!(written.moe(0).is_none());
+    let stretched = json!({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}});
+    refused(&whole(&with(&text, stretched)), "rope_type is `linear`; known for this family: default");
+    let partial = json!({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}});
+    refused(&whole(&with(&text, partial)), "partial_rotary_factor is 0.5");
+    refused(&whole(&with(&text, json!({"moe_intermediate_size": 1536}))), "moe_intermediate_size is 1536");
+
+    let published = json!({"architectures": ["Ernie4_5_VLMoeForConditionalGeneration"], "compression_ratio": 1.0,
+        "freq_allocation": 20, "hidden_act": "silu", "hidden_size": 2560, "im_patch_id": 100_295,
+        "intermediate_size": 12288, "max_position_embeddings": 131_072, "model_type": "ernie4_5_moe_vl",
+        "moe_capacity": [128, 128, 128], "moe_gate": "topk", "moe_intermediate_size": [1536, 512], "moe_k": 6,
+        "moe_layer_end_index": [29, 28], "moe_layer_interval": 1, "moe_layer_start_index": [1, 1],
+        "moe_num_experts": [64, 64], "moe_num_shared_experts": 2, "moe_use_aux_free": true, "num_attention_heads": 20,
+        "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_3d": true,
+        "rope_theta": 500_000, "tie_word_embeddings": true, "use_bias": false, "vision_config": {"depth": 32},
+        "vocab_size": 103_424});
+    let read_published = read(&published);
+    let layers = |architecture: &Architecture| format!("{:?}", architecture.layers);
+    assert_eq!(layers(&read_published), layers(&written));
+    assert!(read_published.tied_embeddings);
+    for (change, expected) in [
+        (json!({"moe_num_experts": [64, 32]}), "moe_num_experts is 64 for text and 32 for images"),
+        (json!({"moe_num_experts": 64}), "moe_num_experts is 64, expected a list"),
+        (json!({"moe_layer_end_index": [29, 20]}), "moe_layer_end_index is 27 for text and 20 for images"),
+        (json!({"moe_layer_start_index": [1]}), "moe_layer_start_index has 1 numbers, expected one for text"),
+        (json!({"rms_norm_eps": null}), "rms_norm_eps is missing"),
+        (json!({"moe_norm_gate_logits": false}), "moe_norm_gate_logits is false"),
+    ] {
+        refused(&with(&published, change), expected);
+    }
+}
+
+/// Sarvam 30B and 105B, by the keys that transformers reads.
+#[test]
+fn sarvam() {
+    let small = json!({"architectures": ["SarvamMoEForCausalLM"], "first_k_dense_replace": 1, "head_dim": 64,
+        "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 8192, "max_position_embeddings": 131_072,
+        "model_type": "sarvam_moe", "moe_intermediate_size": 1024, "moe_router_enable_expert_bias": true,
+        "n_group": 1, "norm_topk_prob": true, "num_attention_heads": 64, "num_experts": 128,
+        "num_experts_per_tok": 6, "num_hidden_layers": 19, "num_key_value_heads": 4, "num_shared_experts": 1,
+        "rms_norm_eps": 1e-6, "rope_theta": 8_000_000, "routed_scaling_factor": 2.5, "score_function": "sigmoid",
+        "tie_word_embeddings": false, "topk_group": 1, "use_bias": false, "use_qk_norm": true,
+        "use_qkv_bias": false, "vocab_size": 262_144});
+    assert_eq!(sizes(&read(&small)), [19, 18, 128, 6, 1024]);
+    refused(&with(&small, json!({"use_bias": true})), "use_bias is true");
+    refused(&with(&small, json!({"score_function": "softmax"})), "score_function");
+    let large = json!({"architectures": ["SarvamMLAForCausalLM"], "first_k_dense_replace": 1, "head_dim": 576,
+        "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 16384, "kv_lora_rank": 512,
+        "max_position_embeddings": 131_072, "model_type": "sarvam_mla", "moe_intermediate_size": 2048,
+        "norm_topk_prob": true, "num_attention_heads": 64, "num_experts": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": 32, "num_shared_experts": 1, "q_head_dim": 192, "q_lora_rank": null,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6, "rope_scaling": {"beta_fast": 32,
+        "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096, "type": "deepseek_yarn"}, "rope_theta": 10000,
+        "routed_scaling_factor": 2.5, "tie_word_embeddings": false, "v_head_dim": 128, "vocab_size": 262_144});
+    let read_large = read(&large);
+    assert_eq!(sizes(&read_large), [32, 31, 128, 8, 2048]);
+    let AttentionSpec::Latent(attention) = &read_large.layers[0].attention else {
+        unreachable!("every layer has latent attention")
+    };
+    assert_eq!(attention.query_rank, None);
+    // YaRN by another name, which only this family knows.
+    let yarn = with(&large["rope_scaling"], json!({"type": "yarn"}));
+    let usual = read(&with(&large, json!({"rope_scaling": yarn})));
+    assert_eq!(format!("{:?}", usual.layers), format!("{:?}", read_large.layers));
+    refused(&with(&deepseek_v3(), json!({"rope_scaling": large["rope_scaling"]})), "is `deepseek_yarn`");
+}
+
 /// Kimi-VL-A3B, InternVL3.5-30B-A3B and -GPT-OSS-20B: families within models of text and images.
 #[test]
 fn language_models_within_others() {

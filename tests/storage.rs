@@ -635,6 +635,59 @@ fn a_language_model_within_another() {
     }
 }
 
+/// Router and experts of images stay beside those of text, whichever way they are stored, and no stock checkpoint has fewer
+/// of one kind.
+#[test]
+fn experts_of_images_stay() {
+    let out = tempfile::tempdir().unwrap();
+    for name in ["ernie4_5_vl_moe", "ernie4_5_vl_moe_fused"] {
+        let plan = plan(&data(name), "reap", Some(Budget::Experts(3)), &[]);
+        let dir = out.path().join(name);
+        let error = apply(&data(name), &plan, &STOCK, &dir).unwrap_err();
+        assert!(error.contains("as many experts of images as of text"), "{error}");
+        assert_eq!(apply(&data(name), &plan, &Options::default(), &dir).unwrap().layout, "moepress");
+        assert!(bits(&run(&dir, &tokens()).logits) == bits(&masked(&data(name), &plan, &tokens())), "{name}");
+        let is_of_images = |tensor: &&Tensor| {
+            let expert = tensor.name().split("mlp.experts.").nth(1).and_then(|rest| rest.split('.').next());
+            let number = expert.map(|number| number.parse::<usize>().unwrap());
+            tensor.name().contains("vision")
+                || tensor.name().ends_with("_1")
+                || number.is_some_and(|e| e >= 5)
+        };
+        let source = Checkpoint::open(data(name)).unwrap();
+        let of_images: Vec<_> = source.tensors().filter(is_of_images).collect();
+        assert!(of_images.len() > 10, "{name}");
+        for stored in of_images {
+            assert_eq!(tensor(&dir, stored.name()).bytes(), stored.bytes(), "{}", stored.name());
+        }
+    }
+    let [bias, of_images] = ["moe_statics", "vision_moe.gate.moe_statics"]
+        .map(|module| format!("model.layers.1.mlp.{module}.e_score_correction_bias"));
+    let both = tensor(&data("ernie4_5_vl_moe"), &bias);
+    assert_eq!(tensor(&out.path().join("ernie4_5_vl_moe"), &of_images).bytes(), both.entry(1).bytes());
+}
+
+/// A config as first published, with all keys side by side, says the same.
+#[test]
+fn keys_of_text_and_images_side_by_side() {
+    let model = Mutant::of("ernie4_5_vl_moe");
+    model.edit_text("config.json", |text| {
+        let written: Value = serde_json::from_str(&text).unwrap();
+        let mut config = written["text_config"].clone();
+        let published = json!({"model_type": "ernie4_5_moe_vl", "moe_layer_end_index": [-1, 29],
+            "moe_layer_interval": 1, "moe_layer_start_index": [1, 1], "moe_num_experts": [5, 5],
+            "rope_theta": 500_000, "tie_word_embeddings": true});
+        config.as_object_mut().unwrap().extend(published.as_object().unwrap().clone());
+        config
+            .as_object_mut()
+            .unwrap()
+            .retain(|key, _| !["mlp_layer_types", "rope_parameters"].contains(&key.as_str()));
+        config.to_string()
+    });
+    let expected = run(&data("ernie4_5_vl_moe"), &tokens()).logits;
+    assert!(bits(&run(model.path(), &tokens()).logits) == bits(&expected));
+}
+
 /// What is beside the weights comes along, other weights and other folders do not.
 #[test]
 fn companions_come_along() {

@@ -158,6 +158,13 @@ impl Config {
         Config(map)
     }
 
+    /// The same with `value` for `key`.
+    pub(super) fn with(&self, key: &str, value: impl Into<Value>) -> Self {
+        let mut map = self.0.clone();
+        map.insert(key.into(), value.into());
+        Config(map)
+    }
+
     /// Errors unless `key` is absent or `expected`.
     pub(super) fn require(&self, key: &str, expected: impl Into<Value>) -> Result<()> {
         let expected = expected.into();

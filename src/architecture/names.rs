@@ -41,6 +41,8 @@ pub struct Names {
     pub model: &'static str,
     /// What stands in its place, and in that of [`Names::head`], in some checkpoints of the family.
     pub other_model: Option<[&'static str; 2]>,
+    /// All names in the checkpoints that transformers 5 writes, of a family that it calls otherwise than published.
+    pub rewritten: Option<fn() -> Names>,
     /// Embedding table, without `.weight`.
     pub embedding: &'static str,
     /// Module of the layers.
@@ -127,6 +129,9 @@ pub enum ExpertStorage {
     /// Three tensors `[experts · width, hidden]`, in which the experts stand one below the other: gate, up, and the
     /// transpose of down.
     Stacked,
+    /// As [`ExpertStorage::Separate`], with further numbers behind, as many, that are experts of images: see
+    /// [`Names::with_images`].
+    WithImages,
 }
 
 impl Default for Names {
@@ -135,6 +140,7 @@ impl Default for Names {
         Names {
             model: "model.",
             other_model: None,
+            rewritten: None,
             embedding: "embed_tokens",
             layers: "layers",
             input_norm: "input_layernorm",
@@ -324,6 +330,25 @@ impl Names {
     /// The bias that only choices see: as published, and in the fused layout.
     pub fn choice_biases(&self, l: usize) -> [String; 2] {
         self.in_moe(l, self.choice_bias)
+    }
+
+    /// Where experts of images are behind those of text ([`ExpertStorage::WithImages`]): the router of text as published,
+    /// `[hidden, experts]`, the bias that only choices see, which has a row for text and one for images, and how
+    /// transformers 5 calls the second.
+    pub fn with_images(&self, l: usize) -> Option<[String; 3]> {
+        let names = [
+            "gate.weight",
+            "moe_statics.e_score_correction_bias",
+            "vision_moe.gate.moe_statics.e_score_correction_bias",
+        ];
+        (self.storage == ExpertStorage::WithImages).then(|| names.map(|name| self.within(l, self.moe, name)))
+    }
+
+    /// Whether a tensor of layer `l` is of one of the experts of images that are behind `experts` of text.
+    pub fn is_of_images(&self, name: &str, l: usize, experts: usize) -> bool {
+        let rest = name.strip_prefix(self.within(l, self.moe, "experts.").as_str());
+        let number = rest.and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+        self.storage == ExpertStorage::WithImages && number.is_some_and(|e| e >= experts)
     }
 
     /// The factors of the experts' combine weights, `[experts]`.

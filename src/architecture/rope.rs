@@ -229,6 +229,14 @@ impl RopeConfig {
         Ok(self)
     }
 
+    /// The same, where YaRN may be called `name` as well.
+    pub(super) fn with_name_of_yarn(mut self, name: &str) -> Self {
+        if self.kind == name {
+            self.kind = "yarn".into();
+        }
+        self
+    }
+
     /// Another number of the section.
     pub(super) fn number(&self, key: &str) -> Result<Option<f64>> {
         self.section.as_ref().map_or(Ok(None), |section| section.float_opt(key))

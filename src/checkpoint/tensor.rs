@@ -189,6 +189,19 @@ impl Tensor {
         self
     }
 
+    /// The matrix with rows and columns exchanged, copied.
+    ///
+    /// # Panics
+    /// Where it is no matrix.
+    #[must_use]
+    pub fn transposed(&self) -> Self {
+        let [rows, cols] = self.shape[..] else { panic!("the transpose of {self:?}") };
+        let (all, size) = (self.bytes(), self.length.checked_div(rows * cols).unwrap_or(0));
+        let at = |r: usize, c: usize| &all[(r * cols + c) * size..][..size];
+        let bytes: Vec<u8> = (0..cols).flat_map(|c| (0..rows).flat_map(move |r| at(r, c))).copied().collect();
+        Tensor::owned(self.name.clone(), self.dtype, vec![cols, rows], bytes)
+    }
+
     /// The rows listed in `keep`, copied, in that order.
     #[must_use]
     pub fn select_rows(&self, keep: &[usize]) -> Self {

@@ -139,6 +139,9 @@ fn stock_config(
     plan: &Plan,
     densify: bool,
 ) -> std::result::Result<Layout, String> {
+    if architecture.names.storage == ExpertStorage::WithImages {
+        return Err("a stock checkpoint has as many experts of images as of text".into());
+    }
     let stored = checkpoint.manifest().map_or(&[][..], |m| &m.layers);
     for expert in stored.iter().flat_map(|l| &l.experts) {
         if expert.form != ExpertForm::Dense || expert.width.is_some() {

@@ -215,18 +215,24 @@ pub(crate) fn other_tensors(
     source: &LayerSource,
 ) -> Vec<Tensor> {
     let (l, names) = (source.layer, &architecture.names);
-    let routed: Vec<String> = match source.moe() {
-        None => Vec::new(),
-        Some(moe) => {
-            let router = moe.router.tensors().map(|t| t.name().to_string());
-            let fused = moe.fused.iter().map(|t| t.name().to_string());
-            names.experts(l).into_iter().chain(router).chain(fused).collect()
-        }
-    };
     let prefix = names.layer(l);
-    let own = |t: &&Tensor| t.name().starts_with(&prefix);
-    let other = |t: &&Tensor| !routed.iter().any(|r| t.name().starts_with(r.as_str()));
-    checkpoint.tensors().filter(own).filter(other).cloned().collect()
+    let own = checkpoint.tensors().filter(|t| t.name().starts_with(&prefix));
+    let Some(moe) = source.moe() else { return own.cloned().collect() };
+    let experts = names.experts(l);
+    let routed = |t: &Tensor| {
+        let (name, expert) = (t.name(), experts.iter().any(|prefix| t.name().starts_with(prefix)));
+        expert && !names.is_of_images(name, l, moe.original_experts)
+            || moe.router.tensors().chain(&moe.fused).any(|stored| stored.name() == name)
+    };
+    let both = names.with_images(l);
+    let other = |t: &Tensor| match &both {
+        // The row of text is the router's.
+        Some([_, both, of_images]) if t.name() == both && t.shape().first() == Some(&2) => {
+            t.entry(1).as_row().renamed(of_images.as_str())
+        }
+        _ => t.clone(),
+    };
+    own.filter(|t| !routed(t)).map(other).collect()
 }
 
 /// The tensors outside all layers.

@@ -103,6 +103,11 @@ impl Finder<'_> {
 
     fn router(&self, moe: &MoeSpec, experts: usize) -> Result<RouterWeights> {
         let (l, names) = (self.l, &self.architecture.names);
+        if let Some([router, bias, _]) = names.with_images(l)
+            && self.checkpoint.get(&router).is_some()
+        {
+            return self.router_with_images(&router, &bias, experts);
+        }
         let routers = names.routers(l);
         let router = self.either(&routers, ".weight");
         let choice_bias = || {
@@ -120,6 +125,19 @@ impl Finder<'_> {
             bias: self.bias(router, experts, moe.router.bias)?,
             choice_bias: (moe.router.choice == Choice::BiasedScore).then(choice_bias).transpose()?,
             expert_scales: moe.router.expert_scales.then(scales).transpose()?,
+        })
+    }
+
+    /// The router of text as published where experts of images are behind those of text.
+    fn router_with_images(&self, router: &str, bias: &str, experts: usize) -> Result<RouterWeights> {
+        let [_, name] = self.architecture.names.choice_biases(self.l);
+        let weight = self.numbers(router, &[self.architecture.hidden_size, experts])?;
+        Ok(RouterWeights {
+            weight: weight.transposed(),
+            bias: None,
+            // The row of images stays in the checkpoint.
+            choice_bias: Some(self.numbers(bias, &[2, experts])?.entry(0).renamed(name)),
+            expert_scales: None,
         })
     }
 

@@ -21,10 +21,12 @@ impl Finder<'_> {
         let [gate_up, down] = [false, true].map(|down| self.architecture.names.fused(self.l, down));
         match self.architecture.names.storage {
             // Only the layout that transformers 5 can write has tensors of these names.
-            ExpertStorage::Separate if self.checkpoint.get(&gate_up[1]).is_some() => {
+            ExpertStorage::Separate | ExpertStorage::WithImages
+                if self.checkpoint.get(&gate_up[1]).is_some() =>
+            {
                 Ok((self.rewritten(moe, &gate_up[1], &down[1])?, Fused::default()))
             }
-            ExpertStorage::Separate => self.separate(moe),
+            ExpertStorage::Separate | ExpertStorage::WithImages => self.separate(moe),
             ExpertStorage::OutputMajor => {
                 let names = [self.either(&gate_up, ""), self.either(&down, "")];
                 // Packed ones come apart.

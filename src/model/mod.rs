@@ -216,13 +216,13 @@ pub fn open_architecture(checkpoint: &Checkpoint) -> Result<Architecture> {
     let dir = checkpoint.dir().to_path_buf();
     let mut architecture = Architecture::from_config(checkpoint.config())
         .map_err(|source| Error::Architecture { dir: dir.clone(), source })?;
-    if let Some([model, head]) = architecture.names.other_model
-        && checkpoint.get(&architecture.names.embedding()).is_none()
+    let names = &architecture.names;
+    let within = names.other_model.map(|[model, head]| Names { model, head, ..names.clone() });
+    if let Some(other) = within.or_else(|| Some(names.rewritten?()))
+        && checkpoint.get(&names.embedding()).is_none()
+        && checkpoint.get(&other.embedding()).is_some()
     {
-        let names = Names { model, head, ..architecture.names.clone() };
-        if checkpoint.get(&names.embedding()).is_some() {
-            architecture.names = names;
-        }
+        architecture.names = other;
     }
     if architecture.tied_embeddings && architecture.encoder_layers == 0 {
         architecture.tied_embeddings = !has_own_head(checkpoint, &architecture);

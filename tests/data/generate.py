@@ -29,7 +29,7 @@ seeded with the fixture's name, a retry number and the tensor's name, so the wei
 order in which a library happens to list its parameters.  A draw in which a router decides by less than
 2e-5 is thrown away and the next retry number taken, so that rounding cannot change which experts run.
 
-The committed files were made with transformers 5.17.0, torch 2.15.0 (CPU), numpy 2.4.6 and safetensors
+The committed files were made with transformers 5.17.0 (5.24.0 for families that this lacks), torch 2.15.0 (CPU), numpy 2.4.6 and safetensors
 0.8.0.  The same versions give the same bytes; other versions may differ in the last bits of the golden
 outputs.  `--check` compares the committed outputs with the installed transformers and writes nothing.
 """
@@ -213,6 +213,18 @@ BAILING_MOE_V2 = BAILING_MOE | {
     "num_nextn_predict_layers": 1,
 }
 
+# Ling 2.0 in all but a few keys.
+SARVAM_MOE = {
+    key: value
+    for key, value in BAILING_MOE_V2.items()
+    if key not in ("partial_rotary_factor", "rotary_dim", "norm_head", "norm_softmax", "multi_gate")
+} | {
+    "model_type": "sarvam_moe",
+    "architectures": ["SarvamMoEForCausalLM"],
+    "rope_theta": 8000000.0,
+    "num_nextn_predict_layers": 0,
+}
+
 # Groups, q_lora, a scale other than 1, mscale != mscale_all_dim, and an rms_norm_eps far enough from the
 # 1e-6 that the two latent norms always use to show in the logits.
 DEEPSEEK_V2 = COMMON | {
@@ -283,6 +295,25 @@ DEEPSEEK_V3 = DEEPSEEK_V2 | {
     "routed_scaling_factor": 2.5,
     "num_nextn_predict_layers": 1,
     "rope_scaling": DEEPSEEK_V2["rope_scaling"] | {"mscale": 1.0, "mscale_all_dim": 1.0},
+}
+
+# Keys and the name of YaRN as published.
+SARVAM_MLA = {
+    key: value
+    for key, value in DEEPSEEK_V3.items()
+    if key not in ("n_routed_experts", "n_shared_experts", "scoring_func", "topk_method", "num_nextn_predict_layers")
+} | {
+    "model_type": "sarvam_mla",
+    "architectures": ["SarvamMLAForCausalLM"],
+    "head_dim": 24,
+    "q_head_dim": 20,
+    "q_lora_rank": None,
+    "n_group": 1,
+    "num_experts": 6,
+    "num_shared_experts": 2,
+    "score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "rope_scaling": DEEPSEEK_V3["rope_scaling"] | {"type": "deepseek_yarn"},
 }
 
 GLM4_MOE = COMMON | {
@@ -403,6 +434,41 @@ ERNIE4_5_MOE = COMMON | {
     "use_bias": False,
     "rms_norm_eps": 1e-05,
     "rope_theta": 500000.0,
+}
+
+# As transformers writes it; as first published, all keys are side by side.
+ERNIE4_5_VL_MOE = {
+    "model_type": "ernie4_5_vl_moe",
+    "torch_dtype": "bfloat16",
+    "architectures": ["Ernie4_5_VLMoeForConditionalGeneration"],
+    "image_token_id": 60,
+    "video_token_id": 61,
+    "image_start_token_id": 62,
+    "image_end_token_id": 63,
+    "tie_word_embeddings": True,
+    "text_config": {
+        key: value
+        for key, value in ERNIE4_5_MOE.items()
+        if key not in ("architectures", "rope_theta") and not key.startswith("moe_layer")
+    }
+    | {
+        "model_type": "ernie4_5_vl_moe_text",
+        "head_dim": 12,
+        "moe_intermediate_size": [16, 12],
+        "mlp_layer_types": ["dense", "sparse"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [2, 2, 2]},
+    },
+    "vision_config": {
+        "model_type": "ernie4_5_vl_moe_vision",
+        "depth": 1,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_heads": 2,
+        "in_channels": 1,
+        "patch_size": 2,
+        "spatial_merge_size": 1,
+        "temporal_merge_size": 2,
+    },
 }
 
 # Layer 0 attends within chunks and rotates, layer 1 does neither and has growing scores.
@@ -1295,6 +1361,7 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "we
 #   written_config  keep the configuration transformers 5 writes instead of the one given here
 #   length          tokens of a window (default 24)
 #   padded          the first window has padding before its text, the second one behind it
+#   since           the first transformers that has the family, with which its files were made (default MADE_WITH)
 #   multi_token     add some tensors of a layer for multi-token prediction, or of a talker, which transformers does not load
 # A configuration with a quantization_config is stored packed, as it says.
 FIXTURES = {
@@ -1330,6 +1397,19 @@ FIXTURES = {
     "phimoe": {"config": PHIMOE, "dtype": torch.bfloat16},
     "dots1": {"config": DOTS1, "dtype": torch.bfloat16},
     "ernie4_5_moe": {"config": ERNIE4_5_MOE, "dtype": torch.bfloat16},
+    "ernie4_5_vl_moe": {"config": ERNIE4_5_VL_MOE, "dtype": torch.bfloat16},
+    "ernie4_5_vl_moe_fused": {
+        "config": ERNIE4_5_VL_MOE
+        | {"tie_word_embeddings": False}
+        | {
+            "text_config": ERNIE4_5_VL_MOE["text_config"]
+            | {"mlp_layer_types": ["sparse", "sparse"], "moe_num_shared_experts": 0, "use_bias": True}
+            | {"tie_word_embeddings": False},
+        },
+        "dtype": torch.bfloat16,
+        "fused": True,
+        "written_config": True,
+    },
     "llama4_text": {"config": LLAMA4_TEXT, "dtype": torch.bfloat16},
     "qwen3_next": {"config": QWEN3_NEXT, "dtype": torch.bfloat16, "multi_token": True},
     # Longer than a chunk of 64 tokens, which transformers takes together.
@@ -1431,6 +1511,16 @@ FIXTURES = {
     "hunyuan_v1_moe": {"config": HUNYUAN_V1_MOE, "dtype": torch.bfloat16},
     "flex_olmo": {"config": FLEX_OLMO, "dtype": torch.bfloat16},
     "afmoe": {"config": AFMOE, "dtype": torch.bfloat16, "embedding": 0.2},
+    "sarvam_mla": {"config": SARVAM_MLA, "dtype": torch.bfloat16, "since": "5.24.0"},
+    "sarvam_moe": {"config": SARVAM_MOE, "dtype": torch.bfloat16, "since": "5.24.0"},
+    "sarvam_moe_fused": {
+        "config": SARVAM_MOE
+        | {"head_dim": 8, "use_qk_norm": False, "use_qkv_bias": False, "first_k_dense_replace": 0, "num_shared_experts": 2},
+        "dtype": torch.bfloat16,
+        "fused": True,
+        "written_config": True,
+        "since": "5.24.0",
+    },
     "solar_open": {"config": SOLAR_OPEN, "dtype": torch.bfloat16},
     "exaone_moe": {"config": EXAONE_MOE, "dtype": torch.bfloat16},
     "hy_v3": {"config": HY_V3, "dtype": torch.bfloat16},
@@ -1988,6 +2078,11 @@ def check(name, folder):
     return worst <= 1e-4
 
 
+def version(text):
+    """Numbers that can be compared."""
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = pathlib.Path(__file__).resolve().parent
@@ -2001,9 +2096,14 @@ def main():
         print(
             f"note: transformers {transformers.__version__}; the committed files are from {MADE_WITH}", file=sys.stderr
         )
-    if arguments.check:
-        sys.exit(0 if all([check(name, arguments.out / name) for name in arguments.only]) else 1)
+    installed = version(transformers.__version__)
+    possible = [name for name in arguments.only if version(FIXTURES[name].get("since", "0")) <= installed]
     for name in arguments.only:
+        if name not in possible:
+            print(f"note: {name} needs transformers {FIXTURES[name]['since']}", file=sys.stderr)
+    if arguments.check:
+        sys.exit(0 if all([check(name, arguments.out / name) for name in possible]) else 1)
+    for name in possible:
         folder = arguments.out / name
         print(make(name, FIXTURES[name], folder, folder / "golden.safetensors"))
 

@@ -1,14 +1,11 @@
 use super::{
-    Architecture, AttentionSpec, Common, Config, Defaults, Error, GroupedAttention, LayerSpec, MoeSpec,
-    Names, QkNorm, Result, WeightRule,
+    Architecture, AttentionSpec, Common, Config, Defaults, Error, GroupedAttention, KvHeads, LayerSpec,
+    MoeSpec, Names, QkNorm, Result, WeightRule,
 };
 use super::{feed_forward, weight_rule_of_several};
 
-/// Ling and Ring (arXiv 2503.05139), which transformers does not have: the attention of Llama, its inputs by one matrix, and
-/// a softmax router. From 2.0 on queries and keys have norms, and choices are those of DeepSeek-V3. Layers for multi-token
-/// prediction are not part of the forward pass.
-pub(super) fn read(config: &Config) -> Result<Architecture> {
-    let names = Names {
+fn names() -> Names {
+    Names {
         embedding: "word_embeddings",
         attention: "attention",
         fused_qkv: Some("query_key_value"),
@@ -17,13 +14,19 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
         choice_bias: ["gate.expert_bias"; 2],
         shared: ["shared_experts"; 2],
         ..Names::default()
-    };
+    }
+}
+
+/// Ling and Ring (arXiv 2503.05139), which transformers does not have: the attention of Llama, its inputs by one matrix, and
+/// a softmax router. From 2.0 on queries and keys have norms, and choices are those of DeepSeek-V3. Layers for multi-token
+/// prediction are not part of the forward pass.
+pub(super) fn read(config: &Config) -> Result<Architecture> {
     for key in ["norm_head", "multi_gate"] {
         config.require(key, false)?;
     }
     let is_second = is_second(config)?;
     let defaults = Defaults { max_positions: if is_second { 32768 } else { 16384 }, ..Defaults::USUAL };
-    let common = Common::read(config, "bailing_moe", names, defaults)?;
+    let common = Common::read(config, "bailing_moe", names(), defaults)?;
     let normed = config.flag_or("use_qk_norm", is_second)?;
     let attention = GroupedAttention {
         qkv_bias: config.flag_or("use_qkv_bias", false)?,
@@ -46,6 +49,49 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
         attention: AttentionSpec::Grouped(attention.clone()),
         feed_forward: feed_forward(l >= first, &moe, dense_width),
     })
+}
+
+/// Sarvam 30B (2026): Ling 2.0 with other defaults. transformers has its own names for some keys.
+pub(super) fn sarvam(config: &Config) -> Result<Architecture> {
+    config.require("use_bias", false)?;
+    config.require("moe_router_enable_expert_bias", true)?;
+    for key in ["score_function", "scoring_func"] {
+        config.require(key, "sigmoid")?;
+    }
+    let defaults = Defaults {
+        rope_theta: 8e6,
+        norm_eps: 1e-6,
+        kv_heads: KvHeads::Fixed(4),
+        head_dim: Some(64),
+        ..Defaults::USUAL
+    };
+    let rewritten = || Names { shared: ["shared_experts"; 2], ..Names::default() };
+    let names = Names { rewritten: Some(rewritten), ..names() };
+    let common = Common::read(config, "sarvam_moe", names, defaults)?;
+    let normed = config.flag_or("use_qk_norm", true)?;
+    let bias = config.first(&["attention_bias", "use_qkv_bias"]).unwrap_or("attention_bias");
+    let attention = GroupedAttention {
+        qkv_bias: config.flag_or(bias, false)?,
+        qk_norm: if normed { QkNorm::PerHead } else { QkNorm::None },
+        ..common.grouped()?
+    };
+    let width = config.positive("moe_intermediate_size")?;
+    let moe = MoeSpec {
+        router: common.biased_sigmoid([1, 1], 2.5, true)?,
+        shared: common.shared(shared_count(config), 1, width)?,
+        ..common.moe(width, WeightRule::RENORMALISED)
+    };
+    let first = config.size_or("first_k_dense_replace", 1)?;
+    let dense_width = config.positive("intermediate_size")?;
+    common.architecture(|l| LayerSpec {
+        attention: AttentionSpec::Grouped(attention.clone()),
+        feed_forward: feed_forward(l >= first, &moe, dense_width),
+    })
+}
+
+/// The key for the number of shared experts in a config of Sarvam, as published or as transformers writes it.
+pub(super) fn shared_count(config: &Config) -> &'static str {
+    config.first(&["n_shared_experts", "num_shared_experts"]).unwrap_or("n_shared_experts")
 }
 
 /// Both versions have one `model_type` in published configs.

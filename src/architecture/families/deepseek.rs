@@ -1,4 +1,5 @@
 use super::super::{ExpertStorage, LatentAttention, Temperature};
+use super::bailing_moe::shared_count;
 use super::{
     Architecture, AttentionSpec, Common, Config, Defaults, Error, GroupLimit, GroupScore, GroupedAttention,
     LayerSpec, MoeSpec, Names, NormPlacement, Pairing, Result, WeightRule,
@@ -115,6 +116,20 @@ pub(super) fn axk1(config: &Config) -> Result<Architecture> {
     Ok(architecture)
 }
 
+/// Sarvam 105B (2026): the layers of DeepSeek-V3.
+pub(super) fn sarvam(config: &Config) -> Result<Architecture> {
+    config.require("score_function", "sigmoid")?;
+    let defaults = Defaults { max_positions: 4096, ..DEFAULTS };
+    let mut common = Common::read(config, "sarvam_mla", names(), defaults)?;
+    common.rope = common.rope.with_name_of_yarn("deepseek_yarn");
+    let width = config.positive("moe_intermediate_size")?;
+    let moe = MoeSpec {
+        shared: common.shared(shared_count(config), 1, width)?,
+        ..biased_moe(&common, [1, 1], 2.5)?
+    };
+    layers(common, &moe, pairing(config)?, None, later_layers(config, 1)?)
+}
+
 /// GLM-4.7-Flash (2026): the layers of DeepSeek-V3. Layers for multi-token prediction are not part of the forward pass.
 pub(super) fn glm_lite(config: &Config) -> Result<Architecture> {
     let defaults = Defaults { norm_eps: 1e-5, max_positions: 202_752, ..DEFAULTS };
@@ -195,13 +210,13 @@ fn later_layers(config: &Config, default_first: usize) -> Result<impl Fn(usize) 
     Ok(move |l: usize| l >= first && l.is_multiple_of(frequency))
 }
 
-/// Latent attention everywhere, with queries of rank `query_rank` unless the config says otherwise, and experts where
-/// `sparse` says.
+/// Latent attention everywhere, with queries of rank `query_rank`, or one full matrix, unless the config says otherwise, and
+/// experts where `sparse` says.
 fn layers(
     common: Common<'_>,
     moe: &MoeSpec,
     pairing: Pairing,
-    query_rank: usize,
+    query_rank: impl Into<Option<usize>>,
     sparse: impl Fn(usize) -> bool,
 ) -> Result<Architecture> {
     let config = common.config;
@@ -212,7 +227,7 @@ fn layers(
         heads: common.heads,
         // Only a `null` means a full matrix.
         query_rank: match config.size_opt("q_lora_rank")? {
-            None if !config.mentions("q_lora_rank") => Some(query_rank),
+            None if !config.mentions("q_lora_rank") => query_rank.into(),
             rank => rank,
         },
         latent_dim: config.positive("kv_lora_rank")?,

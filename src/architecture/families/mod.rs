@@ -44,7 +44,7 @@ use super::{
 
 type Read = fn(&Config) -> Result<Architecture>;
 
-pub(super) const FAMILIES: [(&str, Read); 58] = [
+pub(super) const FAMILIES: [(&str, Read); 62] = [
     ("afmoe", afmoe::read),
     ("aria", aria::read),
     ("axk1", deepseek::axk1),
@@ -59,6 +59,8 @@ pub(super) const FAMILIES: [(&str, Read); 58] = [
     ("deepseek_v32", deepseek::v32),
     ("dots1", dots1::read),
     ("ernie4_5_moe", ernie4_5_moe::read),
+    ("ernie4_5_moe_vl", ernie4_5_moe::of_images_as_published),
+    ("ernie4_5_vl_moe", ernie4_5_moe::of_images),
     ("exaone_moe", exaone_moe::read),
     ("flex_olmo", flex_olmo::read),
     ("gemma4", gemma4::published),
@@ -101,6 +103,8 @@ pub(super) const FAMILIES: [(&str, Read); 58] = [
     ("qwen3_next", qwen3_next::read),
     ("qwen3_omni_moe", qwen::qwen3_omni),
     ("qwen3_vl_moe", qwen::qwen3_vl),
+    ("sarvam_mla", deepseek::sarvam),
+    ("sarvam_moe", bailing_moe::sarvam),
     ("solar_open", glm4_moe::solar),
     ("switch_transformers", switch_transformers::read),
 ];

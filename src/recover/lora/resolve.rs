@@ -159,7 +159,10 @@ fn fused(
         if let Some(name) = stored {
             let rows = |down: bool| checkpoint.get(&names.fused(l, down)[0])?.shape().get(1).copied();
             let transposed = match names.storage {
-                ExpertStorage::Separate | ExpertStorage::OutputMajor | ExpertStorage::Stacked => false,
+                ExpertStorage::Separate
+                | ExpertStorage::WithImages
+                | ExpertStorage::OutputMajor
+                | ExpertStorage::Stacked => false,
                 // One of the two is not square.
                 ExpertStorage::Transposed => [rows(false), rows(true)] != [Some(2 * p), Some(d)],
                 ExpertStorage::Fused { .. } => true,
