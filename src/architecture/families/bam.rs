@@ -36,7 +36,7 @@ pub(super) fn read(config: &Config) -> Result<Architecture> {
         output_gate: OutputGate::Experts { count, turns: if shares { one.kv_heads } else { 1 } },
         ..one
     };
-    let moe = common.moe(config.positive("intermediate_size")?, weight_rule(config)?);
+    let moe = common.moe(config.positive("intermediate_size")?, weight_rule(config, false)?);
     let mut architecture = common.architecture(|_| moe_layer(&attention, &moe))?;
     if is_parallel {
         architecture.norm = NormKind::Layer { bias: false };
