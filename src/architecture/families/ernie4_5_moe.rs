@@ -51,7 +51,7 @@ pub(super) fn of_images_as_published(config: &Config) -> Result<Architecture> {
     for key in ["moe_group_experts", "moe_num_attn_experts", "moe_use_token_type_bias"] {
         config.require(key, false)?;
     }
-    let last = layer_count(config)? - 1;
+    let last = layer_count(config)?.saturating_sub(1);
     let interval = config.size_or("moe_layer_interval", 2)?.max(1);
     let same = |key: &str| same_for_both(key, pair(key, config.sizes(key)?)?);
     let (first, experts) = (same("moe_layer_start_index")?, same("moe_num_experts")?);
