@@ -216,8 +216,10 @@ fn interrupted_commands_leave_no_half_of_a_file() {
     let dir = desk();
     generate::tokens(&dir.path().join("many"), 512, 256, 512);
     for (signal, number) in [("INT", 2), ("TERM", 15)] {
-        let mut run =
-            command(["run", "model", "--tokens", "many", "--device", "cpu", "--out", "logits", "--quiet"]);
+        // What a shell starts in the background ignores SIGINT, and so would the command.
+        let mut run = Command::new("env");
+        run.arg(format!("--default-signal={signal}")).arg(env!("CARGO_BIN_EXE_moepress"));
+        run.args(["run", "model", "--tokens", "many", "--device", "cpu", "--out", "logits", "--quiet"]);
         let mut child = run.current_dir(dir.path()).spawn().unwrap();
         while !dir.path().join("logits.incomplete").exists() {
             assert!(child.try_wait().unwrap().is_none(), "ended before it was interrupted");

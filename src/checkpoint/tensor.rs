@@ -68,11 +68,10 @@ impl Tensor {
         let bytes = bytes.as_ref();
         let length = shape.iter().product::<usize>() * dtype.bitsize() / 8;
         assert_eq!(bytes.len(), length, "bytes of an owned tensor");
-        let lines = bytes.chunks(CACHE_LINE).map(|bytes| {
-            let mut line = Line::zeroed();
-            line.0[..bytes.len()].copy_from_slice(bytes);
-            line
-        });
+        let (whole, rest) = bytes.as_chunks();
+        let mut last = Line::zeroed();
+        last.0[..rest.len()].copy_from_slice(rest);
+        let lines = whole.iter().map(|bytes| Line(*bytes)).chain((!rest.is_empty()).then_some(last));
         Tensor { name: name.into(), dtype, shape, storage: Storage::Owned(lines.collect()), start: 0, length }
     }
 
