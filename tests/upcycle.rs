@@ -236,8 +236,8 @@ fn models_that_do_not_go_together_are_refused_in_one_line() {
     refused(&[&first], &[], 2, "2 values");
     refused(&[&first, &data("dense/cohere_0")], &[], 1, "expected one of llama, mistral");
     refused(&[&first, &data("mixtral")], &[], 1, "model_type is \"mixtral\"");
-    refused(&[&first, &second], &["--top-k", "3"], 1, "expected 1 to 2");
-    refused(&[&first, &second], &["--shared-kv"], 1, "only bam");
+    refused(&[&first, &second], &["--top-k", "3"], 2, "expected 1 to 2");
+    refused(&[&first, &second], &["--shared-kv"], 2, "only bam");
     let broken = Mutant::of("dense/llama_1");
     broken.set_config("rope_theta", json!(10_000.0));
     refused(&[&first, broken.path()], &[], 1, "rope_theta is 10000.0, but 50000.0");

@@ -19,13 +19,14 @@ impl<E: std::error::Error + 'static> From<E> for Failure {
     fn from(error: E) -> Self {
         use moepress::plan::Error;
         use moepress::tokens::Error as TokensError;
+        use moepress::upcycle::Error as UpcycleError;
         let any: &dyn std::error::Error = &error;
         let usage = matches!(
             any.downcast_ref(),
             Some(
                 Error::Method { .. } | Error::UnknownOption { .. } | Error::Option { .. } | Error::Missing(_)
             )
-        );
+        ) || matches!(any.downcast_ref(), Some(UpcycleError::Choice(_)));
         match any.downcast_ref() {
             _ if usage => Failure::Usage(error.to_string()),
             // Windows have at least two tokens.
