@@ -455,8 +455,9 @@ pub trait Backend: Sync {
     fn sigmoid_gate(&self, x: &mut Self::Buffer, gate: &Self::Buffer) -> Result<()>;
     /// Multiplies `x` by ln(1 + eᵍ) of `gate`, each entry of which is that of as many neighbours in a row as there are for it.
     fn softplus_gate(&self, x: &mut Self::Buffer, gate: &Self::Buffer) -> Result<()>;
-    /// Multiplies `x` by the softmax of each row of `gate`: a row of `x` is `turns` times one part for each entry.
-    fn mix_experts(&self, x: &mut Self::Buffer, gate: &Self::Buffer, turns: usize) -> Result<()>;
+    /// Multiplies `x` by the softmax of each row of `gate`, which takes its place: a row of `x` is `turns` times one part for
+    /// each entry.
+    fn mix_experts(&self, x: &mut Self::Buffer, gate: &mut Self::Buffer, turns: usize) -> Result<()>;
 
     /// Router logits, chosen experts and combine weights for every row of `x`.
     fn route(&self, x: &Self::Buffer, router: &Self::Router, routing: &mut Self::Routing) -> Result<()>;

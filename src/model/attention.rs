@@ -313,7 +313,7 @@ impl<B: Backend> Grouped<B> {
                 backend.sigmoid_gate(&mut s.attended, &s.gate)?;
             }
             OutputGate::Softplus { .. } => backend.softplus_gate(&mut s.attended, &s.gate)?,
-            OutputGate::Experts { turns, .. } => backend.mix_experts(&mut s.attended, &s.gate, turns)?,
+            OutputGate::Experts { turns, .. } => backend.mix_experts(&mut s.attended, &mut s.gate, turns)?,
         }
         output.apply(backend, &s.attended, &mut s.out)
     }

@@ -37,7 +37,7 @@ impl Dense {
             DenseConfig::parse(checkpoint.config(), target).map_err(refuse)
         };
         let config = read(&checkpoints[0])?;
-        for checkpoint in &checkpoints {
+        for checkpoint in &checkpoints[1..] {
             if let Some(difference) = read(checkpoint)?.difference(&config) {
                 let what = format!("{difference} in {}", first.display());
                 return Err(Error::Dense { path: checkpoint.dir().join("config.json"), what });

@@ -398,7 +398,7 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn mix_experts(&self, x: &mut CpuBuffer, gate: &CpuBuffer, turns: usize) -> Result<()> {
+    fn mix_experts(&self, x: &mut CpuBuffer, gate: &mut CpuBuffer, turns: usize) -> Result<()> {
         pointwise::mix_experts(x, gate, turns);
         Ok(())
     }

@@ -6,6 +6,7 @@ use super::CpuBuffer;
 use super::math::{sigmoid, softplus};
 use super::simd::exp::silu;
 use super::simd::{Isa, MAX_LANES, Simd, Task};
+use super::softmax::Softmax;
 use crate::architecture::Activation;
 use crate::backend::HeadLayout;
 
@@ -205,14 +206,13 @@ pub(super) fn softplus_gate(x: &mut CpuBuffer, gate: &CpuBuffer) {
     });
 }
 
-pub(super) fn mix_experts(x: &mut CpuBuffer, gate: &CpuBuffer, turns: usize) {
+pub(super) fn mix_experts(x: &mut CpuBuffer, gate: &mut CpuBuffer, turns: usize) {
     let width = x.cols / (turns * gate.cols);
-    let rows = x.data.par_chunks_exact_mut(x.cols).zip(gate.data.par_chunks_exact(gate.cols));
+    let isa = Isa::current();
+    let rows = x.data.par_chunks_exact_mut(x.cols).zip(gate.data.par_chunks_exact_mut(gate.cols));
     rows.with_min_len(16).for_each(|(row, gate)| {
-        let largest = gate.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f32 = gate.iter().map(|gate| (gate - largest).exp()).sum();
-        for (part, gate) in row.chunks_exact_mut(width).zip(gate.iter().cycle()) {
-            let factor = (gate - largest).exp() / sum;
+        isa.run(Softmax { scores: gate, scale: 1.0, sink: None });
+        for (part, factor) in row.chunks_exact_mut(width).zip(gate.iter().cycle()) {
             for v in part {
                 *v *= factor;
             }
@@ -251,9 +251,9 @@ mod tests {
 
     #[test]
     fn experts_are_mixed_in_turns() {
-        let gate = buffer(&[0.0, 3f32.ln(), 1e30, 0.0], 2);
+        let gate = || buffer(&[0.0, 3f32.ln(), 1e30, 0.0], 2);
         let mut x = buffer(&[4.0; 16], 8);
-        mix_experts(&mut x, &gate, 1);
+        mix_experts(&mut x, &mut gate(), 1);
         let second = [4.0, 4.0, 4.0, 4.0, 0.0, 0.0, 0.0, 0.0];
         assert!(
             x.data
@@ -262,7 +262,7 @@ mod tests {
                 .all(|(a, b)| (a - b).abs() < 1e-6)
         );
         let mut x = buffer(&[4.0; 16], 8);
-        mix_experts(&mut x, &gate, 2);
+        mix_experts(&mut x, &mut gate(), 2);
         let expected = [1.0, 1.0, 3.0, 3.0, 1.0, 1.0, 3.0, 3.0, 4.0, 4.0, 0.0, 0.0, 4.0, 4.0, 0.0, 0.0];
         assert!(x.data.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6), "{x:?}");
     }
